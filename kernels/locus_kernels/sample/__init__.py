@@ -1,0 +1,5 @@
+"""Sampling from logits with counter-based random numbers."""
+
+from locus_kernels.sample.reference import sample
+
+__all__ = ["sample"]

@@ -1,0 +1,162 @@
+"""Every setting of a run, its default, its meaning, and the presets: the only place with defaults."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from locus_kernels.box_reward import REWARD_SHAPES
+
+from locus_fast.errors import UserError
+from locus_fast.grpo import MEANS
+from locus_fast.prompts import QUESTIONS
+
+
+def option(default: Any, help: str, choices: typing.Iterable[str] = ()) -> Any:
+    return field(default=default, metadata={"help": help, "choices": tuple(choices)})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. The defaults are the LOCUS recipe (arXiv 2606.16586); a preset changes what its model needs."""
+
+    preset: str = option("tiny", "start from this preset; every other option overrides it")
+    model: str = option("", "folder of the base model in Hugging Face layout; empty: the embedded tiny base")
+    data: str = option("", "COCO instances*.json, JSONL of {image, bbox}, or a folder of images; empty: drawn scenes")
+    images: str = option("", "folder that the image names in --data are relative to; empty: the data file's folder")
+    out: str = option("", "run folder, must not exist; empty: runs/PRESET-DATE-TIME")
+    seed: int = option(0, "seed of examples, sampling and order")
+    steps: int = option(400, "optimizer batches: rollout, reward, update")
+
+    question: str = option("think", "what is asked: with thinking, or for the box alone", QUESTIONS)
+    mix: tuple[float, float, float] = option((0.7, 0.3, 0.0), "shares of tiny, small and large cues")
+    min_side: int = option(16, "shortest side of a cue's region, pixels")
+    padding: tuple[float, float] = option((0.0, 0.1), "range of the ground around a tiny cue, as a share of its side")
+    scale: tuple[float, float] = option((0.8, 2.0), "range by which a tiny cue is rescaled")
+    image_pixels: tuple[int, int] = option((262144, 1048576), "fewest and most pixels of the resized image")
+    cue_pixels: tuple[int, int] = option((3136, 262144), "fewest and most pixels of the resized cue")
+
+    prompts: int = option(128, "prompts a step")
+    replies: int = option(8, "replies a prompt (the group)")
+    max_tokens: int = option(512, "longest reply, tokens")
+    temperature: float = option(1.0, "sampling temperature in training")
+    top_p: float = option(1.0, "nucleus of sampling in training")
+
+    reward: str = option("iou", "shape of the location reward", REWARD_SHAPES)
+    format_weight: float = option(0.1, "share of the format reward")
+    normalize_std: bool = option(True, "divide advantages by the group's deviation (false: Dr. GRPO)")
+    mean: str = option("token", "what the loss averages over", MEANS)
+    clip_low: float = option(0.2, "how far the ratio may fall below 1")
+    clip_high: float = option(0.3, "how far the ratio may rise above 1")
+    kl: float = option(0.01, "coefficient of the KL to the base; 0 loads no reference")
+    updates: int = option(1, "optimizer updates a batch of rollouts")
+
+    lr: float = option(1e-6, "learning rate after warm-up")
+    warmup: float = option(0.05, "share of the steps in which the learning rate rises")
+    weight_decay: float = option(0.01, "AdamW weight decay")
+    grad_clip: float = option(1.0, "largest gradient norm")
+
+    tokens: int = option(32768, "budget of a microbatch in tokens: its prompts' and the most its replies can have, in whole groups")
+    checkpointing: bool = option(True, "recompute activations in backward")
+    device: str = option("auto", "auto, cpu or cuda")
+    workers: int = option(2, "threads that read and prepare examples")
+    eval_cues: int = option(500, "held-out cues evaluated before and after")
+    save_every: int = option(100, "steps between checkpoints; 0: only at the end")
+    tensorboard: bool = option(False, "also write TensorBoard events")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "steps": 80,
+        "question": "direct",
+        "mix": (0.5, 0.5, 0.0),
+        "image_pixels": (96 * 96, 160 * 160),
+        "cue_pixels": (32 * 32, 48 * 48),
+        "prompts": 24,
+        "max_tokens": 16,
+        "lr": 1e-4,
+        "tokens": 4096,
+        "checkpointing": False,
+        "workers": 1,
+        "eval_cues": 384,
+    },
+    "qwen2.5-vl-7b": {"model": "Qwen/Qwen2.5-VL-7B-Instruct"},
+    "qwen3-vl-4b": {"model": "Qwen/Qwen3-VL-4B-Thinking"},
+    "mimo-vl-7b": {"model": "XiaomiMiMo/MiMo-VL-7B-RL"},
+}
+
+# What a value must satisfy: a test and the words that complete "--name must be ...".
+RULES: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
+    **{
+        name: (lambda v: v >= 1, "at least 1") for name in ("steps", "prompts", "max_tokens", "updates", "min_side", "tokens", "workers", "eval_cues")
+    },
+    **{name: (lambda v: v >= 0, "0 or more") for name in ("seed", "kl", "weight_decay", "clip_low", "clip_high", "save_every")},
+    **{name: (lambda v: v > 0, "above 0") for name in ("lr", "grad_clip", "temperature")},
+    **{name: (lambda v: 0 <= v <= 1, "between 0 and 1") for name in ("format_weight", "warmup")},
+    **{name: (lambda v: 0 < v[0] <= v[1], "two values, above 0 and the smaller first") for name in ("scale", "image_pixels", "cue_pixels")},
+    "padding": (lambda v: 0 <= v[0] <= v[1], "two values, 0 or more and the smaller first"),
+    "mix": (lambda v: min(v) >= 0 and sum(v) > 0, "three shares of 0 or more that are not all 0"),
+    "replies": (lambda v: v >= 2, "at least 2: an advantage compares the replies of a group"),
+    "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "device": (lambda v: v in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. Run with --help for the options.")
+
+
+def parse(arguments: list[str], prog: str = "python -m locus_fast.train") -> Config:
+    """The configuration of a command line. Raises UserError for an unknown option or a value that cannot be."""
+    parser = _Parser(prog=prog, description="Teach a vision-language model to find small things: cue search with GRPO.", allow_abbrev=False)
+    hints = typing.get_type_hints(Config)
+    for f in dataclasses.fields(Config):
+        parser.add_argument(f"--{f.name.replace('_', '-')}", **_argument(f, hints[f.name]))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(arguments)).items()}
+    preset = given.get("preset", "tiny")
+    if preset not in PRESETS:
+        raise UserError(f"--preset must be one of {', '.join(PRESETS)}, not '{preset}'.")
+    return check(Config(**{**PRESETS[preset], **given}))
+
+
+def _argument(f: dataclasses.Field, hint: Any) -> dict[str, Any]:
+    """argparse keywords of a field."""
+    settings: dict[str, Any] = {"help": f"{f.metadata['help']} (default: {_shown(f)})", "default": argparse.SUPPRESS}
+    parts = typing.get_args(hint)
+    kind = parts[0] if parts else hint
+    settings["type"] = _boolean if kind is bool else kind
+    settings["metavar"] = kind.__name__.upper() if kind is not str else f.name.upper()
+    if parts:
+        settings["nargs"] = len(parts)
+    if f.metadata["choices"]:
+        settings |= {"choices": f.metadata["choices"], "metavar": None}
+    return settings
+
+
+def _shown(f: dataclasses.Field) -> str:
+    """The default, and the tiny preset's where it differs; argparse reads % as a format."""
+    text = str(f.default if f.default != "" else "empty")
+    if f.name in PRESETS["tiny"]:
+        text += f"; tiny: {PRESETS['tiny'][f.name]}"
+    return text.replace("%", "%%")
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, got '{text}'")
+
+
+def check(config: Config) -> Config:
+    """The configuration itself, if every value can be."""
+    for name, (holds, words) in RULES.items():
+        value = getattr(config, name)
+        if not holds(value):
+            raise UserError(f"--{name.replace('_', '-')} must be {words}, not {value}.")
+    return config

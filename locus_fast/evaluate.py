@@ -1,0 +1,98 @@
+"""Cue search on held-out data: `python -m locus_fast.evaluate MODEL --data ...`. Greedy replies, mean IoU and accuracies, by size class."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from locus_kernels.box_reward import iou, read_boxes
+from tqdm import tqdm
+
+from locus_fast.config import parse
+from locus_fast.errors import UserError
+from locus_fast.policy import prefill
+from locus_fast.rollout import Sampling, generate
+from locus_fast.runtime import Interrupt, Setup, batches, prefetch, set_up
+
+SIZES = ("tiny", "small", "large")
+BATCHES_AHEAD = 64  # prompts packed at a time
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Greedy answers to n held-out cues. Boxes are xyxy in pixels of the original image."""
+
+    box: torch.Tensor  # float32 [n, 4], zeros where not valid
+    valid: torch.Tensor  # bool [n]
+    iou: torch.Tensor  # float32 [n], 0 where not valid
+    size_class: tuple[str, ...]
+
+    def summary(self) -> dict[str, float | int | dict]:
+        """n, mean_iou, acc50, acc75, valid; and `by_size`, the same for each size class that occurs."""
+        parts = {size: self._figures([s == size for s in self.size_class]) for size in SIZES if size in self.size_class}
+        return {**self._figures([True] * len(self.size_class)), "by_size": parts}
+
+    def _figures(self, chosen: list[bool]) -> dict[str, float | int]:
+        pick = torch.tensor(chosen)
+        score, valid = self.iou[pick], self.valid[pick]
+        figures = {"mean_iou": score, "acc50": (score >= 0.5).float(), "acc75": (score >= 0.75).float(), "valid": valid.float()}
+        return {"n": sum(chosen), **{name: round(value.mean().item(), 6) for name, value in figures.items()}}
+
+
+@torch.no_grad()
+def evaluate(setup: Setup, label: str, stop: Callable[[], bool]) -> Evaluation | None:
+    """Ask every held-out cue once, greedily. None if `stop` said so before the end."""
+    count = setup.cues.held_out_count
+    sampling = Sampling(replies=1, max_tokens=setup.config.max_tokens, temperature=0.0, top_p=1.0)
+    boxes, valids, scores, sizes = [], [], [], []
+    prompts = prefetch(lambda i: setup.prompter(setup.cues.held_out(i)), range(count), setup.config.workers, ahead=BATCHES_AHEAD)
+    with tqdm(total=count, desc=label, unit="cue", leave=False) as bar:
+        for start in range(0, count, BATCHES_AHEAD):
+            chunk = [next(prompts) for _ in range(min(BATCHES_AHEAD, count - start))]
+            for indices, batch in batches(setup, chunk, start, replies=1):
+                if stop():
+                    prompts.close()  # type: ignore[attr-defined]
+                    return None
+                rollout = generate(setup.model, prefill(setup.model, batch), setup.vocabulary, sampling, seed=0, groups=indices)
+                reading = read_boxes(rollout.ids, rollout.lengths, setup.table, **setup.reading)
+                scores.append(torch.where(reading.valid, iou(reading.box, batch.target), 0.0).cpu())
+                valids.append(reading.valid.cpu())
+                boxes.append((reading.box.cpu() / torch.stack([p.scale for p in batch.prompts])) * reading.valid.cpu()[:, None])
+                sizes += [p.size_class for p in batch.prompts]
+                bar.update(len(indices))
+    return Evaluation(torch.cat(boxes), torch.cat(valids), torch.cat(scores), tuple(sizes))
+
+
+def table_of(summary: dict) -> str:
+    """The summary as lines of text."""
+    rows = [("all", summary), *summary["by_size"].items()]
+    lines = [f"{'cues':<6} {'n':>5} {'mean IoU':>9} {'Acc@0.5':>8} {'Acc@0.75':>9} {'valid':>6}"]
+    lines += [f"{name:<6} {r['n']:>5} {r['mean_iou']:>9.3f} {r['acc50']:>8.3f} {r['acc75']:>9.3f} {r['valid']:>6.3f}" for name, r in rows]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    """The command: a table on standard error, the summary as one JSON line on standard output."""
+    prog = "python -m locus_fast.evaluate MODEL"
+    try:
+        if arguments and not arguments[0].startswith("-"):
+            arguments = ["--model", *arguments]
+        setup = set_up(parse(arguments, prog))
+        print(setup.cues.describe(), file=sys.stderr)
+        with Interrupt() as interrupt:
+            result = evaluate(setup, "evaluate", lambda: interrupt.requested)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if result is None:
+        return 130
+    print(table_of(result.summary()), file=sys.stderr)
+    print(json.dumps(result.summary()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

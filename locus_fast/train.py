@@ -1,0 +1,329 @@
+"""LOCUS training, top to bottom: `python -m locus_fast.train` (with `--help` for every option).
+
+A step, for each microbatch of whole groups:
+
+    prompts -- prefill, gradients on, once a group --> keys and values of every layer, kept in the graph
+        -> decode G replies on them -> token ids -> reward -> advantage
+        -> one forward over all reply tokens on the same keys and values -> GRPO loss -> one backward through replies and prompts
+
+and then one optimizer step. There is no second engine and no weight sync: the sampler is the policy. Left out on purpose: a value network,
+partial groups, and any correction for a sampler that differs from the trainer.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from locus_kernels.box_reward import box_reward
+from torch import Tensor
+from tqdm import tqdm
+
+from locus_fast.checkpoint import save_checkpoint, save_model
+from locus_fast.config import Config, parse
+from locus_fast.errors import UserError
+from locus_fast.evaluate import evaluate
+from locus_fast.grpo import MEANS, grpo_loss
+from locus_fast.policy import Prefix, Replies, checkpoint_activations, prefill, reply_logprob
+from locus_fast.report import Metrics, draw_curve, draw_samples
+from locus_fast.rollout import Sampling, generate
+from locus_fast.runtime import Interrupt, Setup, batches, prefetch, set_up
+from locus_fast.types import Prompt, PromptBatch, Rollout
+
+BAD_STEPS = 5  # steps in a row without a finite gradient that end the run
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A microbatch's rollouts and all that an update on them needs. T tokens of the live groups: those whose rewards differ."""
+
+    batch: PromptBatch
+    rollout: Rollout
+    lengths: list[int]  # of all R replies, on the host
+    live: list[int]  # groups with a gradient
+    advantage: Tensor  # float32 [R]
+    weight: Tensor  # float32 [R], of each token of a reply
+    old: Tensor  # float32 [T]
+    reference: Tensor | None  # float32 [T]
+
+
+class Totals:
+    """Sums over a step's microbatches, read back once at its end."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor | float] = {}
+        self.peaks: dict[str, Tensor] = {}
+
+    def add(self, **values: Tensor | float) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def peak(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.peaks[name] = torch.maximum(self.peaks[name], value) if name in self.peaks else value
+
+    def read(self) -> dict[str, float]:
+        return {name: float(value) for name, value in {**self.sums, **self.peaks}.items()}
+
+
+def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]:
+    """One run into the folder `out`; returns the summary. `stop` is asked between microbatches: what is done by then is saved."""
+    started = time.perf_counter()
+    setup = set_up(config)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(asdict(config), indent=2))
+    print(f"{setup.cues.describe()}; {out}", file=sys.stderr)
+    before = evaluate(setup, "held-out cues, before", stop)
+
+    model = setup.model
+    reference = copy.deepcopy(model).requires_grad_(False) if config.kl > 0 else None
+    if config.checkpointing:
+        checkpoint_activations(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    metrics = Metrics(out, config.tensorboard)
+    done, training_seconds, totals_of_run = 0, 0.0, Totals()
+    prompts = prefetch(lambda i: setup.prompter(setup.cues.train(i)), range(config.steps * config.prompts), config.workers, ahead=2 * config.prompts)
+    with tqdm(total=config.steps, desc="train", unit="step") as bar:
+        for step in range(config.steps):
+            if stop():
+                break
+            model.train()
+            numbers = train_step(setup, reference, optimizer, prompts, step, stop)
+            model.eval()
+            if numbers is None:
+                break
+            done += 1
+            training_seconds += numbers["seconds"]
+            totals_of_run.add(rollouts=numbers["rollouts_per_s"] * numbers["seconds"], tokens=numbers["unique_tokens_per_s"] * numbers["seconds"])
+            metrics.write(numbers)
+            show(bar, numbers)
+            if config.save_every and done % config.save_every == 0 and done < config.steps:
+                save_checkpoint(out / "checkpoints" / f"step-{done:06d}", model, setup.folder, optimizer, done)
+    prompts.close()  # type: ignore[attr-defined]
+    metrics.close()
+    save_checkpoint(out / "checkpoints" / f"step-{done:06d}", model, setup.folder, optimizer, done)
+    save_model(model, setup.folder, out / "final")
+    draw_curve(metrics.path, out / "curve.png")
+
+    after = None if stop() else evaluate(setup, "held-out cues, after", stop)
+    if before and after:
+        draw_samples(setup.cues, before, after, out / "samples.png")
+    run = totals_of_run.read()
+    summary = {
+        "eval": {"before": before.summary() if before else None, "after": after.summary() if after else None},
+        "steps": done,
+        "interrupted": stop(),
+        "rollouts_per_s": run.get("rollouts", 0.0) / max(training_seconds, 1e-9),
+        "unique_tokens_per_s": run.get("tokens", 0.0) / max(training_seconds, 1e-9),
+        "training_seconds": training_seconds,
+        "total_seconds": time.perf_counter() - started,
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=2))
+    return summary
+
+
+def train_step(
+    setup: Setup, reference: Any, optimizer: torch.optim.Optimizer, prompts: Iterator[Prompt], step: int, stop: Callable[[], bool]
+) -> dict[str, Any] | None:
+    """Rollouts of one batch of prompts and its updates; the step's metrics, or None if `stop` said so before the first update."""
+    config, model = setup.config, setup.model
+    clock = time.perf_counter()
+    chunk = [next(prompts) for _ in range(config.prompts)]
+    waited = time.perf_counter() - clock
+    totals, experiences = Totals(), []
+    denominator = 0
+    optimizer.zero_grad(set_to_none=True)
+    for indices, batch in batches(setup, chunk, step * config.prompts, config.replies):
+        if stop():
+            return None
+        prefix = prefill(model, batch)  # the sampler's prefill is the training forward's prefix
+        rollout = generate(model, prefix, setup.vocabulary, sampling_of(config), seed=config.seed, groups=indices)
+        experience, replies, logprob, share = learn_from(setup, reference, prefix, batch, rollout, step / config.steps, totals)
+        denominator += share
+        if replies is not None:
+            backward(config, experience, replies, logprob, totals)
+        experiences.append(experience)
+    rate = config.lr * min(1.0, (step + 1) / max(1.0, config.warmup * config.steps))
+    norm = update(model, optimizer, denominator, rate, config.grad_clip)
+    for _ in range(config.updates - 1):  # further updates on the same rollouts: the prefix again, against the stored old log-probs
+        optimizer.zero_grad(set_to_none=True)
+        for experience in experiences:
+            if experience.live:
+                prefix = prefill(model, experience.batch)
+                replies = Replies.of(prefix, experience.rollout, experience.lengths, experience.live)
+                logprob, _ = reply_logprob(model, prefix, replies, config.temperature)
+                backward(config, experience, replies, logprob, totals)
+        norm = update(model, optimizer, denominator, rate, config.grad_clip)
+    return summarise(setup, totals, chunk, step, norm, rate, time.perf_counter() - clock, waited)
+
+
+def sampling_of(config: Config) -> Sampling:
+    return Sampling(config.replies, config.max_tokens, config.temperature, config.top_p)
+
+
+def learn_from(
+    setup: Setup, reference: Any, prefix: Prefix, batch: PromptBatch, rollout: Rollout, progress: float, totals: Totals
+) -> tuple[Experience, Replies | None, Tensor, int]:
+    """Reward and advantage of a microbatch's rollouts, and the training forward of the groups that have a gradient.
+
+    Returns (experience, their replies, log-prob float32 [T] in the graph, the batch's share of the denominator); no replies if no group is live.
+    """
+    config = setup.config
+    target = batch.target.repeat_interleave(config.replies, 0)
+    scored = box_reward(
+        rollout.ids,
+        rollout.lengths,
+        setup.table,
+        target,
+        group_size=config.replies,
+        shape=config.reward,
+        format_weight=config.format_weight,
+        normalize_std=config.normalize_std,
+        progress=progress,
+        **setup.reading,
+    )
+    weight, _ = MEANS[config.mean](rollout.lengths)
+    host = torch.cat([rollout.lengths, scored.zero_variance.long()]).tolist()  # the one readback of a microbatch
+    rows = len(rollout.lengths)
+    lengths, live = host[:rows], [group for group, flat in enumerate(host[rows:]) if not flat]
+    share = MEANS[config.mean](torch.tensor(lengths))[1]
+    totals.add(
+        reward=scored.reward.sum(),
+        iou=scored.iou.sum(),
+        valid=scored.valid.sum(),
+        format=scored.format_ok.sum(),
+        zero_variance=float(len(batch.lengths) - len(live)),
+        replies=float(rows),
+        reply_tokens=float(sum(lengths)),
+        prompt_tokens=float(sum(batch.lengths)),
+    )
+    experience = Experience(batch, rollout, lengths, live, scored.advantage, weight, torch.empty(0), None)
+    if not live:
+        return experience, None, torch.empty(0), share
+    replies = Replies.of(prefix, rollout, lengths, live)
+    logprob, entropy = reply_logprob(setup.model, prefix, replies, config.temperature)
+    old_reference = None
+    if reference is not None:
+        with torch.no_grad():
+            old_reference, _ = reply_logprob(reference, prefill(reference, batch), replies, config.temperature)
+    rows_of_live = [row for group in live for row in range(group * config.replies, (group + 1) * config.replies)]
+    sampled = torch.cat([rollout.logprob[row, : lengths[row]] for row in rows_of_live])
+    gap = (logprob.detach() - sampled).abs()
+    totals.add(entropy=entropy.sum(), sampler_gap=gap.sum(), live_tokens=float(len(gap)))
+    totals.peak(sampler_gap_max=gap.amax())
+    return Experience(batch, rollout, lengths, live, scored.advantage, weight, logprob.detach(), old_reference), replies, logprob, share
+
+
+def backward(config: Config, experience: Experience, replies: Replies, logprob: Tensor, totals: Totals) -> None:
+    """Adds the gradient of the microbatch's summed loss."""
+    loss, sums = grpo_loss(
+        logprob,
+        old=experience.old,
+        reference=experience.reference,
+        advantage=experience.advantage[replies.row],
+        weight=experience.weight[replies.row],
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        kl_coefficient=config.kl,
+    )
+    loss.backward()
+    totals.peak(ratio_max=sums.pop("ratio_max"))
+    totals.add(loss=loss.detach(), updated_tokens=float(len(logprob)), **sums)
+
+
+def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, denominator: int, rate: float, clip: float) -> float | None:
+    """Divides the summed gradient by the batch's denominator, clips its norm and steps. Returns the norm before clipping: 0.0 where no group had
+    a gradient, None where it is not finite; neither moves a weight."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if not gradients:
+        return 0.0
+    norm = torch.nn.utils.get_total_norm(gradients).item() / denominator
+    if not math.isfinite(norm):
+        return None
+    torch._foreach_mul_(gradients, min(1.0, clip / max(norm, 1e-12)) / denominator)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return norm
+
+
+def summarise(
+    setup: Setup, totals: Totals, chunk: list[Prompt], step: int, norm: float | None, rate: float, seconds: float, waited: float
+) -> dict[str, Any]:
+    """The step's metrics. Those that depend on time: seconds, wait_seconds and the ones that end in _per_s."""
+    sums = totals.read()
+    replies, live, updated = sums["replies"], max(1.0, sums.get("live_tokens", 0.0)), max(1.0, sums.get("updated_tokens", 0.0))
+    return {
+        "step": step + 1,
+        **{name: sums[name] / replies for name in ("reward", "iou", "valid", "format")},
+        "reply_tokens": sums["reply_tokens"] / replies,
+        "zero_variance_groups": int(sums["zero_variance"]),
+        "loss": sums.get("loss", 0.0) / updated,
+        "kl": sums.get("kl", 0.0) / updated,
+        "entropy": sums.get("entropy", 0.0) / live,
+        "clip_low": sums.get("clip_low", 0.0) / updated,
+        "clip_high": sums.get("clip_high", 0.0) / updated,
+        "ratio_max": sums.get("ratio_max", 1.0),
+        "sampler_gap": sums.get("sampler_gap", 0.0) / live,
+        "sampler_gap_max": sums.get("sampler_gap_max", 0.0),
+        "grad_norm": norm if norm is not None else 0.0,
+        "dropped_step": norm is None,
+        "lr": rate,
+        "skipped_images": sum(len(prompt.skipped) for prompt in chunk),
+        "seconds": seconds,
+        "wait_seconds": waited,
+        "unique_tokens_per_s": (sums["prompt_tokens"] + sums["reply_tokens"]) / seconds,
+        "rollouts_per_s": replies / seconds,
+    }
+
+
+def show(bar: tqdm, numbers: dict[str, Any]) -> None:
+    names = {"reward": "reward", "iou": "IoU", "valid": "valid", "kl": "KL", "grad_norm": "grad"}
+    text = {label: f"{numbers[name]:.3f}" for name, label in names.items()}
+    bar.set_postfix({**text, "tok/s": f"{numbers['unique_tokens_per_s']:.0f}", "rollouts/s": f"{numbers['rollouts_per_s']:.0f}"}, refresh=False)
+    bar.update()
+
+
+def run_folder(config: Config) -> Path:
+    """Where the run goes; raises UserError if it is there already."""
+    out = Path(config.out) if config.out else Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if out.exists():
+        raise UserError(f"--out {out} exists already; name a new folder, or remove it.")
+    return out
+
+
+def comparison(before: dict, after: dict) -> str:
+    """The last line of a run."""
+    change = after["mean_iou"] - before["mean_iou"]
+    parts = [f"{name} {before[key]:.3f} -> {after[key]:.3f}" for name, key in (("Acc@0.5", "acc50"), ("Acc@0.75", "acc75"), ("valid", "valid"))]
+    return f"held-out mean IoU {before['mean_iou']:.3f} -> {after['mean_iou']:.3f} ({change:+.3f}), {', '.join(parts)}, on {after['n']} cues"
+
+
+def main(arguments: list[str]) -> int:
+    """The command; returns the exit code: 0, 2 for a mistake in the input, 130 after Ctrl-C."""
+    try:
+        config = parse(arguments)
+        out = run_folder(config)
+        with Interrupt() as interrupt:
+            summary = train(config, out, lambda: interrupt.requested)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if summary["interrupted"]:
+        print(f"interrupted after {summary['steps']} steps; what was done is in {out}", file=sys.stderr)
+        return 130
+    print(f"run folder: {out}")
+    print(comparison(summary["eval"]["before"], summary["eval"]["after"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,461 @@
+"""Cutting cues, and the file-backed source: what it draws, what it holds out, and what it passes over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from locus_fast.cues import CueRecipe, FileCues, cut_cue, size_class
+from locus_fast.data import read_boxes
+from locus_fast.errors import UserError
+from locus_fast.types import CueSource, Example
+
+RECIPE = CueRecipe(mix=(0.7, 0.3, 0.0), min_side=16, padding=(0.0, 0.1), scale=(0.8, 2.0))
+WIDTH, HEIGHT = 100, 80
+TINY, SMALL, LARGE = [40, 30, 8, 9], [10, 20, 16, 18], [5, 5, 50, 40]  # xywh: 0.9%, 3.6% and 25% of the image
+
+
+def recipe(**changes: Any) -> CueRecipe:
+    return CueRecipe(**{**vars(RECIPE), **changes})
+
+
+def noise(width: int = WIDTH, height: int = HEIGHT, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def dataset(folder: Path, bboxes_of: Iterable[list[Any]]) -> Path:
+    """A COCO file and its noise images 0.png, 1.png, ..., each with the boxes (xywh) of one entry of `bboxes_of`."""
+    images, annotations = [], []
+    for place, bboxes in enumerate(bboxes_of):
+        Image.fromarray(noise(seed=place)).save(folder / f"{place}.png")
+        images.append({"id": place, "file_name": f"{place}.png", "width": WIDTH, "height": HEIGHT})
+        annotations += [{"image_id": place, "bbox": bbox} for bbox in bboxes]
+    path = folder / "instances.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return path
+
+
+def cues(data: Path, held_out: int = 4, seed: int = 0, **changes: Any) -> FileCues:
+    return FileCues(read_boxes(data, None), recipe(**changes), seed, held_out)
+
+
+def same(first: Example, second: Example) -> bool:
+    arrays = np.array_equal(first.image, second.image) and np.array_equal(first.cue, second.cue)
+    return arrays and (first.box, first.size_class, first.source, first.skipped) == (second.box, second.size_class, second.source, second.skipped)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def all_held_out(source: FileCues) -> list[Example]:
+    return [source.held_out(index) for index in range(source.held_out_count)]
+
+
+# ---- recipe and cutting
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mix": (0, 0, 0)},
+        {"mix": (1, -1, 1)},
+        {"mix": (1, 1)},
+        {"mix": (float("nan"), 1, 1)},
+        {"min_side": 0},
+        {"padding": (0.2, 0.1)},
+        {"padding": (-0.1, 0.1)},
+        {"scale": (0.0, 1.0)},
+        {"scale": (2.0, 1.0)},
+    ],
+)
+def test_recipe_that_makes_no_sense(changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(changes))):
+        recipe(**changes)
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [((0, 0, 9.9, 10), "tiny"), ((0, 0, 10, 10), "small"), ((5, 5, 30, 25), "small"), ((5, 5, 30, 25.1), "large"), ((0, 0, 100, 100), "large")],
+)
+def test_size_class_by_part_of_the_area(box: tuple[float, ...], expected: str) -> None:
+    assert size_class(box, 100, 100) == expected
+
+
+def test_small_box_is_cut_as_it_is_rounded_outwards() -> None:
+    image = noise()
+    cue, box = cut_cue(image, (10.5, 20.0, 40.2, 50.9), "small", RECIPE, np.random.default_rng(0))
+    assert box == (10.0, 20.0, 41.0, 51.0)
+    assert all(type(value) is float for value in box)
+    np.testing.assert_array_equal(cue, image[20:51, 10:41])
+    cue[:] = 0
+    np.testing.assert_array_equal(image, noise())
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((40, 30, 44, 34), (34, 24, 50, 40)),
+        ((0, 0, 3, 3), (0, 0, 16, 16)),
+        ((97, 78, 100, 80), (84, 64, 100, 80)),
+        ((40, 0, 44, 30), (34, 0, 50, 30)),
+    ],
+    ids=["about its centre", "at the first corner", "at the last corner", "one side"],
+)
+def test_crop_grows_to_min_side(box: tuple[float, ...], expected: tuple[float, ...]) -> None:
+    for kind in ("small", "tiny"):
+        assert cut_cue(noise(), box, kind, recipe(padding=(0.0, 0.0)), np.random.default_rng(0))[1] == expected
+
+
+def test_image_smaller_than_min_side_is_taken_whole() -> None:
+    assert cut_cue(noise(20, 17), (3, 3, 8, 8), "small", recipe(min_side=18), np.random.default_rng(0))[1] == (0, 0, 18, 17)
+
+
+def test_tiny_box_is_padded_within_the_range() -> None:
+    image = noise(400, 400)
+    boxes = np.array([cut_cue(image, (100, 200, 200, 240), "tiny", RECIPE, np.random.default_rng(seed))[1] for seed in range(300)])
+    outwards = np.abs(boxes - (100, 200, 200, 240))
+    assert outwards.max(axis=0).tolist() == [10, 4, 10, 4]
+    assert (outwards.min(axis=0) <= 1).all()
+    assert (boxes[:, :2] <= (100, 200)).all()
+    assert (boxes[:, 2:] >= (200, 240)).all()
+    assert abs(np.corrcoef(outwards[:, 0], outwards[:, 2])[0, 1]) < 0.2, "each side has a padding of its own"
+
+
+def test_tiny_crop_is_resized_bicubically_within_the_range() -> None:
+    image = noise()
+    factors = []
+    for seed in range(200):
+        cue, (x1, y1, x2, y2) = cut_cue(image, (10, 10, 50, 50), "tiny", RECIPE, np.random.default_rng(seed))
+        crop = image[int(y1) : int(y2), int(x1) : int(x2)]
+        resized = Image.fromarray(crop).resize((cue.shape[1], cue.shape[0]), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(cue, np.asarray(resized))
+        factors.append(cue.shape[0] / crop.shape[0])
+    assert 0.78 < min(factors) < 0.85
+    assert 1.95 < max(factors) < 2.02
+
+
+def test_resized_cue_keeps_8_pixels_a_side() -> None:
+    assert cut_cue(noise(), (10, 10, 26, 60), "tiny", recipe(scale=(0.1, 0.1)), np.random.default_rng(0))[0].shape[1] == 8
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_region_is_inside_covers_the_box_and_is_what_the_cue_shows(data: st.DataObject) -> None:
+    width, height = data.draw(st.integers(16, 90)), data.draw(st.integers(16, 90))
+    x1, y1 = data.draw(st.floats(0, width - 0.5)), data.draw(st.floats(0, height - 0.5))
+    x2, y2 = data.draw(st.floats(x1 + 0.25, width)), data.draw(st.floats(y1 + 0.25, height))
+    kind = data.draw(st.sampled_from(["tiny", "small", "large"]))
+    image = noise(width, height)
+    cue, (left, top, right, bottom) = cut_cue(image, (x1, y1, x2, y2), kind, recipe(scale=(1.0, 1.0)), np.random.default_rng(1))
+    assert 0 <= left <= x1 < x2 <= right <= width
+    assert 0 <= top <= y1 < y2 <= bottom <= height
+    assert min(right - left, bottom - top) >= 16
+    np.testing.assert_array_equal(cue, image[int(top) : int(bottom), int(left) : int(right)])
+
+
+# ---- the source
+
+
+def test_examples_are_a_function_of_seed_and_index(tmp_path: Path) -> None:
+    path = dataset(tmp_path, [[TINY, SMALL]] * 6)
+    source: CueSource = cues(path)
+    again = cues(path)
+    order = np.random.default_rng(0).permutation(64).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        from_threads = dict(zip(order, pool.map(source.train, order), strict=True))
+        held_from_threads = list(pool.map(source.held_out, range(source.held_out_count)))
+    assert all(same(again.train(index), from_threads[index]) for index in range(64))
+    assert all(same(again.held_out(index), example) for index, example in enumerate(held_from_threads))
+    other = cues(path, seed=1)
+    assert sum(same(other.train(index), from_threads[index]) for index in range(64)) < 16
+    assert len({(e.source, e.box, e.cue.shape) for e in from_threads.values()}) > 32
+
+
+def test_examples_show_what_they_say(tmp_path: Path) -> None:
+    source = cues(dataset(tmp_path, [[TINY, SMALL, LARGE]] * 5), mix=(1, 1, 1), padding=(0.0, 0.0), scale=(1.0, 1.0))
+    expected = {"tiny": (36, 26, 52, 42), "small": (10, 20, 26, 38), "large": (5, 5, 55, 45)}
+    for example in (*map(source.train, range(40)), *all_held_out(source)):
+        image = noise(seed=int(example.source.removesuffix(".png")))
+        np.testing.assert_array_equal(example.image, image)
+        assert example.box == expected[example.size_class]
+        x1, y1, x2, y2 = map(int, example.box)
+        np.testing.assert_array_equal(example.cue, image[y1:y2, x1:x2])
+        assert example.skipped == ()
+
+
+def test_mix_is_what_is_drawn(tmp_path: Path) -> None:
+    source = cues(dataset(tmp_path, [[TINY, SMALL, SMALL, SMALL, LARGE]] * 10))
+    drawn = Counter(source.train(index).size_class for index in range(2_000))
+    assert drawn["tiny"] / 2_000 == pytest.approx(0.7, abs=0.04)
+    assert drawn["small"] / 2_000 == pytest.approx(0.3, abs=0.04)
+    assert set(drawn) == {"tiny", "small"}
+
+
+def test_boxes_of_a_class_are_drawn_evenly(tmp_path: Path) -> None:
+    source = cues(dataset(tmp_path, [[TINY], [TINY], [[40, 30, 7, 7], [60, 30, 7, 7], TINY]] * 2))
+    sources = Counter(source.train(index).source for index in range(1_000))
+    boxes = {f"{place}.png": 3 if place % 3 == 2 else 1 for place in range(6)}
+    total = sum(boxes[name] for name in sources)
+    assert len(sources) == 5
+    for name, count in sources.items():
+        assert count / 1_000 == pytest.approx(boxes[name] / total, abs=0.05)
+
+
+def test_class_without_boxes_is_left_out_and_said(tmp_path: Path) -> None:
+    source = cues(dataset(tmp_path, [[SMALL, LARGE]] * 5), mix=(0.7, 0.2, 0.1))
+    drawn = Counter(source.train(index).size_class for index in range(400))
+    assert drawn["small"] / 400 == pytest.approx(2 / 3, abs=0.1)
+    assert set(drawn) == {"small", "large"}
+    assert "no tiny boxes to train on, so the mix is 67% small, 33% large" in source.describe()
+
+
+def test_mix_of_classes_without_boxes_is_refused(tmp_path: Path) -> None:
+    path = dataset(tmp_path, [[LARGE]] * 5)
+    with pytest.raises(UserError, match=r"--mix \(0.7, 0.3, 0.0\).*instances.json lacks \(0 tiny, 0 small, 5 large\)"):
+        cues(path)
+
+
+@pytest.mark.parametrize("bboxes", [[[TINY]], [[TINY], [LARGE]]], ids=["one image", "one image with boxes of the mix"])
+def test_one_usable_image_is_too_few(tmp_path: Path, bboxes: list[Any]) -> None:
+    with pytest.raises(UserError, match=r"instances.json has only 1 usable image: give two or more"):
+        cues(dataset(tmp_path, bboxes))
+
+
+# ---- holding out
+
+
+@pytest.mark.parametrize(("images", "held_out", "held_images"), [(2, 1, 1), (4, 100, 1), (20, 100, 4), (20, 3, 1), (20, 5, 2)])
+def test_held_out_by_image(tmp_path: Path, images: int, held_out: int, held_images: int) -> None:
+    source = cues(dataset(tmp_path, [[TINY, TINY, SMALL, LARGE]] * images), held_out=held_out)
+    held = all_held_out(source)
+    assert source.held_out_count == min(held_out, 3 * held_images)
+    assert len({example.source for example in held}) == held_images
+    trained = {source.train(index).source for index in range(20 * images)}
+    assert trained.isdisjoint(example.source for example in held)
+    assert len(trained) == images - held_images
+    with pytest.raises(IndexError):
+        source.held_out(source.held_out_count)
+
+
+def test_held_out_boxes_are_used_once(tmp_path: Path) -> None:
+    boxes = [[[10 * place, 30, 8, 9] for place in range(9)]] * 5
+    held = all_held_out(cues(dataset(tmp_path, boxes), held_out=50, padding=(0.0, 0.0)))
+    assert len({example.box for example in held}) == len(held) == 9
+
+
+def test_held_out_is_the_same_for_every_seed_folder_and_order(tmp_path: Path) -> None:
+    path = dataset(tmp_path, [[TINY, SMALL]] * 12)
+    held = all_held_out(cues(path, seed=0))
+    assert all(same(*pair) for pair in zip(held, all_held_out(cues(path, seed=99)), strict=True))
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path, moved)
+    content = json.loads(path.read_text())
+    content["images"].reverse()
+    content["annotations"].reverse()
+    (moved / "instances.json").write_text(json.dumps(content))
+    assert {e.source for e in all_held_out(cues(moved / "instances.json"))} == {e.source for e in held}
+
+
+def test_one_file_with_two_ids_is_not_on_both_sides(tmp_path: Path) -> None:
+    path = dataset(tmp_path, [[TINY]] * 3)
+    content = json.loads(path.read_text())
+    for place in range(3):
+        content["images"].append({"id": f"again {place}", "file_name": f"./{place}.png", "width": WIDTH, "height": HEIGHT})
+        content["annotations"].append({"image_id": f"again {place}", "bbox": SMALL})
+    path.write_text(json.dumps(content))
+    source = cues(path)
+    assert {source.train(index).source for index in range(50)}.isdisjoint({example.source for example in all_held_out(source)})
+
+
+def test_held_out_follows_the_mix_when_it_can(tmp_path: Path) -> None:
+    source = cues(dataset(tmp_path, [[SMALL, SMALL, LARGE, TINY]] * 60), held_out=10)
+    assert Counter(example.size_class for example in all_held_out(source)) == {"tiny": 7, "small": 3}
+    assert " 10 boxes on 7 images held out" in source.describe()
+
+
+def test_held_out_shares_out_the_part_of_a_class_without_boxes(tmp_path: Path) -> None:
+    source = cues(dataset(tmp_path, [[SMALL, SMALL, SMALL, LARGE]] * 60), held_out=10, mix=(0.6, 0.2, 0.2))
+    assert Counter(example.size_class for example in all_held_out(source)) == {"small": 5, "large": 5}
+
+
+def test_held_out_makes_up_for_a_rare_class(tmp_path: Path) -> None:
+    source = cues(dataset(tmp_path, [[SMALL, SMALL, SMALL]] * 50 + [[TINY]] * 2), held_out=12)
+    drawn = Counter(example.size_class for example in all_held_out(source))
+    assert sum(drawn.values()) == 12
+    assert drawn["small"] >= 10
+    assert " 12 boxes on " in source.describe()
+    assert int(source.describe().split(" held out")[0].split()[-2]) <= 6, "a rare class does not cost a fifth of the images"
+
+
+def test_nothing_is_held_out_if_nothing_is_asked_for(tmp_path: Path) -> None:
+    source = cues(dataset(tmp_path, [[TINY]] * 3), held_out=0)
+    assert source.held_out_count == 0
+    assert len({source.train(index).source for index in range(50)}) == 3
+
+
+# ---- images that cannot be used
+
+
+def test_truncated_image_is_passed_over_and_counted(tmp_path: Path) -> None:
+    path = dataset(tmp_path, [[TINY, SMALL]] * 6)
+    bad = cues(path).train(0).source
+    before = [cues(path).train(index) for index in range(60)]
+    truncate(tmp_path / bad)
+    source = cues(path)
+    examples = [source.train(index) for index in range(60)]
+    sentences = [sentence for example in examples for sentence in example.skipped]
+    assert len(sentences) >= sum(example.source == bad for example in before) > 0
+    assert all(bad in sentence and "truncated" in sentence for sentence in sentences)
+    assert bad not in {example.source for example in examples}
+    assert all(same(was, now) for was, now in zip(before, examples, strict=True) if was.source != bad), "the others stay as they were"
+
+
+def test_truncated_held_out_image_is_replaced_by_the_next(tmp_path: Path) -> None:
+    path = dataset(tmp_path, [[TINY, SMALL]] * 10)
+    held = all_held_out(cues(path))
+    first, second = dict.fromkeys(example.source for example in held)
+    truncate(tmp_path / first)
+    replaced = all_held_out(cues(path))
+    assert {example.source for example in replaced} == {second}
+    assert [len(example.skipped) for example in replaced] == [int(example.source == first) for example in held]
+    truncate(tmp_path / second)
+    with pytest.raises(UserError, match=f"instances.json: 2 images in a row could not be used, the last: image .*{second}"):
+        cues(path).held_out(0)
+
+
+def test_fifty_failures_in_a_row_are_the_end(tmp_path: Path) -> None:
+    path = dataset(tmp_path, [[TINY]] * 5)
+    source = cues(path)
+    for image in tmp_path.glob("*.png"):
+        image.write_text("no image")
+    with pytest.raises(UserError, match=r"instances.json: 50 images in a row could not be used, the last: .*\d.png is not an image") as caught:
+        source.train(0)
+    assert type(caught.value) is UserError
+
+
+def test_image_of_another_size_than_its_boxes_is_passed_over(tmp_path: Path) -> None:
+    path = dataset(tmp_path, [[TINY, SMALL]] * 3)
+    source = cues(path)
+    changed = source.train(0).source
+    Image.fromarray(noise(50, 40)).save(tmp_path / changed)
+    examples = [source.train(index) for index in range(30)]
+    assert changed not in {example.source for example in examples}
+    assert any("50x40 pixels upright but its boxes are for 100x80" in sentence for example in examples for sentence in example.skipped)
+
+
+def test_boxes_belong_to_the_upright_image(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = dataset(tmp_path, [[SMALL]] * 4)
+    for place in range(4):
+        sideways = Image.fromarray(noise(seed=place)).transpose(Image.Transpose.ROTATE_90)
+        sideways.save(tmp_path / f"{place}.png", exif=exif)
+    example = cues(path).train(0)
+    np.testing.assert_array_equal(example.image, noise(seed=int(example.source[0])))
+    np.testing.assert_array_equal(example.cue, example.image[20:38, 10:26])
+
+
+def test_image_below_min_side_is_passed_over(tmp_path: Path) -> None:
+    path = dataset(tmp_path, [[TINY]] * 2)
+    with pytest.raises(UserError, match=r"100x80 pixels, too small for a crop of 90 pixels"):
+        cues(path, min_side=90).train(0)
+
+
+# ---- folders without boxes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for place in range(6):
+        Image.fromarray(noise(400, 300, seed=place)).save(tmp_path / f"{place}.png")
+    return tmp_path
+
+
+def test_folder_gives_random_boxes_of_the_class_that_is_drawn(folder: Path) -> None:
+    source = cues(folder, mix=(0.5, 0.3, 0.2), padding=(0.0, 0.0), scale=(1.0, 1.0))
+    examples = [source.train(index) for index in range(300)]
+    assert {name: Counter(e.size_class for e in examples)[name] / 300 for name in ("tiny", "small", "large")} == pytest.approx(
+        {"tiny": 0.5, "small": 0.3, "large": 0.2}, abs=0.1
+    )
+    bounds = {"tiny": (256, 1_200), "small": (1_200, 6_000), "large": (6_000, 30_000)}
+    for example in examples:
+        x1, y1, x2, y2 = map(int, example.box)
+        assert 0 <= x1 < x2 <= 400
+        assert 0 <= y1 < y2 <= 300
+        assert min(x2 - x1, y2 - y1) >= 16
+        low, high = bounds[example.size_class]
+        assert low <= (x2 - x1) * (y2 - y1) <= high + 2 * (x2 - x1 + y2 - y1), "up to a pixel of rounding on each side"
+        np.testing.assert_array_equal(example.cue, example.image[y1:y2, x1:x2])
+    smallest = sum((e.box[2] - e.box[0], e.box[3] - e.box[1]) == (16, 16) for e in examples)
+    assert smallest < 5, "tiny boxes are drawn large enough, not grown to the least side afterwards"
+
+
+def test_folder_holds_out_images_and_gives_as_many_boxes_as_asked(folder: Path) -> None:
+    source = cues(folder, held_out=20, seed=0)
+    held = all_held_out(source)
+    assert len(held) == 20
+    assert len({example.source for example in held}) == 1
+    assert len({example.box for example in held}) > 10
+    trained = {source.train(index).source for index in range(100)}
+    assert len(trained) == 5
+    assert trained.isdisjoint({example.source for example in held})
+    assert all(same(*pair) for pair in zip(held, all_held_out(cues(folder, held_out=20, seed=5)), strict=True))
+
+
+def test_folder_of_strips(tmp_path: Path) -> None:
+    for place in range(3):
+        Image.fromarray(noise(1_600, 20, seed=place)).save(tmp_path / f"{place}.png")
+    source = cues(tmp_path, mix=(1, 1, 1))
+    for example in map(source.train, range(60)):
+        assert 0 <= example.box[0] < example.box[2] <= 1_600
+        assert 0 <= example.box[1] < example.box[3] <= 20
+        if example.size_class == "large":
+            assert (example.box[2] - example.box[0]) * (example.box[3] - example.box[1]) >= 0.05 * 1_600 * 20
+
+
+def test_folder_passes_over_a_bad_image(folder: Path) -> None:
+    truncate(folder / "3.png")
+    source = cues(folder)
+    examples = [source.train(index) for index in range(60)]
+    assert "3.png" not in {example.source for example in examples}
+    assert any("3.png" in sentence for example in examples for sentence in example.skipped)
+
+
+def test_folder_of_one_image_is_too_few(tmp_path: Path) -> None:
+    Image.fromarray(noise()).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="has only 1 usable image"):
+        cues(tmp_path)
+
+
+# ---- the one line
+
+
+def test_describe(tmp_path: Path) -> None:
+    path = dataset(tmp_path, [[TINY, SMALL, SMALL, LARGE]] * 4 + [[]])
+    assert cues(path).describe() == "5 images (1 without boxes), 16 boxes (4 tiny, 8 small, 4 large), 3 boxes on 1 image held out"
+
+
+def test_describe_counts_what_was_left_out(tmp_path: Path) -> None:
+    path = dataset(tmp_path, [[TINY], [TINY, [-4, 0, 9, 9]], [TINY, [1, 1, -2, 3], [1, 1, 0, 3], [1, 1, 0, 3]]])
+    assert cues(path, held_out=1).describe() == (
+        "3 images, 4 boxes (4 tiny, 0 small, 0 large), 1 box on 1 image held out; no small boxes to train on, so the mix is 100% tiny; clipped 1 box "
+        "to the image; dropped 3 boxes: 1 reversed (first: instances.json annotations[4]), 2 of zero area (first: instances.json annotations[5])"
+    )
+
+
+def test_describe_a_folder(folder: Path) -> None:
+    (folder / "notes.txt").write_text("")
+    expected = "6 images, random boxes, 4 boxes on 1 image held out; left out 1 file: 1 of other kinds (first: notes.txt)"
+    assert cues(folder).describe() == expected

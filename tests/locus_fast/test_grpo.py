@@ -1,0 +1,113 @@
+"""The objective against values computed by hand, and its gradient against finite differences in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from locus_kernels.box_reward import group_advantage
+
+from locus_fast.grpo import MEANS, clipped_surrogate, grpo_loss, k3
+
+
+def test_k3_by_hand() -> None:
+    logprob, reference = torch.log(torch.tensor([0.5, 0.2, 0.4])), torch.log(torch.tensor([0.25, 0.4, 0.4]))
+    expected = [0.5 - math.log(0.5) - 1, 2.0 - math.log(2.0) - 1, 0.0]
+    torch.testing.assert_close(k3(logprob, reference), torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "low", "high"),
+    [
+        (1.0, 2.0, -2.0, False, False),
+        (1.1, 2.0, -2.2, False, False),
+        (1.5, 2.0, -2.6, False, True),  # above 1 + 0.3 with a gain: held at 1.3
+        (1.5, -2.0, 3.0, False, False),  # above with a loss: not held, the step back is welcome
+        (0.5, -2.0, 1.6, True, False),  # below 1 - 0.2 with a loss: held at 0.8
+        (0.5, 2.0, -1.0, False, False),  # below with a gain: not held
+        (1.3, 1.0, -1.3, False, False),
+    ],
+)
+def test_clip_on_each_side_by_hand(ratio: float, advantage: float, loss: float, low: bool, high: bool) -> None:
+    logprob = torch.tensor([-1.0 + math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    got = clipped_surrogate(logprob, torch.tensor([-1.0], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64), 0.2, 0.3 + 1e-9)
+    assert got[0].item() == pytest.approx(loss)
+    assert (got[1].item(), got[2].item()) == (low, high)
+    got[0].sum().backward()
+    assert logprob.grad is not None
+    assert logprob.grad.item() == pytest.approx(0.0 if low or high else -ratio * advantage)
+
+
+def test_advantages_by_hand() -> None:
+    reward = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.3, 0.3, 0.3, 0.3])
+    deviation = math.sqrt(4 * 0.25 / 3)
+    advantage, flat = group_advantage(reward, 4)
+    torch.testing.assert_close(advantage[:4], torch.tensor([0.5, -0.5, -0.5, 0.5]) / (deviation + 1e-6))
+    assert advantage[4:].tolist() == [0.0] * 4
+    assert flat.tolist() == [False, True]
+    plain, _ = group_advantage(reward, 4, normalize_std=False)
+    assert plain.tolist() == [0.5, -0.5, -0.5, 0.5, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_on_policy_gradient_is_the_policy_gradient() -> None:
+    """With old = current and no KL term, d loss / d logprob = -advantage * weight."""
+    logprob = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    advantage, weight = torch.randn(9, dtype=torch.float64), torch.rand(9, dtype=torch.float64)
+    loss, metrics = grpo_loss(
+        logprob, old=logprob.detach(), reference=None, advantage=advantage, weight=weight, clip_low=0.2, clip_high=0.3, kl_coefficient=0.0
+    )
+    loss.backward()
+    torch.testing.assert_close(logprob.grad, -advantage * weight)
+    assert metrics["ratio_max"].item() == 1.0
+    assert metrics["clip_low"].item() == metrics["clip_high"].item() == metrics["kl"].item() == 0
+
+
+def test_gradient_against_finite_differences() -> None:
+    torch.manual_seed(5)
+    old, reference, advantage, weight = (torch.randn(40, dtype=torch.float64) * 0.3 for _ in range(4))
+    logprob = (old + torch.randn(40, dtype=torch.float64) * 0.4).requires_grad_()
+    ratio = (logprob.detach() - old).exp()
+    assert ((ratio - 0.8).abs() > 1e-4).all()  # finite differences know nothing of the corners
+    assert ((ratio - 1.3).abs() > 1e-4).all()
+
+    def loss(value: torch.Tensor) -> torch.Tensor:
+        return grpo_loss(
+            value, old=old, reference=reference, advantage=advantage, weight=weight.abs(), clip_low=0.2, clip_high=0.3, kl_coefficient=0.07
+        )[0]
+
+    assert torch.autograd.gradcheck(loss, (logprob,))
+
+
+def test_metrics_count_tokens() -> None:
+    old = torch.zeros(4)
+    logprob = torch.log(torch.tensor([1.5, 0.5, 1.5, 1.0]))
+    _, metrics = grpo_loss(
+        logprob,
+        old=old,
+        reference=torch.zeros(4),
+        advantage=torch.tensor([1.0, -1.0, -1.0, 1.0]),
+        weight=torch.ones(4),
+        clip_low=0.2,
+        clip_high=0.3,
+        kl_coefficient=0.1,
+    )
+    assert (metrics["clip_high"].item(), metrics["clip_low"].item()) == (1, 1)
+    assert metrics["ratio_max"].item() == pytest.approx(1.5)
+    assert metrics["kl"].item() == pytest.approx(float(k3(logprob, old).sum()))
+
+
+def test_no_tokens() -> None:
+    empty = torch.empty(0, requires_grad=True)
+    loss, metrics = grpo_loss(empty, old=empty, reference=empty, advantage=empty, weight=empty, clip_low=0.2, clip_high=0.3, kl_coefficient=0.1)
+    assert loss.item() == 0
+    assert metrics["kl"].item() == 0
+
+
+def test_means() -> None:
+    lengths = torch.tensor([4, 1, 5])
+    weight, denominator = MEANS["token"](lengths)
+    assert (weight.tolist(), denominator) == ([1.0, 1.0, 1.0], 10)
+    weight, denominator = MEANS["sequence"](lengths)
+    torch.testing.assert_close(weight, torch.tensor([0.25, 1.0, 0.2]))
+    assert denominator == 3

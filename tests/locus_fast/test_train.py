@@ -1,0 +1,255 @@
+"""The command as a user runs it: a short run, its folder, its exported model in plain transformers, determinism, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from locus_fast import evaluate, train
+from locus_fast.checkpoint import TINY_BASE, load_model
+from locus_fast.config import PRESETS, Config, parse
+from locus_fast.errors import UserError
+from locus_fast.policy import prefill
+from locus_fast.types import PromptBatch
+from tests.small_models import small_prompt
+
+SHORT = ["--steps", "3", "--prompts", "6", "--eval-cues", "12", "--tokens", "1500", "--device", "cpu"]
+
+
+def timeless(path: Path) -> list[dict]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.endswith(("seconds", "_per_s"))} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "short"
+    assert train.main([*SHORT, "--out", str(out), "--save-every", "2", "--tensorboard", "true"]) == 0
+    return out
+
+
+def test_the_run_folder(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert {"config.json", "metrics.jsonl", "curve.png", "samples.png", "summary.json", "checkpoints", "final"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-000002", "step-000003"}
+    summary = json.loads((run / "summary.json").read_text())
+    for when in ("before", "after"):
+        assert summary["eval"][when]["n"] == 12
+        assert {"mean_iou", "acc50", "acc75", "valid", "by_size"} <= summary["eval"][when].keys()
+    assert summary["rollouts_per_s"] > 0
+    assert summary["unique_tokens_per_s"] > summary["rollouts_per_s"]
+    assert Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads((run / "config.json").read_text()).items()}).steps == 3
+    rows = timeless(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["sampler_gap_max"] < 1e-4 for row in rows)
+    assert all(row["ratio_max"] == 1 for row in rows)
+    with Image.open(run / "samples.png") as picture:
+        assert picture.width > 500
+
+
+def test_weights_moved_and_the_layout_stayed(run: Path) -> None:
+    assert {path.name for path in (run / "final").iterdir()} == {path.name for path in TINY_BASE.iterdir()}
+    before, after = (load_file(folder / "model.safetensors") for folder in (TINY_BASE, run / "final"))
+    assert before.keys() == after.keys()
+    assert sum(not torch.equal(before[name].float(), after[name]) for name in before) > 0.8 * len(before)
+    assert (run / "final" / "tokenizer.json").read_bytes() == (TINY_BASE / "tokenizer.json").read_bytes()
+
+
+def test_final_loads_with_transformers_alone(run: Path, tmp_path: Path) -> None:
+    """A script that imports transformers and nothing of ours gives the same logits."""
+    model, _ = load_model(run / "final", torch.device("cpu"))
+    prompt = small_prompt(model, [(10, 8), (4, 4)], words=7, seed=0)
+    ids = torch.where(prompt.ids == 300, model.config.image_token_id, prompt.ids)
+    prompt = type(prompt)(**{**vars(prompt), "ids": ids})
+    with torch.no_grad():
+        mine = model.lm_head(prefill(model, PromptBatch.of([prompt], "cpu")).last_hidden)[0]
+    np.savez(tmp_path / "in.npz", ids=ids.numpy(), patches=prompt.patches.numpy(), grids=prompt.grids.numpy())
+    script = f"""
+import numpy as np, torch, sys
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+model = AutoModelForImageTextToText.from_pretrained({str(run / "final")!r}, dtype=torch.float32).eval()
+AutoTokenizer.from_pretrained({str(run / "final")!r})
+given = np.load({str(tmp_path / "in.npz")!r})
+ids = torch.from_numpy(given["ids"])[None]
+with torch.no_grad():
+    out = model(input_ids=ids, pixel_values=torch.from_numpy(given["patches"]), image_grid_thw=torch.from_numpy(given["grids"]),
+                mm_token_type_ids=(ids == model.config.image_token_id).int())
+np.save({str(tmp_path / "out.npy")!r}, out.logits[0, -1].numpy())
+assert not any(name.startswith(("locus_fast", "locus_kernels")) for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    np.testing.assert_allclose(mine.numpy(), np.load(tmp_path / "out.npy"), rtol=0, atol=1e-5)
+
+
+def test_same_seed_and_any_workers_give_the_same_metrics(run: Path, tmp_path: Path) -> None:
+    for workers in ("1", "4"):
+        assert train.main([*SHORT, "--out", str(tmp_path / workers), "--workers", workers]) == 0
+    assert timeless(tmp_path / "1" / "metrics.jsonl") == timeless(tmp_path / "4" / "metrics.jsonl") == timeless(run / "metrics.jsonl")
+    assert train.main([*SHORT, "--out", str(tmp_path / "other"), "--seed", "1"]) == 0
+    assert timeless(tmp_path / "other" / "metrics.jsonl") != timeless(run / "metrics.jsonl")
+
+
+def test_microbatches_do_not_change_the_step(run: Path, tmp_path: Path) -> None:
+    """Global denominators: one prompt a microbatch gives the same update as several, up to the order of sums."""
+    assert train.main([*SHORT, "--out", str(tmp_path / "one"), "--tokens", "400", "--steps", "1"]) == 0
+    one, several = timeless(tmp_path / "one" / "metrics.jsonl")[0], timeless(run / "metrics.jsonl")[0]
+    for name in ("reward", "iou", "grad_norm", "loss", "kl", "zero_variance_groups"):
+        assert one[name] == pytest.approx(several[name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--kl", "0", "--mean", "sequence", "--normalize-std", "false", "--reward", "giou_plus_one"],
+        ["--updates", "3", "--checkpointing", "true", "--lr", "1e-3", "--reward", "rising"],
+        ["--question", "think", "--max-tokens", "24", "--temperature", "0.8", "--top-p", "0.9"],
+    ],
+)
+def test_variants_run(options: list[str], tmp_path: Path) -> None:
+    assert train.main([*SHORT, "--out", str(tmp_path / "run"), *options]) == 0
+    rows = timeless(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == 3
+    assert not any(row["dropped_step"] for row in rows)
+    if "--updates" in options and any(row["zero_variance_groups"] < 6 for row in rows):
+        assert any(row["ratio_max"] > 1 for row in rows)
+
+
+def test_evaluate_command(run: Path, capsys) -> None:
+    capsys.readouterr()
+    assert evaluate.main([str(run / "final"), "--eval-cues", "12"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((run / "summary.json").read_text())["eval"]["after"]
+
+
+def photographs(folder: Path) -> Path:
+    """Five images of different sizes with boxes, and their COCO file."""
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i, (width, height) in enumerate([(200, 200), (240, 160), (220, 150), (170, 110), (300, 260)]):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
+        annotations += [{"id": 10 * i + k, "image_id": i, "bbox": [10 + 20 * k, 12, 18, 17], "category_id": 1} for k in range(5)]
+    path = folder / "instances.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return path
+
+
+def test_training_on_files(tmp_path: Path) -> None:
+    data = photographs(tmp_path)
+    (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:2000])  # cut short: skipped with a count, or never drawn
+    arguments = [*SHORT, "--data", str(data), "--images", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert train.main(arguments) == 0
+    assert sum(row["skipped_images"] for row in timeless(tmp_path / "run" / "metrics.jsonl")) > 0
+    assert (tmp_path / "run" / "samples.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--steps", "0"], "--steps must be at least 1, not 0"),
+        (["--stepz", "3"], "--stepz"),
+        (["--steps", "three"], "three"),
+        (["--preset", "huge"], "--preset must be one of tiny"),
+        (["--reward", "magic"], "magic"),
+        (["--replies", "1"], "--replies must be at least 2"),
+        (["--data", "nowhere.json"], "nowhere.json"),
+        (["--images", "photos"], "--images was given without --data"),
+        (["--model", "./nowhere"], "--model ./nowhere: there is no such folder"),
+        (["--tokens", "100"], "raise --tokens"),
+        (["--device", "tpu"], "--device must be auto, cpu or cuda"),
+        (["--normalize-std", "maybe"], "true or false"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], sentence: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*SHORT, "--out", str(tmp_path / "run"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
+    last = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(last) == 1
+
+
+def test_an_output_folder_that_exists(tmp_path: Path, capsys) -> None:
+    (tmp_path / "keep.txt").write_text("mine")
+    assert train.main([*SHORT, "--out", str(tmp_path)]) == 2
+    assert f"--out {tmp_path} exists already" in capsys.readouterr().err
+    assert (tmp_path / "keep.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no *.safetensors weights"),
+        (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "pickle format"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100), "could not be loaded"),
+        (lambda folder: (folder / "preprocessor_config.json").write_text("{}"), "image_mean"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "llama"),
+    ],
+)
+def test_model_folders_that_cannot_be_used(spoil, sentence: str, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in TINY_BASE.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    spoil(folder)
+    assert train.main([*SHORT, "--model", str(folder), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert str(folder) in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_saves_what_was_done(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = [sys.executable, "-m", "locus_fast.train", *SHORT, "--steps", "500", "--out", str(out)]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= 2):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    steps = len((out / "metrics.jsonl").read_text().splitlines())
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["interrupted"]
+    assert summary["steps"] == steps >= 2
+    assert (out / "final" / "model.safetensors").exists()
+    assert json.loads((out / "checkpoints" / f"step-{steps:06d}" / "state.json").read_text())["step"] == steps
+
+
+def test_every_option_has_help_and_a_default(capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(["--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for name, f in Config.__dataclass_fields__.items():
+        assert f"--{name.replace('_', '-')}" in shown
+        assert f.metadata["help"]
+    assert len(re.findall(r"default:", shown)) == len(Config.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_hold(preset: str) -> None:
+    assert parse(["--preset", preset]).preset == preset
+    assert parse(["--preset", preset, "--steps", "7"]).steps == 7
+
+
+def test_options_cannot_be_shortened() -> None:
+    with pytest.raises(UserError, match="--step"):
+        parse(["--step", "5"])
