@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
+from locus_kernels.box_reward import box_reward, build_token_table, iou
 
 from locus_fast.tiny.tokenizer import VOCABULARY, build_tokenizer
-from locus_kernels.box_reward import box_reward, build_token_table, iou
 
 GROUPS, GROUP = 64, 8
 BOX = re.compile(r"\s*\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]\s*")

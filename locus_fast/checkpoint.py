@@ -72,27 +72,36 @@ def save_model(model: Any, source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def save_checkpoint(folder: Path, model: Any, source: Path, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """A folder that `load_optimizer` and `load_model` go on from; written beside and renamed, so that it is whole or absent."""
+def save_checkpoint(run: Path, model: Any, source: Path, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """`checkpoints/step-N` of a run folder: the model, and what `load_checkpoint` needs besides. Written beside and renamed: whole or absent."""
+    folder = run / "checkpoints" / f"step-{step:06d}"
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_model(model, source, partial)
-    states: dict[str, Tensor] = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        states |= {f"{index}.{key}": value.contiguous() for key, value in state.items()}
-    save_file(states, partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps({"step": step}))
+    states = {f"{index}.{key}": value for index, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+    (partial / "optimizer").mkdir()
+    save_file(states, partial / "optimizer" / "state.safetensors")
+    (partial / "optimizer" / "step.json").write_text(json.dumps({"step": step}))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> int:
-    """Put the saved state into the optimizer; returns the number of steps done."""
+def latest_checkpoint(run: Path) -> Path:
+    """The checkpoint of a run folder with the most steps."""
+    found = sorted((run / "checkpoints").glob("step-" + "[0-9]" * 6))
+    if not found:
+        raise UserError(f"--resume {run}: there is no checkpoint in its folder `checkpoints`.")
+    return found[-1]
+
+
+def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> int:
+    """Put the saved weights and optimizer state in place; returns the number of steps done."""
+    saved, _ = load_model(folder, model.device)
+    model.load_state_dict(saved.state_dict())
     states: dict[int, dict[str, Tensor]] = {}
-    for name, value in load_file(folder / "optimizer.safetensors").items():
+    for name, value in load_file(folder / "optimizer" / "state.safetensors").items():
         index, key = name.split(".", 1)
         states.setdefault(int(index), {})[key] = value
-    whole = optimizer.state_dict()
-    optimizer.load_state_dict({**whole, "state": states})
-    return int(json.loads((folder / "state.json").read_text())["step"])
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+    return int(json.loads((folder / "optimizer" / "step.json").read_text())["step"])

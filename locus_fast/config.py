@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from locus_kernels.box_reward import REWARD_SHAPES
@@ -28,6 +30,7 @@ class Config:
     data: str = option("", "COCO instances*.json, JSONL of {image, bbox}, or a folder of images; empty: drawn scenes")
     images: str = option("", "folder that the image names in --data are relative to; empty: the data file's folder")
     out: str = option("", "run folder, must not exist; empty: runs/PRESET-DATE-TIME")
+    resume: str = option("", "go on with this run folder from its last checkpoint; its settings hold unless given anew")
     seed: int = option(0, "seed of examples, sampling and order")
     steps: int = option(400, "optimizer batches: rollout, reward, update")
 
@@ -116,11 +119,23 @@ def parse(arguments: list[str], prog: str = "python -m locus_fast.train") -> Con
     hints = typing.get_type_hints(Config)
     for f in dataclasses.fields(Config):
         parser.add_argument(f"--{f.name.replace('_', '-')}", **_argument(f, hints[f.name]))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(arguments)).items()}
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(arguments)).items()}
     preset = given.get("preset", "tiny")
     if preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}, not '{preset}'.")
-    return check(Config(**{**PRESETS[preset], **given}))
+    settings = of_run(Path(given["resume"])) if given.get("resume") else PRESETS[preset]
+    return check(Config(**{**settings, **given}))
+
+
+def of_run(folder: Path) -> dict[str, Any]:
+    """The settings of a run folder."""
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--resume {folder}: its config.json cannot be read ({error}).") from None
+    if unknown := settings.keys() - Config.__dataclass_fields__.keys():
+        raise UserError(f"--resume {folder}: its config.json has settings that this version does not know: {', '.join(sorted(unknown))}.")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def _argument(f: dataclasses.Field, hint: Any) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def evaluate(setup: Setup, label: str, stop: Callable[[], bool]) -> Evaluation |
             chunk = [next(prompts) for _ in range(min(BATCHES_AHEAD, count - start))]
             for indices, batch in batches(setup, chunk, start, replies=1):
                 if stop():
-                    prompts.close()  # type: ignore[attr-defined]
+                    prompts.close()
                     return None
                 rollout = generate(setup.model, prefill(setup.model, batch), setup.vocabulary, sampling, seed=0, groups=indices)
                 reading = read_boxes(rollout.ids, rollout.lengths, setup.table, **setup.reading)

@@ -61,6 +61,18 @@ def frame_of(config: Any) -> Frame:
     return Frame(getattr(config, "coordinate_extent", family.extent))
 
 
+def question_pieces(tokenizer: Any, question: str, frame: Frame, placeholder: int) -> tuple[list[int], list[int], list[int]]:
+    """The token ids before, between and after the two images, by the tokenizer's chat template. UserError if it has no place for two images."""
+    text = QUESTIONS[question].format(units=frame.units)
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": text}]}]
+    ids = list(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
+    if (found := ids.count(placeholder)) != 2:
+        raise UserError(f"the tokenizer's chat template gives {found} image placeholders for two images; it must give one each.")
+    first = ids.index(placeholder)
+    second = ids.index(placeholder, first + 1)
+    return ids[:first], ids[first + 1 : second], ids[second + 1 :]
+
+
 class Prompter:
     """Turns examples into prompts for one model. The question is the same every time, so its tokens are made once."""
 
@@ -69,16 +81,7 @@ class Prompter:
         self.frame, self.spec = frame_of(config), spec
         self.pixels = (image_pixels, cue_pixels)
         self.placeholder = config.image_token_id
-        text = QUESTIONS[question].format(units=self.frame.units)
-        message = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": text}]}]
-        ids = list(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
-        if ids.count(self.placeholder) != 2:
-            raise UserError(
-                f"the tokenizer's chat template gives {ids.count(self.placeholder)} image placeholders for two images; it must give one each."
-            )
-        first = ids.index(self.placeholder)
-        second = ids.index(self.placeholder, first + 1)
-        self.pieces = (ids[:first], ids[first + 1 : second], ids[second + 1 :])
+        self.pieces = question_pieces(tokenizer, question, self.frame, self.placeholder)
 
     def __call__(self, example: Example) -> Prompt:
         """The prompt of an example."""

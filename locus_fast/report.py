@@ -19,22 +19,36 @@ COLOURS = {"true box": "#00d060", "base": "#ff9500", "trained": "#ff2d78"}
 class Metrics:
     """Appends a step's numbers to `metrics.jsonl`, flushed at once, and to TensorBoard where asked."""
 
-    def __init__(self, folder: Path, tensorboard: bool):
+    def __init__(self, folder: Path, tensorboard: bool, done: int):
+        """done: steps of an earlier part of the run whose lines are kept; later ones are done again."""
         self.path = folder / "metrics.jsonl"
+        kept = self.path.read_text().splitlines(keepends=True)[:done] if done else []
+        self.path.write_text("".join(kept))
         self.file = self.path.open("a")
         self.events = open_events(folder) if tensorboard else None
+        self.rollouts = self.tokens = self.seconds = 0.0
 
     def write(self, numbers: dict[str, Any]) -> None:
         self.file.write(json.dumps(numbers) + "\n")
         self.file.flush()
+        self.seconds += numbers["seconds"]
+        self.rollouts += numbers["rollouts_per_s"] * numbers["seconds"]
+        self.tokens += numbers["unique_tokens_per_s"] * numbers["seconds"]
         if self.events:
             for name, value in numbers.items():
                 self.events.add_scalar(name, value, numbers["step"])
 
-    def close(self) -> None:
+    def throughput(self) -> dict[str, float]:
+        """Over the steps written: a prompt's tokens are counted once, whatever the number of its replies."""
+        seconds = max(self.seconds, 1e-9)
+        return {"rollouts_per_s": self.rollouts / seconds, "unique_tokens_per_s": self.tokens / seconds, "training_seconds": self.seconds}
+
+    def close(self) -> Path:
+        """Closes the files; returns the path of `metrics.jsonl`."""
         self.file.close()
         if self.events:
             self.events.close()
+        return self.path
 
 
 def open_events(folder: Path) -> Any:

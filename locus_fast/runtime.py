@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +84,7 @@ def cue_source(config: Config) -> CueSource:
     return SceneCues(config.seed, config.eval_cues)
 
 
-def prefetch(make: Callable[[int], Prompt], indices: Iterable[int], workers: int, ahead: int) -> Iterator[Prompt]:
+def prefetch(make: Callable[[int], Prompt], indices: Iterable[int], workers: int, ahead: int) -> Generator[Prompt]:
     """make(index) for each index, in order, computed by threads up to `ahead` indices early (decoding and resizing release the GIL)."""
     waiting: deque[Future[Prompt]] = deque()
     with ThreadPoolExecutor(workers) as pool:

@@ -18,7 +18,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from locus_kernels.box_reward import box_reward
 from torch import Tensor
 from tqdm import tqdm
 
-from locus_fast.checkpoint import save_checkpoint, save_model
+from locus_fast.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model
 from locus_fast.config import Config, parse
 from locus_fast.errors import UserError
 from locus_fast.evaluate import evaluate
@@ -38,7 +39,7 @@ from locus_fast.rollout import Sampling, generate
 from locus_fast.runtime import Interrupt, Setup, batches, prefetch, set_up
 from locus_fast.types import Prompt, PromptBatch, Rollout
 
-BAD_STEPS = 5  # steps in a row without a finite gradient that end the run
+DROPPED_STEPS = 5  # steps in a row without a finite gradient that end the run
 
 
 @dataclass(frozen=True)
@@ -75,59 +76,64 @@ class Totals:
 
 
 def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]:
-    """One run into the folder `out`; returns the summary. `stop` is asked between microbatches: what is done by then is saved."""
+    """One run into the folder `out`; returns the summary. `stop` is asked between microbatches. Whatever ends the run, what was done is saved."""
     started = time.perf_counter()
     setup = set_up(config)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(config), indent=2))
+    model = setup.model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    out.mkdir(parents=True, exist_ok=bool(config.resume))
+    (out / "config.json").write_text(json.dumps(asdict(replace(config, resume="")), indent=2))
     print(f"{setup.cues.describe()}; {out}", file=sys.stderr)
     before = evaluate(setup, "held-out cues, before", stop)
-
-    model = setup.model
     reference = copy.deepcopy(model).requires_grad_(False) if config.kl > 0 else None
+    done = load_checkpoint(latest_checkpoint(out), model, optimizer) if config.resume else 0
     if config.checkpointing:
         checkpoint_activations(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    metrics = Metrics(out, config.tensorboard)
-    done, training_seconds, totals_of_run = 0, 0.0, Totals()
-    prompts = prefetch(lambda i: setup.prompter(setup.cues.train(i)), range(config.steps * config.prompts), config.workers, ahead=2 * config.prompts)
-    with tqdm(total=config.steps, desc="train", unit="step") as bar:
-        for step in range(config.steps):
-            if stop():
-                break
-            model.train()
-            numbers = train_step(setup, reference, optimizer, prompts, step, stop)
-            model.eval()
-            if numbers is None:
-                break
-            done += 1
-            training_seconds += numbers["seconds"]
-            totals_of_run.add(rollouts=numbers["rollouts_per_s"] * numbers["seconds"], tokens=numbers["unique_tokens_per_s"] * numbers["seconds"])
+    metrics = Metrics(out, config.tensorboard, done)
+    try:
+        for numbers in steps(setup, reference, optimizer, done, stop):
+            done = numbers["step"]
             metrics.write(numbers)
-            show(bar, numbers)
             if config.save_every and done % config.save_every == 0 and done < config.steps:
-                save_checkpoint(out / "checkpoints" / f"step-{done:06d}", model, setup.folder, optimizer, done)
-    prompts.close()  # type: ignore[attr-defined]
-    metrics.close()
-    save_checkpoint(out / "checkpoints" / f"step-{done:06d}", model, setup.folder, optimizer, done)
-    save_model(model, setup.folder, out / "final")
-    draw_curve(metrics.path, out / "curve.png")
-
+                save_checkpoint(out, model, setup.folder, optimizer, done)
+    finally:
+        save_checkpoint(out, model, setup.folder, optimizer, done)
+        save_model(model, setup.folder, out / "final")
+        draw_curve(metrics.close(), out / "curve.png")
     after = None if stop() else evaluate(setup, "held-out cues, after", stop)
     if before and after:
         draw_samples(setup.cues, before, after, out / "samples.png")
-    run = totals_of_run.read()
     summary = {
         "eval": {"before": before.summary() if before else None, "after": after.summary() if after else None},
         "steps": done,
         "interrupted": stop(),
-        "rollouts_per_s": run.get("rollouts", 0.0) / max(training_seconds, 1e-9),
-        "unique_tokens_per_s": run.get("tokens", 0.0) / max(training_seconds, 1e-9),
-        "training_seconds": training_seconds,
+        **metrics.throughput(),
         "total_seconds": time.perf_counter() - started,
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2))
     return summary
+
+
+def steps(setup: Setup, reference: Any, optimizer: torch.optim.Optimizer, done: int, stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    """Runs the steps after the first `done` and yields each one's metrics, until the last one or until `stop` says so."""
+    config = setup.config
+    indices = range(done * config.prompts, config.steps * config.prompts)
+    prompts = prefetch(lambda i: setup.prompter(setup.cues.train(i)), indices, config.workers, ahead=2 * config.prompts)
+    dropped = 0
+    with closing(prompts), tqdm(total=config.steps, initial=done, desc="train", unit="step") as bar:
+        for step in range(done, config.steps):
+            setup.model.train()
+            numbers = None if stop() else train_step(setup, reference, optimizer, prompts, step, stop)
+            setup.model.eval()
+            if numbers is None:
+                return
+            show(bar, numbers)
+            yield numbers
+            dropped = dropped + 1 if numbers["dropped_step"] else 0
+            if dropped == DROPPED_STEPS:
+                raise UserError(
+                    f"the gradient was not finite in {dropped} steps in a row up to step {step + 1}; lower --lr, or check the model's weights."
+                )
 
 
 def train_step(
@@ -293,7 +299,9 @@ def show(bar: tqdm, numbers: dict[str, Any]) -> None:
 
 
 def run_folder(config: Config) -> Path:
-    """Where the run goes; raises UserError if it is there already."""
+    """Where the run goes; raises UserError if it is there already, unless it is to be resumed."""
+    if config.resume:
+        return Path(config.resume)
     out = Path(config.out) if config.out else Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     if out.exists():
         raise UserError(f"--out {out} exists already; name a new folder, or remove it.")

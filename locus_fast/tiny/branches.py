@@ -14,7 +14,7 @@ from locus_kernels.patchify import patchify
 from torch import Tensor
 
 from locus_fast.preprocess import PatchSpec, resize
-from locus_fast.prompts import QUESTIONS, Frame, interleave
+from locus_fast.prompts import Frame, interleave, question_pieces
 from locus_fast.tiny.model import CELL, EXTENT, MERGE, PATCH
 from locus_fast.tiny.scenes import IMAGE_SIZES, Box, cut_cue, draw_scene
 
@@ -35,12 +35,8 @@ class Task:
 
     @staticmethod
     def of(tokenizer: Any) -> Task:
-        text = QUESTIONS["direct"].format(units=Frame(EXTENT).units)
-        message = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": text}]}]
-        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
         placeholder, stop = (tokenizer.convert_tokens_to_ids(token) for token in ("<|image_pad|>", "<|im_end|>"))
-        first, second = (i for i, token in enumerate(ids) if token == placeholder)
-        return Task((ids[:first], ids[first + 1 : second], ids[second + 1 :]), placeholder, stop, tokenizer)
+        return Task(question_pieces(tokenizer, "direct", Frame(EXTENT), placeholder), placeholder, stop, tokenizer)
 
     def reply(self, box: tuple[float, ...], size: tuple[int, int]) -> list[int]:
         """The tokens of a box: two digits a number."""

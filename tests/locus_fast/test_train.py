@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,53 @@ def test_microbatches_do_not_change_the_step(run: Path, tmp_path: Path) -> None:
         assert one[name] == pytest.approx(several[name], rel=1e-3, abs=1e-6), name
 
 
+def test_resuming_gives_the_same_run(run: Path, tmp_path: Path) -> None:
+    """Two steps, then the third: the metrics and the weights of a run in one go. Lines past the last checkpoint are written again."""
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    shutil.rmtree(out / "checkpoints" / "step-000003")
+    assert train.main(["--resume", str(out)]) == 0
+    assert timeless(out / "metrics.jsonl") == timeless(run / "metrics.jsonl")
+    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (out, run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_cannot_be_resumed(tmp_path: Path, capsys) -> None:
+    assert train.main(["--resume", str(tmp_path)]) == 2
+    assert f"--resume {tmp_path}" in capsys.readouterr().err
+
+
+def test_an_error_in_mid_run_loses_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
+    step = train.train_step
+
+    def failing(setup, reference, optimizer, prompts, index, stop):
+        if index == 2:
+            raise UserError("the disk went away.")
+        return step(setup, reference, optimizer, prompts, index, stop)
+
+    monkeypatch.setattr(train, "train_step", failing)
+    out = tmp_path / "run"
+    assert train.main([*SHORT, "--out", str(out)]) == 2
+    assert "error: the disk went away." in capsys.readouterr().err
+    assert (out / "checkpoints" / "step-000002" / "model.safetensors").exists()
+    assert (out / "final" / "model.safetensors").exists()
+
+
+def test_steps_that_are_not_finite_are_dropped_and_end_the_run(tmp_path: Path, monkeypatch, capsys) -> None:
+    backward = train.backward
+
+    def spoiled(config, experience, replies, logprob, totals):
+        backward(config, experience, replies, logprob * float("nan"), totals)
+
+    monkeypatch.setattr(train, "backward", spoiled)
+    out = tmp_path / "run"
+    assert train.main([*SHORT, "--out", str(out), "--steps", "9"]) == 2
+    assert "not finite in 5 steps in a row up to step 5" in capsys.readouterr().err
+    assert all(row["dropped_step"] for row in timeless(out / "metrics.jsonl"))
+    before, after = (load_file(folder / "model.safetensors") for folder in (TINY_BASE, out / "final"))
+    assert all(torch.equal(before[name].float(), after[name]) for name in before)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -149,7 +197,7 @@ def photographs(folder: Path) -> Path:
 
 def test_training_on_files(tmp_path: Path) -> None:
     data = photographs(tmp_path)
-    (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:2000])  # cut short: skipped with a count, or never drawn
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:2000])  # cut short: skipped with a count, or never drawn
     arguments = [*SHORT, "--data", str(data), "--images", str(tmp_path), "--out", str(tmp_path / "run")]
     assert train.main(arguments) == 0
     assert sum(row["skipped_images"] for row in timeless(tmp_path / "run" / "metrics.jsonl")) > 0
@@ -230,7 +278,7 @@ def test_ctrl_c_saves_what_was_done(tmp_path: Path) -> None:
     assert summary["interrupted"]
     assert summary["steps"] == steps >= 2
     assert (out / "final" / "model.safetensors").exists()
-    assert json.loads((out / "checkpoints" / f"step-{steps:06d}" / "state.json").read_text())["step"] == steps
+    assert json.loads((out / "checkpoints" / f"step-{steps:06d}" / "optimizer" / "step.json").read_text())["step"] == steps
 
 
 def test_every_option_has_help_and_a_default(capsys) -> None:
