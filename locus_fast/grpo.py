@@ -9,7 +9,7 @@ Legend: T reply tokens. Sources: clipped surrogate, Schulman et al. 2017 (arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,18 +34,20 @@ def clipped_surrogate(logprob: Tensor, old: Tensor, advantage: Tensor, clip_low:
     return loss, low, high
 
 
-def token_mean(lengths: Tensor) -> tuple[Tensor, int]:
-    """Every token of the batch counts the same. lengths int64 [R]; returns (weight of a token of each reply, float32 [R]; the denominator's share:
-    these replies' tokens)."""
-    return torch.ones(len(lengths), device=lengths.device), int(lengths.sum())
+def token_mean(lengths: Tensor, on_host: Sequence[int]) -> tuple[Tensor, int]:
+    """Every token of the batch counts the same. lengths int64 [R], and the same on the host.
+
+    Returns (weight of a token of each reply, float32 [R]; what these replies add to the batch's denominator: their tokens).
+    """
+    return torch.ones(len(lengths), device=lengths.device), sum(on_host)
 
 
-def sequence_mean(lengths: Tensor) -> tuple[Tensor, int]:
-    """Every reply of the batch counts the same, whatever its length. As `token_mean`; the denominator's share is the number of replies."""
-    return 1.0 / lengths.clamp(min=1).float(), len(lengths)
+def sequence_mean(lengths: Tensor, on_host: Sequence[int]) -> tuple[Tensor, int]:
+    """Every reply of the batch counts the same, whatever its length. As `token_mean`; the denominator counts replies."""
+    return 1.0 / lengths.float(), len(on_host)
 
 
-MEANS: dict[str, Callable[[Tensor], tuple[Tensor, int]]] = {"token": token_mean, "sequence": sequence_mean}
+MEANS: dict[str, Callable[[Tensor, Sequence[int]], tuple[Tensor, int]]] = {"token": token_mean, "sequence": sequence_mean}
 
 
 def grpo_loss(

@@ -90,6 +90,7 @@ class Replies:
     layout: SharedPrefixLayout
     ids: Tensor  # int64 [T], every reply token
     row: Tensor  # int64 [T], the rollout row of each
+    place: Tensor  # int64 [T], its place in that row
     fed: Tensor  # int64 [T_in], the place in `ids` of each token that is fed
     position: Tensor  # int64 [T_in], rotary positions of the fed tokens
     predictor: Tensor  # int64 [T], where each token's predicting state stands in cat(last_hidden [B], reply states [T_in])
@@ -112,6 +113,7 @@ class Replies:
             layout=SharedPrefixLayout.of(prefix.prompts, groups, fed_lengths),
             ids=rollout.ids[row, place],
             row=row,
+            place=place,
             fed=fed.to(device),
             position=prefix.next_position[fed_row // G] + fed_place,
             predictor=predictor_T.to(device),

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from locus_kernels.box_reward import box_reward
+from locus_kernels.box_reward import BoxReward, box_reward
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ from locus_fast.config import Config, parse
 from locus_fast.errors import UserError
 from locus_fast.evaluate import evaluate
 from locus_fast.grpo import MEANS, grpo_loss
-from locus_fast.policy import Prefix, Replies, checkpoint_activations, prefill, reply_logprob
+from locus_fast.policy import Replies, checkpoint_activations, prefill, reply_logprob
 from locus_fast.report import Metrics, draw_curve, draw_samples
 from locus_fast.rollout import Sampling, generate
 from locus_fast.runtime import Interrupt, Setup, batches, prefetch, set_up
@@ -44,7 +44,7 @@ DROPPED_STEPS = 5  # steps in a row without a finite gradient that end the run
 
 @dataclass(frozen=True)
 class Experience:
-    """A microbatch's rollouts and all that an update on them needs. T tokens of the live groups: those whose rewards differ."""
+    """A microbatch's rollouts and all that a further update on them needs. T tokens of the live groups: those whose rewards differ."""
 
     batch: PromptBatch
     rollout: Rollout
@@ -152,21 +152,31 @@ def train_step(
             return None
         prefix = prefill(model, batch)  # the sampler's prefill is the training forward's prefix
         rollout = generate(model, prefix, setup.vocabulary, sampling_of(config), seed=config.seed, groups=indices)
-        experience, replies, logprob, share = learn_from(setup, reference, prefix, batch, rollout, step / config.steps, totals)
+        scored = score(setup, batch, rollout, step / config.steps)
+        host = torch.cat([rollout.lengths, scored.zero_variance.long()]).tolist()  # the one readback of a microbatch
+        lengths, live = host[: len(rollout.ids)], [group for group, flat in enumerate(host[len(rollout.ids) :]) if not flat]
+        weight, share = MEANS[config.mean](rollout.lengths, lengths)
         denominator += share
-        if replies is not None:
-            backward(config, experience, replies, logprob, totals)
-        experiences.append(experience)
+        count(totals, batch, scored, lengths, live)
+        if live:
+            replies = Replies.of(prefix, rollout, lengths, live)
+            logprob, entropy = reply_logprob(model, prefix, replies, config.temperature)
+            anchor = None
+            if reference is not None:
+                with torch.no_grad():
+                    anchor, _ = reply_logprob(reference, prefill(reference, batch), replies, config.temperature)
+            experiences.append(Experience(batch, rollout, lengths, live, scored.advantage, weight, logprob.detach(), anchor))
+            backward(config, experiences[-1], replies, logprob, totals)
+            compare_with_sampler(totals, rollout, replies, logprob.detach(), entropy)
     rate = config.lr * min(1.0, (step + 1) / max(1.0, config.warmup * config.steps))
     norm = update(model, optimizer, denominator, rate, config.grad_clip)
     for _ in range(config.updates - 1):  # further updates on the same rollouts: the prefix again, against the stored old log-probs
         optimizer.zero_grad(set_to_none=True)
         for experience in experiences:
-            if experience.live:
-                prefix = prefill(model, experience.batch)
-                replies = Replies.of(prefix, experience.rollout, experience.lengths, experience.live)
-                logprob, _ = reply_logprob(model, prefix, replies, config.temperature)
-                backward(config, experience, replies, logprob, totals)
+            prefix = prefill(model, experience.batch)
+            replies = Replies.of(prefix, experience.rollout, experience.lengths, experience.live)
+            logprob, _ = reply_logprob(model, prefix, replies, config.temperature)
+            backward(config, experience, replies, logprob, totals)
         norm = update(model, optimizer, denominator, rate, config.grad_clip)
     return summarise(setup, totals, chunk, step, norm, rate, time.perf_counter() - clock, waited)
 
@@ -175,20 +185,14 @@ def sampling_of(config: Config) -> Sampling:
     return Sampling(config.replies, config.max_tokens, config.temperature, config.top_p)
 
 
-def learn_from(
-    setup: Setup, reference: Any, prefix: Prefix, batch: PromptBatch, rollout: Rollout, progress: float, totals: Totals
-) -> tuple[Experience, Replies | None, Tensor, int]:
-    """Reward and advantage of a microbatch's rollouts, and the training forward of the groups that have a gradient.
-
-    Returns (experience, their replies, log-prob float32 [T] in the graph, the batch's share of the denominator); no replies if no group is live.
-    """
+def score(setup: Setup, batch: PromptBatch, rollout: Rollout, progress: float) -> BoxReward:
+    """Box, validity, reward and group advantage of every reply, from token ids."""
     config = setup.config
-    target = batch.target.repeat_interleave(config.replies, 0)
-    scored = box_reward(
+    return box_reward(
         rollout.ids,
         rollout.lengths,
         setup.table,
-        target,
+        batch.target.repeat_interleave(config.replies, 0),
         group_size=config.replies,
         shape=config.reward,
         format_weight=config.format_weight,
@@ -196,36 +200,27 @@ def learn_from(
         progress=progress,
         **setup.reading,
     )
-    weight, _ = MEANS[config.mean](rollout.lengths)
-    host = torch.cat([rollout.lengths, scored.zero_variance.long()]).tolist()  # the one readback of a microbatch
-    rows = len(rollout.lengths)
-    lengths, live = host[:rows], [group for group, flat in enumerate(host[rows:]) if not flat]
-    share = MEANS[config.mean](torch.tensor(lengths))[1]
+
+
+def count(totals: Totals, batch: PromptBatch, scored: BoxReward, lengths: list[int], live: list[int]) -> None:
+    """A microbatch's share of the step's metrics. Groups whose rewards are all equal are counted: they have no gradient."""
     totals.add(
         reward=scored.reward.sum(),
         iou=scored.iou.sum(),
         valid=scored.valid.sum(),
         format=scored.format_ok.sum(),
         zero_variance=float(len(batch.lengths) - len(live)),
-        replies=float(rows),
+        replies=float(len(lengths)),
         reply_tokens=float(sum(lengths)),
         prompt_tokens=float(sum(batch.lengths)),
     )
-    experience = Experience(batch, rollout, lengths, live, scored.advantage, weight, torch.empty(0), None)
-    if not live:
-        return experience, None, torch.empty(0), share
-    replies = Replies.of(prefix, rollout, lengths, live)
-    logprob, entropy = reply_logprob(setup.model, prefix, replies, config.temperature)
-    old_reference = None
-    if reference is not None:
-        with torch.no_grad():
-            old_reference, _ = reply_logprob(reference, prefill(reference, batch), replies, config.temperature)
-    rows_of_live = [row for group in live for row in range(group * config.replies, (group + 1) * config.replies)]
-    sampled = torch.cat([rollout.logprob[row, : lengths[row]] for row in rows_of_live])
-    gap = (logprob.detach() - sampled).abs()
-    totals.add(entropy=entropy.sum(), sampler_gap=gap.sum(), live_tokens=float(len(gap)))
+
+
+def compare_with_sampler(totals: Totals, rollout: Rollout, replies: Replies, logprob: Tensor, entropy: Tensor) -> None:
+    """How far the training forward's log-probs are from the sampler's, and the entropy, over T tokens."""
+    gap = (logprob - rollout.logprob[replies.row, replies.place]).abs()
+    totals.add(entropy=entropy.detach().sum(), sampler_gap=gap.sum(), live_tokens=float(len(gap)))
     totals.peak(sampler_gap_max=gap.amax())
-    return Experience(batch, rollout, lengths, live, scored.advantage, weight, logprob.detach(), old_reference), replies, logprob, share
 
 
 def backward(config: Config, experience: Experience, replies: Replies, logprob: Tensor, totals: Totals) -> None:

@@ -106,8 +106,8 @@ def test_no_tokens() -> None:
 
 def test_means() -> None:
     lengths = torch.tensor([4, 1, 5])
-    weight, denominator = MEANS["token"](lengths)
+    weight, denominator = MEANS["token"](lengths, [4, 1, 5])
     assert (weight.tolist(), denominator) == ([1.0, 1.0, 1.0], 10)
-    weight, denominator = MEANS["sequence"](lengths)
+    weight, denominator = MEANS["sequence"](lengths, [4, 1, 5])
     torch.testing.assert_close(weight, torch.tensor([0.25, 1.0, 0.2]))
     assert denominator == 3
