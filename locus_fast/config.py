@@ -73,7 +73,7 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
-        "steps": 80,
+        "steps": 60,
         "question": "direct",
         "mix": (0.5, 0.5, 0.0),
         "image_pixels": (96 * 96, 160 * 160),
