@@ -83,13 +83,13 @@ def draw_curve(metrics: Path, path: Path) -> None:
 
 
 def draw_samples(cues: CueSource, before: Evaluation, after: Evaluation, path: Path) -> None:
-    """Held-out images with the true box, the base's box and the trained box; the cue in the corner."""
+    """Held-out images with the true box, the base's box and the trained box; the cue beside each."""
     plt = pyplot()
     count = min(PICTURES, cues.held_out_count)
     chosen = np.linspace(0, cues.held_out_count - 1, count).round().astype(int).tolist()
     columns = min(4, count)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 4.3 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 4.1 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, index in zip(axes.flat, chosen, strict=False):
@@ -101,12 +101,12 @@ def draw_samples(cues: CueSource, before: Evaluation, after: Evaluation, path: P
                 style = {"edgecolor": COLOURS[name], "linewidth": 2, "linestyle": "-" if name == "true box" else "--"}
                 axis.add_patch(plt.Rectangle(corner, width, height, fill=False, **style))
         axis.set_title(f"IoU {before.iou[index]:.2f} to {after.iou[index]:.2f}", fontsize=11)
-        inset = axis.inset_axes((0.76, -0.02, 0.24, 0.24))
+        inset = axis.inset_axes((1.03, 0.72, 0.26, 0.28))
         inset.imshow(example.cue)
         inset.set(xticks=[], yticks=[])
     handles = [plt.Line2D([], [], color=colour, label=name) for name, colour in COLOURS.items()]
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.subplots_adjust(left=0.01, right=0.94, bottom=0.07, top=0.95, wspace=0.36, hspace=0.12)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
