@@ -89,7 +89,7 @@ def draw_samples(cues: CueSource, before: Evaluation, after: Evaluation, path: P
     chosen = np.linspace(0, cues.held_out_count - 1, count).round().astype(int).tolist()
     columns = min(4, count)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 4.1 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.9 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, index in zip(axes.flat, chosen, strict=False):

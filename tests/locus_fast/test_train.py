@@ -19,12 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from locus_fast import evaluate, train
-from locus_fast.checkpoint import TINY_BASE, load_model
+from locus_fast.checkpoint import TINY_BASE
 from locus_fast.config import PRESETS, Config, parse
 from locus_fast.errors import UserError
 from locus_fast.policy import prefill
+from locus_fast.runtime import set_up
 from locus_fast.types import PromptBatch
-from tests.small_models import small_prompt
 
 SHORT = ["--steps", "3", "--prompts", "6", "--eval-cues", "12", "--tokens", "1500", "--device", "cpu"]
 
@@ -71,24 +71,26 @@ def test_weights_moved_and_the_layout_stayed(run: Path) -> None:
 
 def test_final_loads_with_transformers_alone(run: Path, tmp_path: Path) -> None:
     """A script that imports transformers and nothing of ours gives the same logits."""
-    model, _ = load_model(run / "final", torch.device("cpu"))
-    prompt = small_prompt(model, [(10, 8), (4, 4)], words=7, seed=0)
-    ids = torch.where(prompt.ids == 300, model.config.image_token_id, prompt.ids)
-    prompt = type(prompt)(**{**vars(prompt), "ids": ids})
+    setup = set_up(parse(["--model", str(run / "final")]))
+    prompts = [setup.prompter(setup.cues.held_out(i)) for i in range(3)]
     with torch.no_grad():
-        mine = model.lm_head(prefill(model, PromptBatch.of([prompt], "cpu")).last_hidden)[0]
-    np.savez(tmp_path / "in.npz", ids=ids.numpy(), patches=prompt.patches.numpy(), grids=prompt.grids.numpy())
+        mine = setup.model.lm_head(prefill(setup.model, PromptBatch.of(prompts, "cpu")).last_hidden)
+    given = {f"{name}{i}": getattr(prompt, name).numpy() for i, prompt in enumerate(prompts) for name in ("ids", "patches", "grids")}
+    np.savez(tmp_path / "in.npz", **given)
     script = f"""
 import numpy as np, torch, sys
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 model = AutoModelForImageTextToText.from_pretrained({str(run / "final")!r}, dtype=torch.float32).eval()
 AutoTokenizer.from_pretrained({str(run / "final")!r})
 given = np.load({str(tmp_path / "in.npz")!r})
-ids = torch.from_numpy(given["ids"])[None]
-with torch.no_grad():
-    out = model(input_ids=ids, pixel_values=torch.from_numpy(given["patches"]), image_grid_thw=torch.from_numpy(given["grids"]),
-                mm_token_type_ids=(ids == model.config.image_token_id).int())
-np.save({str(tmp_path / "out.npy")!r}, out.logits[0, -1].numpy())
+logits = []
+for i in range(3):
+    ids = torch.from_numpy(given[f"ids{{i}}"])[None]
+    with torch.no_grad():
+        out = model(input_ids=ids, pixel_values=torch.from_numpy(given[f"patches{{i}}"]), image_grid_thw=torch.from_numpy(given[f"grids{{i}}"]),
+                    mm_token_type_ids=(ids == model.config.image_token_id).int())
+    logits.append(out.logits[0, -1].numpy())
+np.save({str(tmp_path / "out.npy")!r}, np.stack(logits))
 assert not any(name.startswith(("locus_fast", "locus_kernels")) for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
