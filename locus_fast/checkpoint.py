@@ -44,13 +44,18 @@ def model_folder(name: str) -> Path:
         raise UserError(f"--model {name}: no such folder, and it could not be fetched from the hub ({type(error).__name__}).") from None
 
 
-def load_model(folder: Path, device: torch.device) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder: float32 on the device, our attention, evaluation mode."""
+def check_folder(folder: Path) -> None:
+    """Raises UserError unless the folder has a config and safetensors weights; cheap, so done before anything else."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: give the folder of a model in Hugging Face layout.")
     if not list(folder.glob("*.safetensors")):
         pickled = ", in pickle format, which is not loaded: convert it to safetensors first" if list(folder.glob("*.bin")) else ""
         raise UserError(f"{folder} has no *.safetensors weights{pickled}.")
+
+
+def load_model(folder: Path, device: torch.device) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder: float32 on the device, our attention, evaluation mode."""
+    check_folder(folder)
     try:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type not in FAMILIES:

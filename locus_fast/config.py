@@ -25,7 +25,7 @@ def option(default: Any, help: str, choices: typing.Iterable[str] = ()) -> Any:
 class Config:
     """One run. The defaults are the LOCUS recipe (arXiv 2606.16586); a preset changes what its model needs."""
 
-    preset: str = option("tiny", "start from this preset; every other option overrides it")
+    preset: str = option("", "start from this preset; empty: tiny for the embedded base and what was trained from it, else paper")
     model: str = option("", "folder of the base model in Hugging Face layout; empty: the embedded tiny base")
     data: str = option("", "COCO instances*.json, JSONL of {image, bbox}, or a folder of images; empty: drawn scenes")
     images: str = option("", "folder that the image names in --data are relative to; empty: the data file's folder")
@@ -86,6 +86,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "workers": 1,
         "eval_cues": 384,
     },
+    "paper": {},
     "qwen2.5-vl-7b": {"model": "Qwen/Qwen2.5-VL-7B-Instruct"},
     "qwen3-vl-4b": {"model": "Qwen/Qwen3-VL-4B-Thinking"},
     "mimo-vl-7b": {"model": "XiaomiMiMo/MiMo-VL-7B-RL"},
@@ -120,11 +121,21 @@ def parse(arguments: list[str], prog: str = "python -m locus_fast.train") -> Con
     for f in dataclasses.fields(Config):
         parser.add_argument(f"--{f.name.replace('_', '-')}", **_argument(f, hints[f.name]))
     given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(arguments)).items()}
-    preset = given.get("preset", "tiny")
+    preset = given.get("preset") or default_preset(given.get("model", ""))
     if preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}, not '{preset}'.")
     settings = of_run(Path(given["resume"])) if given.get("resume") else PRESETS[preset]
-    return check(Config(**{**settings, **given}))
+    return check(Config(**{"preset": preset, **settings, **given}))
+
+
+def default_preset(model: str) -> str:
+    """The preset of a model that is named without one."""
+    if not model:
+        return "tiny"
+    try:
+        return "tiny" if "coordinate_extent" in json.loads((Path(model) / "config.json").read_text()) else "paper"
+    except (OSError, ValueError):  # a hub id, or a folder that loading will complain about
+        return "paper"
 
 
 def of_run(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from locus_kernels.box_reward import TokenTable, build_token_table
 
-from locus_fast.checkpoint import TINY_BASE, load_model, model_folder
+from locus_fast.checkpoint import check_folder, load_model, model_folder
 from locus_fast.config import Config
 from locus_fast.cues import CueRecipe, FileCues
 from locus_fast.data import read_boxes
@@ -49,8 +49,9 @@ def set_up(config: Config) -> Setup:
     """Load everything a run needs; raises UserError for what cannot be used."""
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
-    cues = cue_source(config)
     folder = model_folder(config.model)
+    check_folder(folder)
+    cues = cue_source(config)
     model, tokenizer = load_model(folder, device)
     prompter = Prompter(
         tokenizer,
@@ -79,7 +80,7 @@ def cue_source(config: Config) -> CueSource:
         return FileCues(table, recipe, seed=config.seed, held_out=config.eval_cues)
     if config.images:
         raise UserError("--images was given without --data: say where the boxes are, or give the folder of images as --data.")
-    if config.model and model_folder(config.model) != TINY_BASE and config.preset != "tiny":
+    if config.preset != "tiny":
         raise UserError("--data is missing: give a COCO instances*.json, a JSONL of boxes, or a folder of images to train this model on.")
     return SceneCues(config.seed, config.eval_cues)
 

@@ -219,6 +219,7 @@ def test_training_on_files(tmp_path: Path) -> None:
         (["--images", "photos"], "--images was given without --data"),
         (["--model", "./nowhere"], "--model ./nowhere: there is no such folder"),
         (["--tokens", "100"], "raise --tokens"),
+        (["--preset", "paper", "--model", str(TINY_BASE)], "--data is missing"),
         (["--device", "tpu"], "--device must be auto, cpu or cuda"),
         (["--normalize-std", "maybe"], "true or false"),
     ],
@@ -257,7 +258,7 @@ def test_model_folders_that_cannot_be_used(spoil, sentence: str, tmp_path: Path,
     for file in TINY_BASE.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     spoil(folder)
-    assert train.main([*SHORT, "--model", str(folder), "--out", str(tmp_path / "run")]) == 2
+    assert train.main([*SHORT, "--preset", "tiny", "--model", str(folder), "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert sentence in error
     assert str(folder) in error
@@ -298,6 +299,11 @@ def test_every_option_has_help_and_a_default(capsys) -> None:
 def test_presets_hold(preset: str) -> None:
     assert parse(["--preset", preset]).preset == preset
     assert parse(["--preset", preset, "--steps", "7"]).steps == 7
+
+
+def test_the_preset_of_a_model(run: Path) -> None:
+    assert parse([]).preset == parse(["--model", str(TINY_BASE)]).preset == parse(["--model", str(run / "final")]).preset == "tiny"
+    assert parse(["--model", "some/model"]).preset == parse(["--model", str(run)]).preset == "paper"
 
 
 def test_options_cannot_be_shortened() -> None:
