@@ -38,9 +38,10 @@ def _invert(mass: Tensor, u: Tensor) -> Tensor:
 
 def uniform(seed: int, row: Tensor, position: int) -> Tensor:
     """float64 in [0, 1) from the SplitMix64 finaliser (Steele, Lea and Flood 2014) of (seed, row, position); row int64 [R]."""
-    state = torch.full_like(row, _wrap(seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019))
-    for word in (row, torch.full_like(row, position)):
-        state = _mix(state + word * _wrap(0x9E3779B97F4A7C15) + _wrap(0x9E3779B97F4A7C15))
+    state = torch.full_like(row, seed)
+    for word in (row, torch.full_like(row, position)):  # mixed before each word, so that streams of other seeds are no shifted copies
+        state = _mix(state + _wrap(0x9E3779B97F4A7C15)) + word
+    state = _mix(state + _wrap(0x9E3779B97F4A7C15))
     return _shift(state, 11).double() * 2.0**-53
 
 
