@@ -27,15 +27,18 @@ COPIED = (  # what a model folder holds beside config and weights
 )
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is no folder but has the form of a hub id."""
+    return bool(name) and not Path(name).is_dir() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
 def model_folder(name: str) -> Path:
     """The folder of a model: the embedded base for an empty name, a path, or the local copy of a hub id (fetched if it is not there)."""
-    if not name:
-        return TINY_BASE
-    folder = Path(name)
-    if folder.is_dir():
+    if not is_hub_id(name):
+        folder = Path(name) if name else TINY_BASE
+        if not folder.is_dir():
+            raise UserError(f"--model {name}: there is no such folder.")
         return folder
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"--model {name}: there is no such folder.")
     from huggingface_hub import snapshot_download
 
     try:
@@ -56,15 +59,25 @@ def check_folder(folder: Path) -> None:
 def load_model(folder: Path, device: torch.device) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder: float32 on the device, our attention, evaluation mode."""
     check_folder(folder)
+    transformers_logging.set_verbosity_error()  # its table of missing tensors says at length what the sentence below says
     try:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type not in FAMILIES:
             raise UserError(f"{folder}: model type '{config.model_type}' cannot be trained; the families are {', '.join(sorted(FAMILIES))}.")
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        load: Any = AutoModelForImageTextToText.from_pretrained
+        model, found = load(folder, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().split("\n")[0]
-        raise UserError(f"{folder} could not be loaded as a model: {first}") from None
+        raise UserError(f"{folder} could not be loaded as a model: {type(error).__name__}, {first}") from None
+    if wrong := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
+        raise UserError(f"{folder}: {len(wrong)} of the model's tensors are missing from its weights, or of another shape, the first {wrong[0]}.")
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder} has no tokenizer.json: copy the tokenizer's files of the base model there.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise UserError(f"{folder}: its tokenizer could not be loaded: {type(error).__name__}, {first}") from None
     use_attention(model)
     return model.to(device).eval(), tokenizer
 
@@ -92,21 +105,31 @@ def save_checkpoint(run: Path, model: Any, source: Path, optimizer: torch.optim.
     partial.rename(folder)
 
 
-def latest_checkpoint(run: Path) -> Path:
-    """The checkpoint of a run folder with the most steps."""
+def latest_checkpoint(run: Path) -> tuple[Path, int]:
+    """The checkpoint of a run folder with the most steps, and their number."""
     found = sorted((run / "checkpoints").glob("step-" + "[0-9]" * 6))
     if not found:
         raise UserError(f"--resume {run}: there is no checkpoint in its folder `checkpoints`.")
-    return found[-1]
+    try:
+        return found[-1], int(json.loads((found[-1] / "optimizer" / "step.json").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _not_whole(found[-1], error) from None
 
 
-def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> int:
-    """Put the saved weights and optimizer state in place; returns the number of steps done."""
+def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Put the saved weights and optimizer state in place."""
     saved, _ = load_model(folder, model.device)
-    model.load_state_dict(saved.state_dict())
     states: dict[int, dict[str, Tensor]] = {}
-    for name, value in load_file(folder / "optimizer" / "state.safetensors").items():
-        index, key = name.split(".", 1)
-        states.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-    return int(json.loads((folder / "optimizer" / "step.json").read_text())["step"])
+    try:
+        model.load_state_dict(saved.state_dict())
+        for name, value in load_file(folder / "optimizer" / "state.safetensors").items():
+            index, key = name.split(".", 1)
+            states.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise _not_whole(folder, error) from None
+
+
+def _not_whole(folder: Path, error: Exception) -> UserError:
+    first = str(error).strip().split("\n")[0]
+    return UserError(f"{folder} is not a whole checkpoint ({type(error).__name__}, {first}): remove it to resume an earlier one.")

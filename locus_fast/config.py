@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,10 +98,11 @@ RULES: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
     **{
         name: (lambda v: v >= 1, "at least 1") for name in ("steps", "prompts", "max_tokens", "updates", "min_side", "tokens", "workers", "eval_cues")
     },
-    **{name: (lambda v: v >= 0, "0 or more") for name in ("seed", "kl", "weight_decay", "clip_low", "clip_high", "save_every")},
+    **{name: (lambda v: v >= 0, "0 or more") for name in ("kl", "weight_decay", "clip_low", "clip_high", "save_every")},
     **{name: (lambda v: v > 0, "above 0") for name in ("lr", "grad_clip", "temperature")},
     **{name: (lambda v: 0 <= v <= 1, "between 0 and 1") for name in ("format_weight", "warmup")},
     **{name: (lambda v: 0 < v[0] <= v[1], "two values, above 0 and the smaller first") for name in ("scale", "image_pixels", "cue_pixels")},
+    "seed": (lambda v: 0 <= v < 2**63, "0 or more and below 2**63"),
     "padding": (lambda v: 0 <= v[0] <= v[1], "two values, 0 or more and the smaller first"),
     "mix": (lambda v: min(v) >= 0 and sum(v) > 0, "three shares of 0 or more that are not all 0"),
     "replies": (lambda v: v >= 2, "at least 2: an advantage compares the replies of a group"),
@@ -114,18 +116,21 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. Run with --help for the options.")
 
 
-def parse(arguments: list[str], prog: str = "python -m locus_fast.train") -> Config:
-    """The configuration of a command line. Raises UserError for an unknown option or a value that cannot be."""
+def parse(arguments: list[str], prog: str = "python -m locus_fast.train", settings: dict[str, Any] | None = None) -> Config:
+    """The configuration of a command line, over a preset, or over `settings`. Raises UserError for an unknown option or a value that cannot be."""
     parser = _Parser(prog=prog, description="Teach a vision-language model to find small things: cue search with GRPO.", allow_abbrev=False)
     hints = typing.get_type_hints(Config)
     for f in dataclasses.fields(Config):
         parser.add_argument(f"--{f.name.replace('_', '-')}", **_argument(f, hints[f.name]))
     given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(arguments)).items()}
+    if given.get("resume"):
+        if fixed := given.keys() & {"out", "preset", "model", "seed", "prompts"}:
+            raise UserError(f"--{sorted(fixed)[0]} cannot be changed with --resume: a resumed run goes on as it began.")
+        settings = of_run(Path(given["resume"]))
     preset = given.get("preset") or default_preset(given.get("model", ""))
     if preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}, not '{preset}'.")
-    settings = of_run(Path(given["resume"])) if given.get("resume") else PRESETS[preset]
-    return check(Config(**{"preset": preset, **settings, **given}))
+    return check(Config(**{"preset": preset, **(PRESETS[preset] if settings is None else settings), **given}))
 
 
 def default_preset(model: str) -> str:
@@ -141,11 +146,11 @@ def default_preset(model: str) -> str:
 def of_run(folder: Path) -> dict[str, Any]:
     """The settings of a run folder."""
     try:
-        settings = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--resume {folder}: its config.json cannot be read ({error}).") from None
+        settings = dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read as the settings of a run ({error}).") from None
     if unknown := settings.keys() - Config.__dataclass_fields__.keys():
-        raise UserError(f"--resume {folder}: its config.json has settings that this version does not know: {', '.join(sorted(unknown))}.")
+        raise UserError(f"{folder / 'config.json'} has settings that this version does not know: {', '.join(sorted(unknown))}.")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
@@ -181,8 +186,29 @@ def _boolean(text: str) -> bool:
 
 def check(config: Config) -> Config:
     """The configuration itself, if every value can be."""
-    for name, (holds, words) in RULES.items():
-        value = getattr(config, name)
+    hints = typing.get_type_hints(Config)
+    for f in dataclasses.fields(Config):
+        value, option_name = getattr(config, f.name), f"--{f.name.replace('_', '-')}"
+        if not _fits(value, hints[f.name]):
+            raise UserError(f"{option_name} cannot be {value!r}: it takes {_described(hints[f.name])}.")
+        if f.metadata["choices"] and value not in f.metadata["choices"]:
+            raise UserError(f"{option_name} must be one of {', '.join(f.metadata['choices'])}, not {value!r}.")
+        holds, words = RULES.get(f.name, (lambda _: True, ""))
         if not holds(value):
-            raise UserError(f"--{name.replace('_', '-')} must be {words}, not {value}.")
+            raise UserError(f"{option_name} must be {words}; {value} was given.")
     return config
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type; numbers must be finite."""
+    if parts := typing.get_args(hint):
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint) and isinstance(value, bool) == (hint is bool)
+
+
+def _described(hint: Any) -> str:
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+    parts = typing.get_args(hint)
+    return f"{len(parts)} values, each {words[parts[0]]}" if parts else words[hint]

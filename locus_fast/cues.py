@@ -53,7 +53,7 @@ class CueRecipe:
             raise UserError(f"scale {self.scale} must be a range from low to high, above zero")
 
 
-def size_class(box: Sequence[float], width: int, height: int) -> str:
+def size_class_of(box: Sequence[float], width: int, height: int) -> str:
     """The class of a box (xyxy in pixels) in an image: "tiny" below 1% of its area, "small" up to 5%, "large" above."""
     part = (box[2] - box[0]) * (box[3] - box[1]) / (width * height)
     return SIZE_CLASSES[int(_class_of(np.asarray(part)))]
@@ -225,6 +225,8 @@ class FileCues:
         else:
             box = _random_box(width, height, size_class, self._recipe.min_side, rng)
         cue, region = cut_cue(image, box, size_class, self._recipe, rng)
+        if not self._table.has_boxes:  # growth to the shortest side may have lifted a random box out of its class
+            size_class = size_class_of(region, width, height)
         return Example(image, cue, region, size_class, self._table.names[image_index], tuple(skipped))
 
     def _refuse_other_size(self, path: Path, width: int, height: int, image_index: int) -> None:
@@ -305,4 +307,4 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _too_many_failures(source: Path, skipped: list[str]) -> UserError:
-    return UserError(f"{source}: {len(skipped)} images in a row could not be used, the last: {skipped[-1]}")
+    return UserError(f"{source}: {len(skipped)} tries in a row gave no usable image, the last: {skipped[-1]}")

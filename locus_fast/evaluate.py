@@ -6,12 +6,14 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from locus_kernels.box_reward import iou, read_boxes
 from tqdm import tqdm
 
-from locus_fast.config import parse
+from locus_fast.config import of_run, parse
 from locus_fast.errors import UserError
 from locus_fast.policy import prefill
 from locus_fast.rollout import Sampling, generate
@@ -51,13 +53,18 @@ def evaluate(setup: Setup, label: str, stop: Callable[[], bool]) -> Evaluation |
     prompts = prefetch(lambda i: setup.prompter(setup.cues.held_out(i)), range(count), setup.config.workers, ahead=BATCHES_AHEAD)
     with tqdm(total=count, desc=label, unit="cue", leave=False) as bar:
         for start in range(0, count, BATCHES_AHEAD):
-            chunk = [next(prompts) for _ in range(min(BATCHES_AHEAD, count - start))]
+            chunk = []
+            for _ in range(min(BATCHES_AHEAD, count - start)):
+                chunk.append(next(prompts))
+                if stop():
+                    break
+            setup.skipped.add(chunk)
             for indices, batch in batches(setup, chunk, start, replies=1):
                 if stop():
                     prompts.close()
                     return None
                 rollout = generate(setup.model, prefill(setup.model, batch), setup.vocabulary, sampling, seed=0, groups=indices)
-                reading = read_boxes(rollout.ids, rollout.lengths, setup.table, **setup.reading)
+                reading = read_boxes(*setup.whole(rollout), setup.table, **setup.reading)
                 scores.append(torch.where(reading.valid, iou(reading.box, batch.target), 0.0).cpu())
                 valids.append(reading.valid.cpu())
                 boxes.append((reading.box.cpu() / torch.stack([p.scale for p in batch.prompts])) * reading.valid.cpu()[:, None])
@@ -74,23 +81,33 @@ def table_of(summary: dict) -> str:
     return "\n".join(lines)
 
 
+def settings_of(model: str) -> dict[str, Any] | None:
+    """How a run asked, for the `final` folder of a run: question, sizes, data; nothing for another model."""
+    folder = Path(model)
+    if folder.name != "final" or not (folder.parent / "metrics.jsonl").is_file():
+        return None
+    return {name: value for name, value in of_run(folder.parent).items() if name not in ("model", "out", "resume")}
+
+
 def main(arguments: list[str]) -> int:
     """The command: a table on standard error, the summary as one JSON line on standard output."""
-    prog = "python -m locus_fast.evaluate MODEL"
     try:
         if arguments and not arguments[0].startswith("-"):
             arguments = ["--model", *arguments]
-        setup = set_up(parse(arguments, prog))
-        print(setup.cues.describe(), file=sys.stderr)
+        settings = settings_of(arguments[1]) if arguments[:1] == ["--model"] and len(arguments) > 1 else None
         with Interrupt() as interrupt:
+            setup = set_up(parse(arguments, "python -m locus_fast.evaluate MODEL", settings))
+            print(f"{setup.cues.describe()}; asked as in the run" if settings else setup.cues.describe(), file=sys.stderr)
             result = evaluate(setup, "evaluate", lambda: interrupt.requested)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     if result is None:
         return 130
     print(table_of(result.summary()), file=sys.stderr)
-    print(json.dumps(result.summary()))
+    print(json.dumps({**result.summary(), "skipped_images": len(setup.skipped.sentences)}))
     return 0
 
 

@@ -182,8 +182,8 @@ def reply_hidden(model: Any, prefix: Prefix, replies: Replies) -> Tensor:
 
 
 def reply_logprob(model: Any, prefix: Prefix, replies: Replies, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of each reply token, float32 [T], at the sampling temperature (1 where sampling is greedy)."""
-    return linear_logprob(reply_hidden(model, prefix, replies), model.lm_head.weight, replies.ids, temperature or 1.0)
+    """Log-probability and entropy of each reply token, float32 [T], at the sampling temperature."""
+    return linear_logprob(reply_hidden(model, prefix, replies), model.lm_head.weight, replies.ids, temperature)
 
 
 @torch.no_grad()

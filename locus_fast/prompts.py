@@ -65,7 +65,10 @@ def question_pieces(tokenizer: Any, question: str, frame: Frame, placeholder: in
     """The token ids before, between and after the two images, by the tokenizer's chat template. UserError if it has no place for two images."""
     text = QUESTIONS[question].format(units=frame.units)
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": text}]}]
-    ids = list(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
+    try:
+        ids = list(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
+    except ValueError:
+        raise UserError("the model's folder has no chat template: copy the base model's chat_template.jinja, or its tokenizer_config.json.") from None
     if (found := ids.count(placeholder)) != 2:
         raise UserError(f"the tokenizer's chat template gives {found} image placeholders for two images; it must give one each.")
     first = ids.index(placeholder)
@@ -82,6 +85,8 @@ class Prompter:
         self.pixels = (image_pixels, cue_pixels)
         self.placeholder = config.image_token_id
         self.pieces = question_pieces(tokenizer, question, self.frame, self.placeholder)
+        opened = tokenizer.decode(self.pieces[2]).rstrip().endswith("<think>")  # a thinking model's template may begin the reply itself
+        self.opening: list[int] = tokenizer.encode("<think>", add_special_tokens=False) if opened else []
 
     def __call__(self, example: Example) -> Prompt:
         """The prompt of an example."""

@@ -27,28 +27,31 @@ class Metrics:
         self.file = self.path.open("a")
         self.events = open_events(folder) if tensorboard else None
         self.rollouts = self.tokens = self.seconds = 0.0
+        for line in kept:
+            self._sum(json.loads(line))
 
     def write(self, numbers: dict[str, Any]) -> None:
         self.file.write(json.dumps(numbers) + "\n")
         self.file.flush()
-        self.seconds += numbers["seconds"]
-        self.rollouts += numbers["rollouts_per_s"] * numbers["seconds"]
-        self.tokens += numbers["unique_tokens_per_s"] * numbers["seconds"]
+        self._sum(numbers)
         if self.events:
             for name, value in numbers.items():
                 self.events.add_scalar(name, value, numbers["step"])
+
+    def _sum(self, numbers: dict[str, Any]) -> None:
+        self.seconds += numbers["seconds"]
+        self.rollouts += numbers["rollouts_per_s"] * numbers["seconds"]
+        self.tokens += numbers["unique_tokens_per_s"] * numbers["seconds"]
 
     def throughput(self) -> dict[str, float]:
         """Over the steps written: a prompt's tokens are counted once, whatever the number of its replies."""
         seconds = max(self.seconds, 1e-9)
         return {"rollouts_per_s": self.rollouts / seconds, "unique_tokens_per_s": self.tokens / seconds, "training_seconds": self.seconds}
 
-    def close(self) -> Path:
-        """Closes the files; returns the path of `metrics.jsonl`."""
+    def close(self) -> None:
         self.file.close()
         if self.events:
             self.events.close()
-        return self.path
 
 
 def open_events(folder: Path) -> Any:

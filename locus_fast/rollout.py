@@ -10,6 +10,7 @@ import torch
 from locus_kernels.sample import sample
 from torch import Tensor
 
+from locus_fast.errors import UserError
 from locus_fast.policy import Prefix, decode
 from locus_fast.types import Rollout
 
@@ -41,6 +42,8 @@ class Vocabulary:
                 allowed[token] = False
         stated = model.generation_config.eos_token_id
         stops = [tokenizer.eos_token_id] if stated is None else stated if isinstance(stated, list) else [stated]
+        if None in stops:
+            raise UserError("neither the model's generation_config.json nor its tokenizer names an end-of-sequence token; a reply could not end.")
         device = model.lm_head.weight.device
         return Vocabulary(allowed.to(device), torch.tensor(stops, device=device))
 

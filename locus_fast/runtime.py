@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,8 +13,10 @@ from typing import Any
 
 import torch
 from locus_kernels.box_reward import TokenTable, build_token_table
+from torch import Tensor
+from tqdm import tqdm
 
-from locus_fast.checkpoint import check_folder, load_model, model_folder
+from locus_fast.checkpoint import check_folder, is_hub_id, load_model, model_folder
 from locus_fast.config import Config
 from locus_fast.cues import CueRecipe, FileCues
 from locus_fast.data import read_boxes
@@ -22,7 +25,7 @@ from locus_fast.preprocess import PatchSpec
 from locus_fast.prompts import GRAMMAR, WHICH_BOX, Prompter
 from locus_fast.rollout import Vocabulary
 from locus_fast.tiny.scenes import SceneCues
-from locus_fast.types import CueSource, Prompt, PromptBatch
+from locus_fast.types import CueSource, Prompt, PromptBatch, Rollout
 
 
 @dataclass(frozen=True)
@@ -38,20 +41,27 @@ class Setup:
     table: TokenTable
     cues: CueSource
     prompter: Prompter
+    skipped: Skipped
 
     @property
     def reading(self) -> dict[str, Any]:
         """Which box of a reply counts, and what the format reward asks for."""
         return {"which": WHICH_BOX[self.config.question], "grammar": GRAMMAR[self.config.question]}
 
+    def whole(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """(ids int64 [R, L'], lengths int64 [R]) of the replies with what the chat template wrote of them: a thinking model's `<think>`."""
+        opening = torch.tensor(self.prompter.opening, dtype=torch.int64, device=rollout.ids.device)
+        return torch.cat([opening.expand(len(rollout.ids), -1), rollout.ids], 1), rollout.lengths + len(opening)
+
 
 def set_up(config: Config) -> Setup:
     """Load everything a run needs; raises UserError for what cannot be used."""
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
+    if not is_hub_id(config.model):
+        check_folder(model_folder(config.model))
+    cues = cue_source(config)  # before a model is fetched or loaded: it is the quicker one to be wrong
     folder = model_folder(config.model)
-    check_folder(folder)
-    cues = cue_source(config)
     model, tokenizer = load_model(folder, device)
     prompter = Prompter(
         tokenizer,
@@ -62,7 +72,7 @@ def set_up(config: Config) -> Setup:
         cue_pixels=config.cue_pixels,
     )
     table = build_token_table(tokenizer, model.lm_head.weight.shape[0]).to(device)
-    return Setup(config, device, folder, model, tokenizer, Vocabulary.of(model, tokenizer), table, cues, prompter)
+    return Setup(config, device, folder, model, tokenizer, Vocabulary.of(model, tokenizer), table, cues, prompter, Skipped())
 
 
 def choose_device(name: str) -> torch.device:
@@ -133,11 +143,31 @@ def batches(setup: Setup, prompts: list[Prompt], first: int, replies: int) -> It
         yield indices, PromptBatch.of(bin_, setup.device)
 
 
-class Interrupt:
-    """Ctrl-C asks the run to end after the microbatch at hand; a second one ends it at once."""
+class Skipped:
+    """Images that could not be used: each named once, the first few in full, and all of them counted."""
+
+    SHOWN = 5
 
     def __init__(self) -> None:
-        self.requested = False
+        self.sentences: set[str] = set()
+
+    def add(self, prompts: Iterable[Prompt]) -> None:
+        for sentence in (s for prompt in prompts for s in prompt.skipped):
+            if sentence not in self.sentences and len(self.sentences) <= self.SHOWN:
+                more = len(self.sentences) == self.SHOWN
+                tqdm.write("skipped: further images, counted in summary.json" if more else f"skipped: {sentence}", file=sys.stderr)
+            self.sentences.add(sentence)
+
+
+class Interrupt:
+    """Ctrl-C asks the run to end after the microbatch at hand; a second one ends it at once, and further ones do nothing while it saves."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @property
+    def requested(self) -> bool:
+        return self.count > 0
 
     def __enter__(self) -> Interrupt:
         self.previous = signal.signal(signal.SIGINT, self._ask)
@@ -147,6 +177,6 @@ class Interrupt:
         signal.signal(signal.SIGINT, self.previous)
 
     def _ask(self, *_: object) -> None:
-        if self.requested:
+        self.count += 1
+        if self.count == 2:
             raise KeyboardInterrupt
-        self.requested = True

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -81,15 +82,18 @@ def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]
     setup = set_up(config)
     model = setup.model
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    out.mkdir(parents=True, exist_ok=bool(config.resume))
+    checkpoint, done = latest_checkpoint(out) if config.resume else (None, 0)
+    if done >= config.steps:
+        raise UserError(f"--resume {out}: it has done {done} steps, and --steps is {config.steps}; ask for more.")
+    metrics = Metrics(out, config.tensorboard, done)
     (out / "config.json").write_text(json.dumps(asdict(replace(config, resume="")), indent=2))
     print(f"{setup.cues.describe()}; {out}", file=sys.stderr)
     before = evaluate(setup, "held-out cues, before", stop)
     reference = copy.deepcopy(model).requires_grad_(False) if config.kl > 0 else None
-    done = load_checkpoint(latest_checkpoint(out), model, optimizer) if config.resume else 0
+    if checkpoint:
+        load_checkpoint(checkpoint, model, optimizer)
     if config.checkpointing:
         checkpoint_activations(model)
-    metrics = Metrics(out, config.tensorboard, done)
     try:
         for numbers in steps(setup, reference, optimizer, done, stop):
             done = numbers["step"]
@@ -99,18 +103,20 @@ def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]
     finally:
         save_checkpoint(out, model, setup.folder, optimizer, done)
         save_model(model, setup.folder, out / "final")
-        draw_curve(metrics.close(), out / "curve.png")
+        metrics.close()
     after = None if stop() else evaluate(setup, "held-out cues, after", stop)
-    if before and after:
-        draw_samples(setup.cues, before, after, out / "samples.png")
     summary = {
         "eval": {"before": before.summary() if before else None, "after": after.summary() if after else None},
         "steps": done,
         "interrupted": stop(),
+        "skipped_images": len(setup.skipped.sentences),
         **metrics.throughput(),
         "total_seconds": time.perf_counter() - started,
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2))
+    draw_curve(metrics.path, out / "curve.png")
+    if before and after:
+        draw_samples(setup.cues, before, after, out / "samples.png")
     return summary
 
 
@@ -131,9 +137,8 @@ def steps(setup: Setup, reference: Any, optimizer: torch.optim.Optimizer, done: 
             yield numbers
             dropped = dropped + 1 if numbers["dropped_step"] else 0
             if dropped == DROPPED_STEPS:
-                raise UserError(
-                    f"the gradient was not finite in {dropped} steps in a row up to step {step + 1}; lower --lr, or check the model's weights."
-                )
+                what = f"log-probs or gradient were not finite in {dropped} steps in a row up to step {step + 1}"
+                raise UserError(f"{what}; lower --lr, or check the model's weights.")
 
 
 def train_step(
@@ -143,6 +148,7 @@ def train_step(
     config, model = setup.config, setup.model
     clock = time.perf_counter()
     chunk = [next(prompts) for _ in range(config.prompts)]
+    setup.skipped.add(chunk)
     waited = time.perf_counter() - clock
     totals, experiences = Totals(), []
     denominator = 0
@@ -157,7 +163,7 @@ def train_step(
         lengths, live = host[: len(rollout.ids)], [group for group, flat in enumerate(host[len(rollout.ids) :]) if not flat]
         weight, share = MEANS[config.mean](rollout.lengths, lengths)
         denominator += share
-        count(totals, batch, scored, lengths, live)
+        count(totals, batch, rollout, scored, lengths, live)
         if live:
             replies = Replies.of(prefix, rollout, lengths, live)
             logprob, entropy = reply_logprob(model, prefix, replies, config.temperature)
@@ -169,7 +175,8 @@ def train_step(
             backward(config, experiences[-1], replies, logprob, totals)
             compare_with_sampler(totals, rollout, replies, logprob.detach(), entropy)
     rate = config.lr * min(1.0, (step + 1) / max(1.0, config.warmup * config.steps))
-    norm = update(model, optimizer, denominator, rate, config.grad_clip)
+    finite = totals.sums["not_finite"] == 0  # a policy whose own log-probs are not numbers earns no reward, so it has no gradient to show it
+    norm = update(model, optimizer, denominator, rate, config.grad_clip) if finite else None
     for _ in range(config.updates - 1):  # further updates on the same rollouts: the prefix again, against the stored old log-probs
         optimizer.zero_grad(set_to_none=True)
         for experience in experiences:
@@ -178,7 +185,7 @@ def train_step(
             logprob, _ = reply_logprob(model, prefix, replies, config.temperature)
             backward(config, experience, replies, logprob, totals)
         norm = update(model, optimizer, denominator, rate, config.grad_clip)
-    return summarise(setup, totals, chunk, step, norm, rate, time.perf_counter() - clock, waited)
+    return summarise(totals, chunk, step, norm, rate, time.perf_counter() - clock, waited)
 
 
 def sampling_of(config: Config) -> Sampling:
@@ -189,8 +196,7 @@ def score(setup: Setup, batch: PromptBatch, rollout: Rollout, progress: float) -
     """Box, validity, reward and group advantage of every reply, from token ids."""
     config = setup.config
     return box_reward(
-        rollout.ids,
-        rollout.lengths,
+        *setup.whole(rollout),
         setup.table,
         batch.target.repeat_interleave(config.replies, 0),
         group_size=config.replies,
@@ -202,13 +208,14 @@ def score(setup: Setup, batch: PromptBatch, rollout: Rollout, progress: float) -
     )
 
 
-def count(totals: Totals, batch: PromptBatch, scored: BoxReward, lengths: list[int], live: list[int]) -> None:
+def count(totals: Totals, batch: PromptBatch, rollout: Rollout, scored: BoxReward, lengths: list[int], live: list[int]) -> None:
     """A microbatch's share of the step's metrics. Groups whose rewards are all equal are counted: they have no gradient."""
     totals.add(
         reward=scored.reward.sum(),
         iou=scored.iou.sum(),
         valid=scored.valid.sum(),
         format=scored.format_ok.sum(),
+        not_finite=(~rollout.logprob.isfinite()).sum(),
         zero_variance=float(len(batch.lengths) - len(live)),
         replies=float(len(lengths)),
         reply_tokens=float(sum(lengths)),
@@ -256,9 +263,7 @@ def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, denominator
     return norm
 
 
-def summarise(
-    setup: Setup, totals: Totals, chunk: list[Prompt], step: int, norm: float | None, rate: float, seconds: float, waited: float
-) -> dict[str, Any]:
+def summarise(totals: Totals, chunk: list[Prompt], step: int, norm: float | None, rate: float, seconds: float, waited: float) -> dict[str, Any]:
     """The step's metrics. Those that depend on time: seconds, wait_seconds and the ones that end in _per_s."""
     sums = totals.read()
     replies, live, updated = sums["replies"], max(1.0, sums.get("live_tokens", 0.0)), max(1.0, sums.get("updated_tokens", 0.0))
@@ -294,12 +299,16 @@ def show(bar: tqdm, numbers: dict[str, Any]) -> None:
 
 
 def run_folder(config: Config) -> Path:
-    """Where the run goes; raises UserError if it is there already, unless it is to be resumed."""
+    """Makes the run's folder; raises UserError if it is there already, unless it is to be resumed, or if it cannot be made."""
     if config.resume:
         return Path(config.resume)
     out = Path(config.out) if config.out else Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if out.exists():
-        raise UserError(f"--out {out} exists already; name a new folder, or remove it.")
+    try:
+        out.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"--out {out} exists already; name a new folder, or remove it.") from None
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made ({error.strerror}); name a folder that can be written.") from None
     return out
 
 
@@ -312,14 +321,20 @@ def comparison(before: dict, after: dict) -> str:
 
 def main(arguments: list[str]) -> int:
     """The command; returns the exit code: 0, 2 for a mistake in the input, 130 after Ctrl-C."""
+    out, made = None, False
     try:
-        config = parse(arguments)
-        out = run_folder(config)
         with Interrupt() as interrupt:
+            config = parse(arguments)
+            out, made = run_folder(config), not config.resume
             summary = train(config, out, lambda: interrupt.requested)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        if out and made and not (out / "checkpoints").exists():
+            shutil.rmtree(out)  # we made it and nothing was done: the mended command may use the name
         return 2
+    except KeyboardInterrupt:
+        print(f"stopped at once; what was saved is in {out}", file=sys.stderr)
+        return 130
     if summary["interrupted"]:
         print(f"interrupted after {summary['steps']} steps; what was done is in {out}", file=sys.stderr)
         return 130

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
+from locus_fast.cues import size_class_of
 from locus_fast.types import Example
 
 IMAGE_SIZES = ((128, 128), (160, 112), (112, 160), (144, 128))  # (width, height) in pixels
@@ -140,6 +141,4 @@ class SceneCues:
         scene, boxes = draw_scene(rng, size, OBJECTS)
         box = boxes[int(rng.integers(len(boxes)))]
         cue, region = cut_cue(rng, scene, box)
-        share = (box[2] - box[0]) * (box[3] - box[1]) / (size[0] * size[1])
-        size_class = "tiny" if share < 0.01 else "small" if share <= 0.05 else "large"
-        return Example(scene, cue, tuple(map(float, region)), size_class, source)  # type: ignore[arg-type]
+        return Example(scene, cue, tuple(map(float, region)), size_class_of(box, *size), source)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from locus_fast.cues import cut_cue, size_class
+from locus_fast.cues import cut_cue, size_class_of
 from locus_fast.errors import UserError
 from tests.locus_fast.cue_cases import RECIPE, noise, recipe
 
@@ -41,7 +41,7 @@ def test_recipe_that_makes_no_sense(changes: dict[str, Any]) -> None:
     [((0, 0, 9.9, 10), "tiny"), ((0, 0, 10, 10), "small"), ((5, 5, 30, 25), "small"), ((5, 5, 30, 25.1), "large"), ((0, 0, 100, 100), "large")],
 )
 def test_size_class_by_part_of_the_area(box: tuple[float, ...], expected: str) -> None:
-    assert size_class(box, 100, 100) == expected
+    assert size_class_of(box, 100, 100) == expected
 
 
 def test_small_box_is_cut_as_it_is_rounded_outwards() -> None:

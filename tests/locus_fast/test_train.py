@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from locus_kernels.box_reward import read_boxes
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from locus_fast import evaluate, train
 from locus_fast.checkpoint import TINY_BASE
@@ -24,7 +25,7 @@ from locus_fast.config import PRESETS, Config, parse
 from locus_fast.errors import UserError
 from locus_fast.policy import prefill
 from locus_fast.runtime import set_up
-from locus_fast.types import PromptBatch
+from locus_fast.types import PromptBatch, Rollout
 
 SHORT = ["--steps", "3", "--prompts", "6", "--eval-cues", "12", "--tokens", "1500", "--device", "cpu"]
 
@@ -125,8 +126,61 @@ def test_resuming_gives_the_same_run(run: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_resumed(tmp_path: Path, capsys) -> None:
+    """And that nothing of the folder is touched."""
     assert train.main(["--resume", str(tmp_path)]) == 2
-    assert f"--resume {tmp_path}" in capsys.readouterr().err
+    assert f"{tmp_path / 'config.json'} cannot be read" in capsys.readouterr().err
+    for text, sentence in (
+        ("[]", "no checkpoint"),
+        ("{}", "no checkpoint"),
+        ('{"steps": "x"}', "--steps cannot be 'x'"),
+        ('{"question": "why"}', "--question must be"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        assert train.main(["--resume", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert sentence in error
+        assert "Traceback" not in error
+        assert (tmp_path / "config.json").read_text() == text
+    assert train.main(["--resume", str(tmp_path), "--out", str(tmp_path / "other")]) == 2
+    assert "--out cannot be changed with --resume" in capsys.readouterr().err
+
+
+def test_a_run_that_is_done_is_not_resumed(run: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    assert train.main(["--resume", str(tmp_path / "run"), "--steps", "2"]) == 2
+    assert "has done 3 steps" in capsys.readouterr().err
+    (tmp_path / "run" / "checkpoints" / "step-000003" / "optimizer" / "state.safetensors").write_bytes(b"")
+    assert train.main(["--resume", str(tmp_path / "run"), "--steps", "4"]) == 2
+    assert "is not a whole checkpoint" in capsys.readouterr().err
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_failed_start_leaves_no_folder(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    assert train.main([*SHORT, "--tokens", "10", "--out", str(out)]) == 2
+    assert not out.exists()
+    (tmp_path / "file").write_text("")
+    assert train.main([*SHORT, "--out", str(tmp_path / "file" / "run")]) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
+def test_a_diverged_policy_ends_the_run(tmp_path: Path, capsys) -> None:
+    assert train.main([*SHORT, "--steps", "12", "--lr", "1e30", "--out", str(tmp_path / "run")]) == 2
+    assert "were not finite in 5 steps in a row" in capsys.readouterr().err
+
+
+def test_a_template_that_begins_the_thinking(tmp_path: Path) -> None:
+    """The prompt ends in `<think>`, so the reply does not say it; the format reward reads both."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY_BASE, folder)
+    template = (folder / "chat_template.jinja").read_text().replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    (folder / "chat_template.jinja").write_text(template)
+    setup = set_up(parse(["--model", str(folder), "--question", "think"]))
+    reply = setup.tokenizer.encode("the cue</think><answer>[10, 20, 30, 40]</answer>", add_special_tokens=False)
+    rollout = Rollout(torch.tensor([reply]), torch.tensor([len(reply)]), torch.zeros(1, len(reply)))
+    assert read_boxes(*setup.whole(rollout), setup.table, **setup.reading).format_ok.tolist() == [True]
+    plain = set_up(parse(["--question", "think"]))
+    assert read_boxes(*plain.whole(rollout), plain.table, **plain.reading).format_ok.tolist() == [False]
 
 
 def test_an_error_in_mid_run_loses_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -181,7 +235,10 @@ def test_evaluate_command(run: Path, capsys) -> None:
     capsys.readouterr()
     assert evaluate.main([str(run / "final"), "--eval-cues", "12"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed == json.loads((run / "summary.json").read_text())["eval"]["after"]
+    expected = json.loads((run / "summary.json").read_text())["eval"]["after"]
+    assert printed == {**expected, "skipped_images": 0}
+    assert evaluate.main([str(run / "final")]) == 0  # asks as the run did
+    assert json.loads(capsys.readouterr().out) == printed
 
 
 def photographs(folder: Path) -> Path:
@@ -197,19 +254,21 @@ def photographs(folder: Path) -> Path:
     return path
 
 
-def test_training_on_files(tmp_path: Path) -> None:
+def test_training_on_files(tmp_path: Path, capsys) -> None:
     data = photographs(tmp_path)
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:2000])  # cut short: skipped with a count, or never drawn
     arguments = [*SHORT, "--data", str(data), "--images", str(tmp_path), "--out", str(tmp_path / "run")]
     assert train.main(arguments) == 0
     assert sum(row["skipped_images"] for row in timeless(tmp_path / "run" / "metrics.jsonl")) > 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_images"] >= 1
+    assert re.search(r"skipped: .*2\.png", capsys.readouterr().err)
     assert (tmp_path / "run" / "samples.png").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--steps", "0"], "--steps must be at least 1, not 0"),
+        (["--steps", "0"], "--steps must be at least 1"),
         (["--stepz", "3"], "--stepz"),
         (["--steps", "three"], "three"),
         (["--preset", "huge"], "--preset must be one of tiny"),
@@ -220,6 +279,9 @@ def test_training_on_files(tmp_path: Path) -> None:
         (["--model", "./nowhere"], "--model ./nowhere: there is no such folder"),
         (["--tokens", "100"], "raise --tokens"),
         (["--preset", "paper", "--model", str(TINY_BASE)], "--data is missing"),
+        (["--seed", "9" * 30], "--seed must be"),
+        (["--lr", "inf"], "--lr cannot be inf"),
+        (["--mix", "inf", "1", "1"], "--mix cannot be"),
         (["--device", "tpu"], "--device must be auto, cpu or cuda"),
         (["--normalize-std", "maybe"], "true or false"),
     ],
@@ -241,6 +303,12 @@ def test_an_output_folder_that_exists(tmp_path: Path, capsys) -> None:
     assert (tmp_path / "keep.txt").read_text() == "mine"
 
 
+def halve(weights: Path) -> None:
+    """Half of the tensors."""
+    tensors = load_file(weights)
+    save_file({name: tensors[name] for name in sorted(tensors)[::2]}, weights, metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
@@ -249,6 +317,9 @@ def test_an_output_folder_that_exists(tmp_path: Path, capsys) -> None:
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100), "could not be loaded"),
         (lambda folder: (folder / "preprocessor_config.json").write_text("{}"), "image_mean"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template"),
+        (lambda folder: halve(folder / "model.safetensors"), "tensors are missing"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "llama"),
     ],
 )
@@ -261,7 +332,6 @@ def test_model_folders_that_cannot_be_used(spoil, sentence: str, tmp_path: Path,
     assert train.main([*SHORT, "--preset", "tiny", "--model", str(folder), "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert sentence in error
-    assert str(folder) in error
     assert not (tmp_path / "run").exists()
 
 
