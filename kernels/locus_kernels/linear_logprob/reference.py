@@ -1,15 +1,139 @@
-"""Log-probability of given tokens under a language-model head, in plain PyTorch."""
+"""Log-probabilities and entropies of given tokens under a language-model head, in plain PyTorch.
+
+`dense` is the mathematics, differentiable by autograd, and the oracle of every faster path; it holds the whole [T, V]. `forward` and `backward` are
+the CPU path: the same numbers by vocabulary chunks, so that nothing of T * V elements exists when V is large.
+
+    y = cap(hidden @ weight.T) / temperature,   cap(x) = softcap * tanh(x / softcap)
+    log-prob = y[id] - log sum exp y,   entropy = log sum exp y - sum p y,   p = softmax(y)
+    d log-prob / dy = onehot(id) - p,   d entropy / dy = -p (log p + entropy)
+
+Legend: T tokens, V vocabulary, D hidden size, C columns of one vocabulary chunk, N chunks. g and h are the gradients to log-prob and entropy.
+Source of the soft-cap: Gemma 2 (arXiv 2408.00118), section 2. The chunked sums are the log-sum-exp merge of Milakov and Gimelshein 2018
+(arXiv 1805.02867), with the entropy's sum kept relative to the same maximum.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
+CHUNK_ELEMENTS = 2**22  # of a [T, C] chunk: 16 MiB of float32, so that its few copies stay near a CPU's cache
 
-def linear_logprob(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies of softmax(hidden @ weight.T / temperature).
 
-    hidden [T, D], weight [V, D] of one floating dtype, ids int64 [T]. Returns float32 (log-prob [T], entropy [T] in nats).
+def dense(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+    """(log-prob [T], entropy [T] in nats), computed in the dtype of hidden [T, D] and weight [V, D] up to the logits, then in at least float32.
+
+    ids int [T] in [0, V). This is what a careful trainer writes without a kernel, and with float64 inputs it is the truth.
     """
-    logprob_TV = (hidden @ weight.T).float().div(temperature).log_softmax(-1)
-    entropy = -(logprob_TV.detach().exp() * logprob_TV.detach()).sum(-1)
-    return logprob_TV.gather(-1, ids[:, None])[:, 0], entropy
+    logits_TV = hidden @ weight.T
+    y_TV = scale_logits(logits_TV.to(compute_dtype(hidden.dtype)), temperature, softcap)
+    logprob_TV = y_TV.log_softmax(-1)
+    entropy_T = -(logprob_TV.exp() * logprob_TV).sum(-1)
+    return logprob_TV.gather(-1, ids.long()[:, None])[:, 0], entropy_T
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and results: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def scale_logits(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    """Raw logits of any shape to y: soft-cap first, then temperature."""
+    return (logits if softcap is None else softcap * torch.tanh(logits / softcap)) / temperature
+
+
+def chunks(rows: int, vocabulary: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of the vocabulary chunks for this many rows: all of it where rows * vocabulary is small."""
+    width = min(vocabulary, max(128, CHUNK_ELEMENTS // max(rows, 1)))
+    return ((start, min(start + width, vocabulary)) for start in range(0, vocabulary, width))
+
+
+def forward(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-prob [T], entropy [T], log-sum-exp of y [T]) in `compute_dtype`. An id outside [0, V) has log-prob NaN."""
+    dtype = compute_dtype(hidden.dtype)
+    states_TD, ids = hidden.to(dtype), ids.long()
+    target_T = hidden.new_full((len(hidden),), torch.nan, dtype=dtype)
+    partials: list[tuple[Tensor, Tensor, Tensor]] = []
+    for start, stop in chunks(len(hidden), len(weight)):
+        y_TC = scale_logits(states_TD @ weight[start:stop].to(dtype).T, temperature, softcap)
+        inside_T = (ids >= start) & (ids < stop)
+        column_T = (ids - start).clamp(0, stop - start - 1)
+        target_T = torch.where(inside_T, y_TC.gather(-1, column_T[:, None])[:, 0], target_T)
+        maximum_T = y_TC.amax(-1)
+        y_TC -= maximum_T[:, None]
+        exponential_TC = y_TC.exp()
+        partials.append((maximum_T, exponential_TC.sum(-1), y_TC.mul_(exponential_TC).sum(-1)))
+    maximum_NT, total_NT, weighted_NT = (torch.stack(part) for part in zip(*partials, strict=True))
+    maximum_T = maximum_NT.amax(0)
+    shift_NT = maximum_NT - maximum_T
+    total_T = (total_NT * shift_NT.exp()).sum(0)
+    weighted_T = ((weighted_NT + shift_NT * total_NT) * shift_NT.exp()).sum(0)
+    lse_T = maximum_T + total_T.log()
+    return target_T - lse_T, total_T.log() - weighted_T / total_T, lse_T
+
+
+def backward(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    softcap: float | None,
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden [T, D] and weight [V, D] in their dtype, from those of log-prob and entropy [T]; one not wanted is an empty tensor.
+
+    lse and entropy [T] are `forward`'s. Rows whose two gradients are 0 are left out of the work. Sums over the vocabulary run in `compute_dtype`.
+    """
+    if hidden.device.type == "cpu":  # looking at values costs no synchronisation here
+        active_T = (grad_logprob != 0) if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0)
+        if not active_T.all():
+            h = None if grad_entropy is None else grad_entropy[active_T]
+            g, states, kept_ids, kept_lse, kept_entropy = (t[active_T] for t in (grad_logprob, hidden, ids, lse, entropy))
+            part, grad_weight = backward(g, h, states, weight, kept_ids, kept_lse, kept_entropy, temperature, softcap, want_hidden, want_weight)
+            return (hidden.new_zeros(hidden.shape).index_put((active_T,), part) if want_hidden else part), grad_weight
+    dtype = compute_dtype(hidden.dtype)
+    states_TD = hidden.to(dtype)
+    grad_states_TD = states_TD.new_zeros(hidden.shape if want_hidden else (0,))
+    grad_weight = weight.new_empty(weight.shape if want_weight else (0,))
+    for start, stop in chunks(len(hidden), len(weight)):
+        rows_CD = weight[start:stop].to(dtype)
+        logits_TC = states_TD @ rows_CD.T
+        gradient_TC = logit_gradient(logits_TC, start, grad_logprob, grad_entropy, ids, lse, entropy, temperature, softcap)
+        if want_hidden:
+            grad_states_TD.addmm_(gradient_TC, rows_CD)
+        if want_weight:
+            grad_weight[start:stop] = gradient_TC.T @ states_TD
+    return grad_states_TD.to(hidden.dtype), grad_weight
+
+
+def logit_gradient(
+    logits: Tensor,
+    start: int,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    ids: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    softcap: float | None,
+) -> Tensor:
+    """d loss / d logits of the columns [start, start + C): logits [T, C] are raw, before soft-cap and temperature; all else [T]."""
+    logp_TC = scale_logits(logits, temperature, softcap) - lse[:, None]
+    gradient_TC = logp_TC.exp()
+    if grad_entropy is None:
+        gradient_TC *= -grad_logprob[:, None]
+    else:
+        gradient_TC *= logp_TC.add_(entropy[:, None]).mul_(-grad_entropy[:, None]).sub_(grad_logprob[:, None])
+    inside_T = (ids >= start) & (ids < start + logits.shape[1])
+    column_T = (ids - start).clamp(0, logits.shape[1] - 1)
+    gradient_TC.scatter_add_(1, column_T[:, None], (inside_T * grad_logprob)[:, None])
+    if softcap is not None:
+        gradient_TC *= 1 - torch.tanh(logits / softcap).square()
+    return gradient_TC.div_(temperature)

@@ -1,0 +1,108 @@
+"""The GRPO loss on the head's partials: merge, objective and derivative in one small kernel, then one program for the sums. No atomics.
+
+The matrix work is `linear_logprob/triton.py`'s, in forward and in backward; formulas: `reference.py`. Legend: T tokens, N vocabulary tiles,
+P programs of the objective kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from locus_kernels.linear_logprob.triton import FINAL_ROWS, FINAL_TILES, _check_device, merge, partials
+
+SUMS = 7  # loss, clipped low, clipped high, k3, entropy, ratio max, ratio min
+SUM_BLOCK = 128
+
+
+@triton.jit(do_not_specialize=["T", "N", "P"])
+def objective_kernel(
+    maximum, total, weighted, target, advantages, old, reference, token_weight, logprob, lse, entropy, slope, sums, T, N, P,
+    lowest, highest, kl_coefficient,
+    HAS_OLD: tl.constexpr, HAS_REFERENCE: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """logprob, lse, entropy, slope (d loss / d log-prob) float32 [T]; sums float32 [7, P] in the order of `SUMS`."""
+    program = tl.program_id(0)
+    rows = program * ROWS + tl.arange(0, ROWS)
+    real = rows < T
+    row_lse, row_entropy = merge(maximum, total, weighted, rows, T, N, TILES)
+    row_logprob = tl.load(target + rows, mask=real, other=0.0) - row_lse
+    advantage = tl.load(advantages + rows, mask=real, other=0.0)
+    ratio = tl.full((ROWS,), 1.0, tl.float32)
+    if HAS_OLD:
+        ratio = tl.exp(row_logprob - tl.load(old + rows, mask=real, other=0.0))
+    clipped = tl.minimum(tl.maximum(ratio, lowest), highest)
+    loss = -tl.minimum(ratio * advantage, clipped * advantage)
+    loss = tl.where(row_logprob == row_logprob, loss, row_logprob)  # minimum and maximum drop NaN: an id outside the vocabulary must show
+    low = (ratio < lowest) & (advantage < 0)
+    high = (ratio > highest) & (advantage > 0)
+    row_slope = tl.where(low | high, 0.0, -ratio * advantage)
+    k3 = tl.zeros((ROWS,), tl.float32)
+    if HAS_REFERENCE:
+        log_ratio = tl.load(reference + rows, mask=real, other=0.0) - row_logprob
+        inverse = tl.exp(log_ratio)
+        k3 = inverse - log_ratio - 1.0
+        loss += kl_coefficient * k3
+        row_slope += kl_coefficient * (1.0 - inverse)
+    if HAS_WEIGHT:
+        share = tl.load(token_weight + rows, mask=real, other=0.0)
+        loss *= share
+        row_slope *= share
+    tl.store(logprob + rows, row_logprob, mask=real)
+    tl.store(lse + rows, row_lse, mask=real)
+    tl.store(entropy + rows, row_entropy, mask=real)
+    tl.store(slope + rows, row_slope, mask=real)
+    tl.store(sums + program, tl.sum(tl.where(real, loss, 0.0), 0))
+    tl.store(sums + P + program, tl.sum((low & real).to(tl.float32), 0))
+    tl.store(sums + 2 * P + program, tl.sum((high & real).to(tl.float32), 0))
+    tl.store(sums + 3 * P + program, tl.sum(tl.where(real, k3, 0.0), 0))
+    tl.store(sums + 4 * P + program, tl.sum(tl.where(real, row_entropy, 0.0), 0))
+    tl.store(sums + 5 * P + program, tl.max(tl.where(real, ratio, float("-inf")), 0))
+    tl.store(sums + 6 * P + program, tl.min(tl.where(real, ratio, float("inf")), 0))
+
+
+@triton.jit(do_not_specialize=["P"])
+def sum_kernel(sums, out, P, BLOCK: tl.constexpr):
+    """out float32 [7] from sums [7, P]: program n reduces line n; the last two are a maximum and a minimum."""
+    line = tl.program_id(0)
+    added = tl.zeros((BLOCK,), tl.float32)
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    least = tl.full((BLOCK,), float("inf"), tl.float32)
+    for start in range(0, P, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        value = tl.load(sums + line * P + place, mask=place < P, other=0.0)
+        added += value
+        largest = tl.maximum(largest, tl.where(place < P, value, float("-inf")))
+        least = tl.minimum(least, tl.where(place < P, value, float("inf")))
+    result = tl.sum(added, 0)
+    result = tl.where(line == 5, tl.max(largest, 0), result)
+    tl.store(out + line, tl.where(line == 6, tl.min(least, 0), result))
+
+
+def forward(
+    hidden: Tensor, weight: Tensor, ids: Tensor, advantages: Tensor, old_logprob: Tensor | None, reference_logprob: Tensor | None,
+    token_weight: Tensor | None, clip_low: float, clip_high: float, kl_coefficient: float, temperature: float, softcap: float | None,
+    descriptors: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `reference.forward`, in float32; four launches. `descriptors`: as in the head's `forward`."""
+    _check_device(hidden)
+    T = len(hidden)
+    logprob, lse, entropy, slope = (torch.empty(T, dtype=torch.float32, device=hidden.device) for _ in range(4))
+    if T == 0:
+        return hidden.new_zeros((), dtype=torch.float32), logprob, lse, entropy, slope, hidden.new_zeros(SUMS - 1, dtype=torch.float32)
+    P = triton.cdiv(T, FINAL_ROWS)
+    parts = partials(hidden, weight, ids, temperature, softcap, descriptors)
+    sums = torch.empty((SUMS, P), dtype=torch.float32, device=hidden.device)
+    out = torch.empty(SUMS, dtype=torch.float32, device=hidden.device)
+    optional = (old_logprob, reference_logprob, token_weight)
+    vectors = [advantages if t is None else t.float().contiguous() for t in (advantages, *optional)]
+    flags = {f"HAS_{name}": t is not None for name, t in zip(("OLD", "REFERENCE", "WEIGHT"), optional, strict=True)}
+    bounds = (1 - clip_low, 1 + clip_high, kl_coefficient)
+    with torch.cuda.device_of(hidden):
+        objective_kernel[(P,)](
+            *parts, *vectors, logprob, lse, entropy, slope, sums, T, len(parts[0]), P, *bounds, **flags, ROWS=FINAL_ROWS, TILES=FINAL_TILES
+        )
+        sum_kernel[(SUMS,)](sums, out, P, BLOCK=SUM_BLOCK)
+    return out[0].clone(), logprob, lse, entropy, slope, out[1:].clone()

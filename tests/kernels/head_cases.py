@@ -1,0 +1,68 @@
+"""Inputs and truth for the tests of the head's kernels. Legend: T tokens, V vocabulary, D hidden size."""
+
+from __future__ import annotations
+
+import torch
+from locus_kernels.linear_logprob.reference import dense
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SHAPES = [(0, 5, 7), (1, 1, 7), (3, 16, 31), (37, 40, 523), (130, 24, 257), (2, 0, 11), (5, 8, 1)]  # (T, D, V)
+
+
+def head_inputs(T: int, D: int, V: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [T, D] and weight [V, D], both views of wider storage and so not contiguous, and ids [T] with both ends of the vocabulary."""
+    generator = torch.Generator().manual_seed(seed + T + 1000 * D + 7 * V)
+    hidden = torch.randn(T, D + 8, generator=generator)[:, :D]
+    weight = torch.randn(V, D + 8, generator=generator)[:, :D] * 1.5 / max(D, 1) ** 0.5
+    ids = torch.randint(0, V, (T,), generator=generator)
+    ids[:1], ids[1:2] = 0, V - 1
+    return _strided(hidden, dtype, device), _strided(weight, dtype, device), ids.to(device)
+
+
+def _strided(matrix: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    wide = torch.zeros(matrix.shape[0], matrix.shape[1] + 8, dtype=dtype, device=device)
+    wide[:, : matrix.shape[1]] = matrix.to(dtype)
+    return wide[:, : matrix.shape[1]]
+
+
+def loss_gradients(function, hidden: Tensor, weight: Tensor, ids: Tensor, *options) -> list[Tensor]:
+    """[log-prob, entropy, d/d hidden, d/d weight] in float64, for a fixed mix of both outputs; every third row has no gradient at all."""
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    logprob, entropy = function(hidden, weight, ids, *options)
+    mix = torch.linspace(-1, 1, len(ids), dtype=logprob.dtype, device=ids.device) * (torch.arange(len(ids), device=ids.device) % 3 != 0)
+    ((mix * logprob).sum() + (0.5 * mix * entropy).sum()).backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return [t.detach().double() for t in (logprob, entropy, hidden.grad, weight.grad)]
+
+
+def assert_as_good_as_eager(function, shape: tuple[int, int, int], dtype: torch.dtype, device: str, *options) -> None:
+    """The largest error of `function` against float64 truth is at most twice that of the dense computation in `dtype`, plus 1e-6.
+
+    Over six draws where a shape is small: the largest error of a handful of roundings is luck.
+    """
+    ours, theirs = torch.zeros(4), torch.zeros(4)
+    for seed in range(6 if shape[0] * shape[1] < 1000 else 1):
+        inputs = head_inputs(*shape, dtype, device, seed)
+        truth = loss_gradients(dense, inputs[0].double(), inputs[1].double(), inputs[2], *options)
+        for errors, results in ((ours, loss_gradients(function, *inputs, *options)), (theirs, loss_gradients(dense, *inputs, *options))):
+            assert [t.shape for t in results] == [t.shape for t in truth]
+            found = [float((a - b).abs().max()) if b.numel() else 0.0 for a, b in zip(results, truth, strict=True)]
+            errors.copy_(torch.tensor(found).maximum(errors))  # maximum keeps a NaN
+    assert (ours <= 2 * theirs + 1e-6).all(), (ours, theirs)
+
+
+class Allocations(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returned, those of shape `spared` left out."""
+
+    def __init__(self, spared: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.largest, self.spared = 0, spared
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, Tensor) and tuple(t.shape) != self.spared and not t._is_view():
+                self.largest = max(self.largest, t.numel())
+        return out
