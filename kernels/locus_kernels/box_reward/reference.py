@@ -121,16 +121,6 @@ def _numbers(action_NR: Tensor, symbol_NR: Tensor, begin_R: Tensor, end_R: Tenso
     return torch.stack(numbers, -1)
 
 
-def _check_ids(ids: Tensor, lengths: Tensor, table: TokenTable) -> None:
-    for name, tensor in (("ids", ids), ("lengths", lengths)):
-        if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
-            raise ValueError(f"{name}: expected an integer tensor, got {tensor.dtype}")
-        if tensor.device != table.offsets.device:
-            raise ValueError(f"{name}: expected the token table's device {table.offsets.device}, got {tensor.device}")
-    if ids.ndim != 2 or lengths.shape != ids.shape[:1]:
-        raise ValueError(f"expected ids [rows, tokens] and lengths [rows], got {list(ids.shape)} and {list(lengths.shape)}")
-
-
 def _check_values(ids: Tensor, lengths: Tensor, table: TokenTable) -> None:
     if bool(((lengths < 0) | (lengths > ids.shape[1])).any()):
         raise ValueError(f"lengths: expected values in [0, {ids.shape[1]}], got {lengths.tolist()}")
@@ -140,31 +130,28 @@ def _check_values(ids: Tensor, lengths: Tensor, table: TokenTable) -> None:
         raise ValueError(f"ids: expected values in [0, {table.vocab_size}), got {ids[wrong].unique().tolist()}")
 
 
-def read_boxes(
-    ids: Tensor, lengths: Tensor, table: TokenTable, *, which: str = "answer", grammar: str = "think_answer", validate: bool = False
-) -> BoxReading:
-    """Read a box out of each reply: as decoding the tokens and searching the text with a regular expression would, without any text.
-
-    ids, integer [R, L]: token ids; lengths, integer [R]: how many of a row's tokens count (more than L counts as L, less than 0 as 0). The text is
-    what decoding without special tokens gives; white space is ASCII's six. A box is `[` number `,` number `,` number `,` number `]` with white
-    space anywhere around the numbers, a number `[+-]?` digits, perhaps `.` digits. Boxes are found from left to right and do not overlap.
-    - which: the "first" or the "last" box of the reply, or ("answer") the first one inside the first `<answer>` ... `</answer>`; without the closing
-      tag there is none.
-    - grammar: what `format_ok` asks of the whole reply. "think_answer": `<think>` any `</think>` `<answer>` any `</answer>`, with white space allowed
-      before, after, and between `</think>` and `<answer>`; "direct": one box with white space around.
-    - Numbers are cut, not rounded, after the sixth digit behind the point; a magnitude above 1,000,000 then makes the box read as none.
-    - valid compares the float32 coordinates returned. Nothing is clamped to an image.
-    - An id outside [0, V) counts as one character that fits nowhere. With validate=True it raises ValueError, as does a length outside [0, L];
-      that check waits for the device.
-    Raises ValueError for a wrong dtype, shape or device, or an unknown which or grammar.
-    """
-    _check_ids(ids, lengths, table)
+def check_reading(ids: Tensor, lengths: Tensor, table: TokenTable, which: str, grammar: str, validate: bool) -> None:
+    """Raise the ValueErrors of `read_boxes`."""
+    for name, tensor in (("ids", ids), ("lengths", lengths)):
+        if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+            raise ValueError(f"{name}: expected an integer tensor, got {tensor.dtype}")
+        if tensor.device != table.offsets.device:
+            raise ValueError(f"{name}: expected the token table's device {table.offsets.device}, got {tensor.device}")
+    if ids.ndim != 2 or lengths.shape != ids.shape[:1]:
+        raise ValueError(f"expected ids [rows, tokens] and lengths [rows], got {list(ids.shape)} and {list(lengths.shape)}")
     if which not in WHICH:
         raise ValueError(f"which: expected one of {list(WHICH)}, got {which!r}")
     if grammar not in GRAMMARS:
         raise ValueError(f"grammar: expected one of {list(GRAMMARS)}, got {grammar!r}")
     if validate:
         _check_values(ids, lengths, table)
+
+
+def read_boxes(
+    ids: Tensor, lengths: Tensor, table: TokenTable, *, which: str = "answer", grammar: str = "think_answer", validate: bool = False
+) -> BoxReading:
+    """What `op.read_boxes` documents. A tensor of N * R actions is kept, and its reading is a few operations on all of it at once."""
+    check_reading(ids, lengths, table, which, grammar, validate)
     if ids.shape[1] == 0:
         ids, lengths = ids.new_zeros(ids.shape[0], 1), torch.zeros_like(lengths)
     symbol_NR = _expand(ids, lengths, table)
@@ -291,6 +278,19 @@ def group_advantage(reward: Tensor, group_size: int, normalize_std: bool = True,
     return torch.where(zero_variance[:, None], 0.0, centred).flatten(), zero_variance
 
 
+def check_reward(ids: Tensor, target_boxes: Tensor, group_size: int, shape: str, format_weight: float, progress: float) -> None:
+    """Raise the ValueErrors of `box_reward` that are not those of `read_boxes`."""
+    if shape not in REWARD_SHAPES:
+        raise ValueError(f"shape: expected one of {list(REWARD_SHAPES)}, got {shape!r}")
+    if not 0 <= format_weight <= 1 or not 0 <= progress <= 1:
+        raise ValueError(f"expected format_weight and progress in [0, 1], got {format_weight} and {progress}")
+    if target_boxes.dtype != torch.float32 or target_boxes.shape != (*ids.shape[:1], 4):
+        raise ValueError(f"target_boxes: expected float32 {[*ids.shape[:1], 4]}, got {target_boxes.dtype} {list(target_boxes.shape)}")
+    if target_boxes.device != ids.device:
+        raise ValueError(f"target_boxes: expected the device of ids, {ids.device}, got {target_boxes.device}")
+    _check_groups(ids.shape[0], group_size)
+
+
 def box_reward(
     ids: Tensor,
     lengths: Tensor,
@@ -306,23 +306,8 @@ def box_reward(
     progress: float = 0.0,
     validate: bool = False,
 ) -> BoxReward:
-    """Token ids in, rewards and group advantages out.
-
-    reward = (1 - format_weight) * shape + format_weight * format, where the shape (a name in `REWARD_SHAPES`) is 0 for a box that is not valid;
-    advantage = `group_advantage(reward, group_size, normalize_std)`. target_boxes, float32 [R, 4], one a row and in the frame that the model speaks:
-    see `iou` for why no conversion is needed. ids, lengths, which, grammar and validate are as in `read_boxes`; progress, in [0, 1], is the share of
-    training done.
-    Raises ValueError for a wrong dtype, shape or device, for rows that are not whole groups, and for an unknown name or a value out of range.
-    """
-    if shape not in REWARD_SHAPES:
-        raise ValueError(f"shape: expected one of {list(REWARD_SHAPES)}, got {shape!r}")
-    if not 0 <= format_weight <= 1 or not 0 <= progress <= 1:
-        raise ValueError(f"expected format_weight and progress in [0, 1], got {format_weight} and {progress}")
-    if target_boxes.dtype != torch.float32 or target_boxes.shape != (*ids.shape[:1], 4):
-        raise ValueError(f"target_boxes: expected float32 {[*ids.shape[:1], 4]}, got {target_boxes.dtype} {list(target_boxes.shape)}")
-    if target_boxes.device != ids.device:
-        raise ValueError(f"target_boxes: expected the device of ids, {ids.device}, got {target_boxes.device}")
-    _check_groups(ids.shape[0], group_size)
+    """What `op.box_reward` documents, from the pieces above."""
+    check_reward(ids, target_boxes, group_size, shape, format_weight, progress)
     reading = read_boxes(ids, lengths, table, which=which, grammar=grammar, validate=validate)
     overlap = torch.where(reading.valid, iou(reading.box, target_boxes), 0.0)
     shaped = torch.where(reading.valid, REWARD_SHAPES[shape](reading.box, target_boxes, progress), 0.0)

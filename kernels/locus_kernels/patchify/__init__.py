@@ -1,5 +1,5 @@
-"""RGB image to vision-tower patches."""
+"""RGB images to vision-tower patches."""
 
-from locus_kernels.patchify.reference import patchify
+from locus_kernels.patchify.op import patchify, patchify_images
 
-__all__ = ["patchify"]
+__all__ = ["patchify", "patchify_images"]

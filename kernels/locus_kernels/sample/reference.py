@@ -1,54 +1,29 @@
-"""Sampling a token from logits, in plain PyTorch. A row's draw depends on (seed, row, position) alone, never on the rows beside it."""
+"""Sampling a token from logits, in plain PyTorch. A row's draw depends on (seed, row, position) alone, never on the rows beside it.
+
+The draw inverts the distribution function: one uniform number a row, and the first token, in the order of the ids, at which the running sum of the
+kept tokens' probabilities passes that number's share of their total. R rows, V vocabulary ids.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-
-def sample(logits: Tensor, *, seed: int, row: Tensor, position: int, temperature: float, top_p: float, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-probability.
-
-    logits [R, V]; row int64 [R], the identity of each row in this seed; allowed bool [V], the ids that may be drawn; temperature 0 is greedy.
-    Returns (ids int64 [R], log-prob float32 [R]). The log-probability is the full softmax's at this temperature (at 1 for greedy), before top_p and
-    `allowed` cut it, which is what the training forward computes for the same token.
-    """
-    logits = logits.float()
-    logprob_RV = (logits / temperature if temperature > 0 else logits).log_softmax(-1)
-    open_RV = logprob_RV.masked_fill(~allowed, -torch.inf)
-    ids = open_RV.argmax(-1) if temperature == 0 else draw(open_RV.double().softmax(-1), uniform(seed, row, position), top_p)
-    return ids, logprob_RV.gather(-1, ids[:, None])[:, 0]
+# The SplitMix64 finaliser and its increment (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014)
+GOLDEN, MIX_A, MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def draw(probability: Tensor, u: Tensor, top_p: float) -> Tensor:
-    """Inverse-CDF draw from the smallest set of most probable tokens that holds `top_p`. probability float64 [R, V], u float64 [R] in [0, 1)."""
-    if top_p < 1:
-        sorted_RV, order_RV = probability.sort(dim=-1, descending=True, stable=True)
-        sorted_RV = sorted_RV * (sorted_RV.cumsum(-1) - sorted_RV < top_p)
-        return order_RV.gather(-1, _invert(sorted_RV, u))[:, 0]
-    return _invert(probability, u)[:, 0]
+def wrap(value: int) -> int:
+    """An unsigned 64-bit number as int64, modulo 2**64."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
-def _invert(mass: Tensor, u: Tensor) -> Tensor:
-    cumulative = mass.cumsum(-1)
-    target = u[:, None] * cumulative[:, -1:]
-    last = (mass > 0).long().cumsum(-1).argmax(-1, keepdim=True)  # rounding must not step past the last token with mass
-    return torch.minimum(torch.searchsorted(cumulative, target, right=True), last)
-
-
-def uniform(seed: int, row: Tensor, position: int) -> Tensor:
-    """float64 in [0, 1) from the SplitMix64 finaliser (Steele, Lea and Flood 2014) of (seed, row, position); row int64 [R]."""
-    state = torch.full_like(row, seed)
-    for word in (row, torch.full_like(row, position)):  # mixed before each word, so that streams of other seeds are no shifted copies
-        state = _mix(state + _wrap(0x9E3779B97F4A7C15)) + word
-    state = _mix(state + _wrap(0x9E3779B97F4A7C15))
-    return _shift(state, 11).double() * 2.0**-53
-
-
-def _mix(z: Tensor) -> Tensor:
-    z = (z ^ _shift(z, 30)) * _wrap(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift(z, 27)) * _wrap(0x94D049BB133111EB)
-    return z ^ _shift(z, 31)
+def stream(seed: int) -> int:
+    """The state, as int64, from which every draw of a seed starts: mixed, so that the streams of two seeds are no shifted copies of each other."""
+    z = (seed + GOLDEN) % 2**64
+    z = (z ^ z >> 30) * MIX_A % 2**64
+    z = (z ^ z >> 27) * MIX_B % 2**64
+    return wrap(z ^ z >> 31)
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
@@ -56,6 +31,51 @@ def _shift(z: Tensor, bits: int) -> Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _wrap(value: int) -> int:
-    """An unsigned 64-bit constant as int64."""
-    return (value + 2**63) % 2**64 - 2**63
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift(z, 30)) * wrap(MIX_A)
+    z = (z ^ _shift(z, 27)) * wrap(MIX_B)
+    return z ^ _shift(z, 31)
+
+
+def uniform(seed: int, row: Tensor, position: Tensor | int) -> Tensor:
+    """float64 [R] in [0, 1), a hash of (seed, row, position); row int64 [R], position a number or int64 [R]."""
+    state = torch.full_like(row, stream(seed))
+    for word in (row, position + torch.zeros_like(row)):
+        state = _mix(state + word + wrap(GOLDEN))
+    return _shift(state, 11).double() * 2.0**-53
+
+
+def keep(scores: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Which of the scaled logits [R, V] top-k, and then top-p among what is left, keep: bool [R, V]. Tokens as probable as the last kept are kept."""
+    kept = scores > -torch.inf
+    if 0 < top_k < scores.shape[1]:
+        kept = kept & (scores >= scores.topk(top_k, -1).values[:, -1:])
+    if top_p < 1:
+        probability = scores.double().masked_fill(~kept, -torch.inf).softmax(-1)
+        sorted_RV = probability.sort(dim=-1, descending=True).values
+        within = (sorted_RV.cumsum(-1) - sorted_RV < top_p) & (sorted_RV > 0)
+        last = within.sum(-1, keepdim=True) - 1
+        kept = kept & (probability >= sorted_RV.gather(-1, last.clamp(min=0)))
+    return kept
+
+
+def invert(mass: Tensor, u: Tensor) -> Tensor:
+    """The first id, int64 [R], at which the running sum of mass, float64 [R, V], exceeds u of its total; u float64 [R] in [0, 1)."""
+    cumulative = mass.cumsum(-1)
+    target = u[:, None] * cumulative[:, -1:]
+    last = (mass > 0).long().cumsum(-1).argmax(-1, keepdim=True)  # rounding must not step past the last token with mass
+    return torch.minimum(torch.searchsorted(cumulative, target, right=True), last)[:, 0]
+
+
+def sample(
+    logits: Tensor, *, seed: int, row: Tensor, position: Tensor | int, temperature: float, top_p: float, allowed: Tensor | None, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """What `op.sample` documents."""
+    scores = logits.float() * (1 / temperature) if temperature > 0 else logits.float()
+    open_RV = scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
+    if temperature == 0:
+        ids = open_RV.argmax(-1)
+    else:
+        kept = keep(open_RV, top_k, top_p)
+        ids = invert(open_RV.double().masked_fill(~kept, -torch.inf).softmax(-1), uniform(seed, row, position))
+    return ids, scores.gather(-1, ids[:, None])[:, 0] - scores.logsumexp(-1)

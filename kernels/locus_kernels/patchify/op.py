@@ -1,0 +1,113 @@
+"""The public patchify: one registered operator for many images, so that it survives `torch.compile`; the reference on CPU, the kernels on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from locus_kernels.patchify import reference
+from locus_kernels.patchify.reference import Box, Size
+
+
+def _pairs(flat: list[int], width: int) -> list:
+    return [tuple(flat[n : n + width]) for n in range(0, len(flat), width)]
+
+
+@torch.library.custom_op("locus_kernels::patchify_images", mutates_args=(), device_types="cpu")
+def _operator(
+    images: list[Tensor],
+    sizes: list[int],
+    boxes: list[int],
+    patch: int,
+    frames: int,
+    merge: int,
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    choices = {"patch": patch, "frames": frames, "merge": merge, "mean": mean, "std": std, "dtype": dtype}
+    return reference.patchify_images(images, _pairs(sizes, 2), _pairs(boxes, 4), **choices)  # type: ignore[arg-type]
+
+
+@_operator.register_kernel("cuda")
+def _on_cuda(images, sizes, boxes, patch, frames, merge, mean, std, dtype):
+    from locus_kernels.patchify.triton import patchify_images_triton  # only here: a machine without CUDA needs no Triton
+
+    choices = {"patch": patch, "frames": frames, "merge": merge, "mean": mean, "std": std, "dtype": dtype}
+    return patchify_images_triton(images, _pairs(sizes, 2), _pairs(boxes, 4), **choices)
+
+
+@_operator.register_fake
+def _shape(images, sizes, boxes, patch, frames, merge, mean, std, dtype):
+    return images[0].new_empty(sum(reference.count_patches(_pairs(sizes, 2), patch)), 3 * frames * patch**2, dtype=dtype)
+
+
+def _check_constants(patch: int, frames: int, merge: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    if min(patch, frames, merge) < 1:
+        raise ValueError(f"expected patch, frames and merge >= 1, got {patch}, {frames} and {merge}")
+    if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
+        raise ValueError(f"expected mean and std of three channels, std above 0, got {mean} and {std}")
+
+
+def _check_images(images: Sequence[Tensor], sizes: Sequence[Size], boxes: Sequence[Box], block: int) -> None:
+    for image, (height, width), (x1, y1, x2, y2) in zip(images, sizes, boxes, strict=True):
+        reference.check_image(image)
+        reference.check_size(height, width, block)
+        if image.device != images[0].device:
+            raise ValueError(f"expected images of one device, got {images[0].device} and {image.device}")
+        if not (0 <= x1 < x2 <= image.shape[1] and 0 <= y1 < y2 <= image.shape[0]):
+            raise ValueError(f"expected a box inside its image of {image.shape[1]} x {image.shape[0]} pixels, got {(x1, y1, x2, y2)}")
+
+
+def patchify(image: Tensor, *, patch: int, frames: int, merge: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Patches of one image, as it is.
+
+    image: uint8 [height, width, 3], both sides multiples of `patch * merge`. mean, std: of the three channels, on the 0..1 scale.
+    Returns float32 [height * width / patch**2, 3 * frames * patch**2]. ValueError for another dtype, shape or size.
+    """
+    reference.check_image(image)
+    height, width = image.shape[:2]
+    reference.check_size(height, width, patch * merge)
+    constants = {"patch": patch, "frames": frames, "merge": merge, "mean": mean, "std": std}
+    if image.is_cuda:
+        return patchify_images([image], [(height, width)], **constants)[0]  # type: ignore[arg-type]
+    return reference.patchify(image, **constants)  # type: ignore[arg-type]
+
+
+def patchify_images(
+    images: Sequence[Tensor],
+    sizes: Sequence[Size],
+    *,
+    boxes: Sequence[Box | None] | None = None,
+    patch: int,
+    frames: int,
+    merge: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Images of any sizes, perhaps cropped, resized as Pillow's BICUBIC does, normalised, as patches of a Qwen-VL vision tower, image after image.
+
+    - images: uint8 [height, width, 3] each, any strides, one device. The same tensor may stand several times: an image and a crop of it, say.
+    - sizes: the (height, width) in pixels that each becomes, multiples of `patch * merge`.
+    - boxes: (x1, y1, x2, y2) in whole pixels, the part of each image to take, or None for all of it.
+    - mean, std: of the three channels, on the 0..1 scale: a value is (byte / 255 - mean) / std.
+    Returns (patches, `dtype` [N, 3 * frames * patch**2]; grid_thw, int64 [images, 3] on the CPU: frames, rows and columns of patches of each image).
+    The resized bytes are those of Pillow 13, exactly; the patches are those of `Qwen2VLImageProcessorPil` for the same sizes, but for rounding.
+    On CUDA: two launches for all images, and two small tables sent without waiting for the device. There is no gradient.
+    Raises ValueError for another dtype, shape or device, a size that is no multiple, or a box that is empty or not inside its image.
+    """
+    whole = [(0, 0, image.shape[1], image.shape[0]) if image.ndim == 3 else (0, 0, 0, 0) for image in images]
+    if not len(images) == len(sizes) == len(whole if boxes is None else boxes) or not images:
+        count = f"{len(images)} images, {len(sizes)} sizes and {len(whole if boxes is None else boxes)} boxes"
+        raise ValueError(f"expected at least one image, and as many sizes and boxes as images, got {count}")
+    taken = whole if boxes is None else [box or all_of_it for box, all_of_it in zip(boxes, whole, strict=True)]
+    _check_constants(patch, frames, merge, mean, std)
+    _check_images(images, sizes, taken, patch * merge)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    flat_sizes, flat_boxes = [int(n) for size in sizes for n in size], [int(n) for box in taken for n in box]
+    patches = _operator(list(images), flat_sizes, flat_boxes, patch, frames, merge, list(mean), list(std), dtype)
+    return patches, torch.tensor([[1, height // patch, width // patch] for height, width in sizes], device="cpu")
