@@ -130,7 +130,10 @@ def parse(arguments: list[str], prog: str = "python -m locus_fast.train", settin
     preset = given.get("preset") or default_preset(given.get("model", ""))
     if preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}, not '{preset}'.")
-    return check(Config(**{"preset": preset, **(PRESETS[preset] if settings is None else settings), **given}))
+    config = check(Config(**{"preset": preset, **(PRESETS[preset] if settings is None else settings), **given}))
+    if not config.data and (unused := sorted(given.keys() & {"mix", "min_side", "padding", "scale"})):
+        raise UserError(f"--{unused[0].replace('_', '-')} needs --data: drawn scenes have a recipe of their own.")
+    return config
 
 
 def default_preset(model: str) -> str:

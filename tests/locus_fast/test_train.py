@@ -282,6 +282,7 @@ def test_training_on_files(tmp_path: Path, capsys) -> None:
         (["--seed", "9" * 30], "--seed must be"),
         (["--lr", "inf"], "--lr cannot be inf"),
         (["--mix", "inf", "1", "1"], "--mix cannot be"),
+        (["--min-side", "20"], "--min-side needs --data"),
         (["--device", "tpu"], "--device must be auto, cpu or cuda"),
         (["--normalize-std", "maybe"], "true or false"),
     ],
