@@ -65,7 +65,7 @@ def test_equals_the_trainers_objective(shape, optional, dtype) -> None:
         assert metrics["ratio_min"] < 0.8 < 1.28 < metrics["ratio_max"]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(derandomize=True, max_examples=20, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 200), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.booleans())
 def test_as_good_as_eager(T, D, V, dtype, optional) -> None:
     head, vectors = case(T, D, V, dtype, optional)

@@ -183,7 +183,7 @@ def test_truncated_held_out_image_is_replaced_by_the_next(tmp_path: Path) -> Non
     assert {example.source for example in replaced} == {second}
     assert [len(example.skipped) for example in replaced] == [int(example.source == first) for example in held]
     truncate(tmp_path / second)
-    with pytest.raises(UserError, match=f"instances.json: 2 images in a row could not be used, the last: image .*{second}"):
+    with pytest.raises(UserError, match=f"instances.json: 2 tries in a row gave no usable image, the last: image .*{second}"):
         cues(path).held_out(0)
 
 
@@ -192,7 +192,7 @@ def test_fifty_failures_in_a_row_are_the_end(tmp_path: Path) -> None:
     source = cues(path)
     for image in tmp_path.glob("*.png"):
         image.write_text("no image")
-    with pytest.raises(UserError, match=r"instances.json: 50 images in a row could not be used, the last: .*\d.png is not an image") as caught:
+    with pytest.raises(UserError, match=r"instances.json: 50 tries in a row gave no usable image, the last: .*\d.png is not an image") as caught:
         source.train(0)
     assert type(caught.value) is UserError
 
