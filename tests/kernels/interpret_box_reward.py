@@ -92,7 +92,7 @@ def test_rewards_as_the_reference_does(shape: str) -> None:
     assert (got.advantage.view(-1, size)[got.zero_variance] == 0).all()
 
 
-@settings(derandomize=True, max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(groups=st.integers(0, 7), size=st.sampled_from([1, 2, 3, 7, 13, 16, 31]), lanes=st.sampled_from([32, 256]), seed=st.integers(0, 9))
 def test_any_number_of_rows_and_any_group(groups: int, size: int, lanes: int, seed: int) -> None:
     table = table_of(byte_level())

@@ -49,7 +49,7 @@ def test_images_of_different_sizes_and_crops_of_them() -> None:
     assert_same([images[0]], [(32, 64)], **QWEN3)
 
 
-@settings(derandomize=True, max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     height=st.integers(1, 140),
     width=st.integers(1, 140),

@@ -66,7 +66,7 @@ def test_draws_as_the_reference_does(choices: dict, dtype: torch.dtype) -> None:
         draws(some_logits(rows, vocab, dtype), tile, **chosen)
 
 
-@settings(derandomize=True, max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     rows=st.integers(0, 2),
     vocab=st.integers(1, 200),

@@ -34,7 +34,7 @@ def picture(height: int, width: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
-@settings(derandomize=True, max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 120), st.integers(1, 120))
 def test_resizes_to_the_bytes_of_pillow(height: int, width: int, out_height: int, out_width: int) -> None:
     image = picture(height, width, height * 1000 + width)
