@@ -355,6 +355,17 @@ def test_ctrl_c_saves_what_was_done(tmp_path: Path) -> None:
     assert json.loads((out / "checkpoints" / f"step-{steps:06d}" / "optimizer" / "step.json").read_text())["step"] == steps
 
 
+@pytest.mark.parametrize("seconds", [0.5, 1.5, 6.0])
+def test_ctrl_c_while_starting(seconds: float, tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "locus_fast.train", *SHORT, "--steps", "500", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+
+
 def test_every_option_has_help_and_a_default(capsys) -> None:
     with pytest.raises(SystemExit) as end:
         parse(["--help"])
