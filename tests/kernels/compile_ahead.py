@@ -21,7 +21,7 @@ def figures(kernel: Any, arguments: dict[str, Any], target: str, divisible: tupl
 
     arguments: a type such as "*fp32" or "i64" for each run-time parameter, the value itself (not a string) for each constexpr. Pointers are taken to
     be aligned to 16 bytes, as PyTorch's allocations are; `divisible` names the integers that are multiples of 16. The table also counts the wgmma
-    instructions, Hopper's asynchronous matrix products.
+    instructions, Hopper's asynchronous matrix products, and the mma instructions of every NVIDIA chip.
     """
     signature = {name: a if isinstance(a, str) else "constexpr" for name, a in arguments.items()}
     constants = {name: a for name, a in arguments.items() if not isinstance(a, str)}
@@ -31,7 +31,8 @@ def figures(kernel: Any, arguments: dict[str, Any], target: str, divisible: tupl
         options.pop("maxnreg", None)
     compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget(backend, chip, warp), options=options)
     counts = _amd(compiled.asm["amdgcn"]) if backend == "hip" else _nvidia(compiled.asm["ptx"], chip)
-    return {**counts, "shared": compiled.metadata.shared, "wgmma": compiled.asm.get("ptx", "").count("wgmma.mma_async")}
+    ptx = compiled.asm.get("ptx", "")
+    return {**counts, "shared": compiled.metadata.shared, "wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync")}
 
 
 def _amd(assembly: str) -> dict[str, int]:

@@ -1,0 +1,91 @@
+"""One decoding step over shared prompts, in plain PyTorch: the oracle of the kernel and the CPU path. No key of a prompt is padded or repeated.
+
+out[r, h] = sum_j softmax_j(scale q[r, h] . k_j) v_j over the keys j of key head h // (H / K): those of row r's prompt, then the row's own.
+
+Legend: R rows, B prompts, N packed prompt tokens, H heads, K key heads, S = H / K, D head dimension, P tokens of a prompt, G rows of a group, T most
+tokens of a row's own past.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _attend(query: Tensor, own: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """B prompts of equal length, one after the other in k and v [B * P, K, D], and G rows of each: scaled query [B, G, K, S, D] and scores against
+    the rows' own keys, own [B, G, K, S, T]. Returns the prompts' part of the output [B, G, K, S, D] and the weights of own [B, G, K, S, T]."""
+    B, G, K, S, _ = query.shape
+    P = k.shape[0] // B
+    k, v = (x.unflatten(0, (B, P)).permute(2, 0, 1, 3).flatten(0, 1) for x in (k, v))  # [K * B, P, D]
+    query, own = (x.permute(2, 0, 1, 3, 4).reshape(K * B, G * S, x.shape[-1]) for x in (query, own))
+    weight = torch.cat([torch.bmm(query, k.transpose(1, 2)), own], -1).softmax(-1)
+    if not P:
+        weight = weight.masked_fill(own == -torch.inf, 0)  # a row without any key
+    return tuple(x.view(K, B, G, S, -1).permute(1, 2, 0, 3, 4) for x in (torch.bmm(weight[..., :P], v), weight[..., P:]))  # type: ignore[return-value]
+
+
+def _attend_padded(query: Tensor, own: Tensor, k: Tensor, v: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """`_attend` for counts[b] rows of prompt b, packed: all arguments and results [rows, K, S, ...]. Repeats queries up to the largest count."""
+    B, G = len(counts), max(counts)
+    if min(counts) == G:
+        part, weight = _attend(query.unflatten(0, (B, G)), own.unflatten(0, (B, G)), k, v)
+        return part.flatten(0, 1), weight.flatten(0, 1)
+    real_BG = torch.arange(G) < torch.tensor(counts)[:, None]
+    row_BG = (real_BG.flatten().cumsum(0) - 1).clamp(min=0).view(B, G)
+    part, weight = _attend(query[row_BG], own[row_BG], k, v)
+    return part[real_BG], weight[real_BG]
+
+
+def _check_values(prompts: list[int], lengths: list[int], rows: list[int], tokens: int, longest_prompt: int, most_rows: int, longest_own: int) -> None:
+    for name, offsets, limit, most in (("cu_prompts", prompts, tokens, longest_prompt), ("cu_rows", rows, len(lengths), most_rows)):
+        steps = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
+        if offsets[0] < 0 or offsets[-1] > limit or min(steps, default=0) < 0 or max(steps, default=0) > most:
+            raise ValueError(f"{name}: expected ascending offsets within 0 to {limit} in steps of at most {most}, got {offsets}")
+    if rows[0] != 0:
+        raise ValueError(f"cu_rows: expected 0 first, got {rows[0]}")
+    used = lengths[: rows[-1]]
+    if used and not 0 <= min(used) <= max(used) <= longest_own:
+        raise ValueError(f"own_lengths: expected 0 to longest_own = {longest_own}, got {min(used)} to {max(used)}")
+
+
+def shared_prefix_decode(
+    q: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    cu_prompts: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    own_lengths: Tensor,
+    cu_rows: Tensor,
+    *,
+    scale: float,
+    longest_prompt: int,
+    most_rows: int,
+    longest_own: int,
+) -> Tensor:
+    """What `op.shared_prefix_decode` documents, computed in float32 (float64 for float64). Reads the offsets and lengths: for CPU tensors.
+
+    Prompts of equal length in [K, N, D] storage run as one batch, others one prompt at a time; either way their keys are read in place.
+    """
+    prompts, lengths, rows = cu_prompts.tolist(), own_lengths.tolist(), cu_rows.tolist()
+    _check_values(prompts, lengths, rows, prompt_k.shape[0], longest_prompt, most_rows, longest_own)
+    out, used = q.new_zeros(q.shape), rows[-1]
+    if not used:
+        return out
+    K, T, dtype = prompt_k.shape[1], max(lengths[:used]), torch.promote_types(q.dtype, torch.float32)
+    query = (q[:used].to(dtype) * scale).unflatten(1, (K, -1))
+    k, v = (x[:used, :, :T].to(dtype) for x in (own_k, own_v))
+    own = query @ k.transpose(2, 3)
+    if min(lengths[:used]) < T:
+        unreal = torch.arange(T) >= own_lengths[:used, None]
+        own, v = own.masked_fill(unreal[:, None, None], -torch.inf), v.masked_fill(unreal[:, None, :, None], 0)  # unused slots may hold NaN
+    sizes, counts = ([b - a for a, b in zip(offsets, offsets[1:], strict=False)] for offsets in (prompts, rows))
+    together = len(set(sizes)) == 1 and all(x.stride(1) == (prompts[-1] - prompts[0]) * x.stride(0) for x in (prompt_k, prompt_v))
+    parts = []
+    for first, last in [(0, len(sizes))] if together else [(b, b + 1) for b, count in enumerate(counts) if count]:
+        at, tokens = slice(rows[first], rows[last]), slice(prompts[first], prompts[last])
+        parts.append(_attend_padded(query[at], own[at], prompt_k[tokens].to(dtype), prompt_v[tokens].to(dtype), counts[first:last]))
+    part, weight = parts[0] if len(parts) == 1 else (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    out[:used] = (part + weight @ v).flatten(1, 2)
+    return out
