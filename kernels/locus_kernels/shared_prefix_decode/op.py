@@ -106,7 +106,7 @@ def shared_prefix_decode(
 
     On CUDA the launches depend on shapes and bounds alone and nothing is read back, so that a captured CUDA graph can be replayed with other
     cu_rows and own_lengths; offsets or lengths outside their bounds are then undefined behaviour. On CPU they raise ValueError.
-    Two launches: the prompt's keys are read once a group and key head as long as most_rows * H / K <= 128 (64 for D over 128; 32 in float32), then
+    Two launches: the prompt's keys are read once a group and key head as long as most_rows * H / K <= 128 (64 for D over 128; 16 in float32), then
     merged with the row's own by log-sum-exp ("Online normalizer calculation for softmax", Milakov and Gimelshein, 2018). No atomics: equal bits
     every time. There is no gradient.
     Raises ValueError for a wrong dtype, shape, stride or device, or a bound out of range.

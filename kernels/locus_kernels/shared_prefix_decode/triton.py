@@ -21,28 +21,30 @@ from torch import Tensor
 INTERPRETED: bool = triton.knobs.runtime.interpret
 LOG2E = 1.4426950408889634
 SPLIT_KEYS = 128  # fewest keys of a split: its output and log-sum-exp, in float32, must not cost more than reading its keys
-OWN_ROWS, OWN_KEYS, OWN_WARPS, OWN_STAGES = 16, 32, 4, 2  # merge_kernel: heads of one key head, own keys at a time, compile options
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The shape of a program's work in `prompt_kernel`, and its compile options."""
+    """The shape of a program's work, and its compile options."""
 
-    rows: int  # (row of the group, head of the key head) pairs
-    keys: int
+    rows: int  # queries
+    keys: int  # one step of the loop
     warps: int
     stages: int
 
 
-def choose_tiles(dtype: torch.dtype, dimension: int, queries: int, amd: bool = False) -> Tiles:
-    """queries: the most that a group has for one key head."""
-    rows = max(16, triton.next_power_of_2(queries))
+def prompt_tiles(dtype: torch.dtype, dimension: int, queries: int, amd: bool = False) -> Tiles:
+    """For `prompt_kernel`. queries: the most that a group has for one key head."""
+    rows = max(16, min(128 if dimension <= 128 else 64, triton.next_power_of_2(queries)))
     if dtype == torch.float32:  # exact products without tensor cores: for checks, not for speed
-        return Tiles(min(rows, 32), 32, 4, 1)
-    if dimension > 128:
-        return Tiles(min(rows, 64), 32, 4, 1 if amd else 2)
-    rows = min(rows, 128)
-    return Tiles(rows, 64, 8 if rows == 128 else 4, 1 if amd else 3)
+        return Tiles(16, 16, 8, 1)
+    keys, stages = (64, 3) if rows < 128 and dimension <= 128 else (32, 4 if rows == 128 else 3)
+    return Tiles(rows, keys, 4 if rows < 64 else 8, 2 if amd else stages)
+
+
+def own_tiles(dtype: torch.dtype) -> Tiles:
+    """For `merge_kernel`, whose queries are heads of one row."""
+    return Tiles(16, 16, 8, 1) if dtype == torch.float32 else Tiles(16, 32, 4, 2)
 
 
 def choose_splits(programs: int, processors: int, longest_prompt: int) -> int:
@@ -180,7 +182,8 @@ def decode_triton(
         return out
     if processors is None:
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    share, tiles = H // K, choose_tiles(q.dtype, D, most_rows * (H // K), amd=torch.version.hip is not None)
+    share = H // K
+    tiles, own = prompt_tiles(q.dtype, D, most_rows * share, amd=torch.version.hip is not None), own_tiles(q.dtype)
     common: dict[str, Any] = {"SHARE": share, "D": D, "DEPTH": triton.next_power_of_2(D), "UPCAST": INTERPRETED and q.dtype == torch.bfloat16}
     row_tiles = triton.cdiv(most_rows * share, tiles.rows)
     programs = B * row_tiles * K
@@ -193,11 +196,11 @@ def decode_triton(
             *q.stride()[:2], *prompt_k.stride()[:2], *prompt_v.stride()[:2], scale * LOG2E,
             **common, ROWS=tiles.rows, KEYS=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-    head_tiles = triton.cdiv(share, OWN_ROWS)
+    head_tiles = triton.cdiv(share, own.rows)
     (k_row, k_head, k_token, _), (v_row, v_head, v_token, _) = own_k.stride(), own_v.stride()
     merge_kernel[(R, K * head_tiles)](
         q, own_k, own_v, own_lengths, cu_rows, partial, lse, out, R, H, B, head_tiles, splits, longest_own,
         *q.stride()[:2], k_row, k_head, k_token, v_row, v_head, v_token, scale * LOG2E,
-        **common, ROWS=OWN_ROWS, KEYS=OWN_KEYS, num_warps=OWN_WARPS, num_stages=OWN_STAGES,
+        **common, ROWS=own.rows, KEYS=own.keys, num_warps=own.warps, num_stages=own.stages,
     )  # fmt: skip
     return out
