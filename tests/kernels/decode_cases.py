@@ -63,9 +63,7 @@ def make(
     lengths = torch.tensor(own, dtype=torch.int32, device=device)
     bounds = (max([*prompts, 0]) + slack, max([*rows, 0]) + slack, most)
     query = wide.to(device)[:, :heads, :dimension]
-    return Case(
-        query, prompt_k, prompt_v, offsets(prompts).to(device), own_k, own_v, lengths, offsets(rows).to(device), dimension**-0.5, *bounds
-    )
+    return Case(query, prompt_k, prompt_v, offsets(prompts).to(device), own_k, own_v, lengths, offsets(rows).to(device), dimension**-0.5, *bounds)
 
 
 def truth(case: Case) -> Tensor:

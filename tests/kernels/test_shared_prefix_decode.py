@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,6 +117,17 @@ def test_a_prompt_is_read_once_a_group_and_not_once_a_reply(prompts: list[int], 
             with BytesRead(tensor) as read:
                 reference.shared_prefix_decode(*case.tensors(), **case.options())
             assert read.bytes == tensor.numel() * tensor.element_size()
+
+
+def test_the_example_of_the_readme_runs() -> None:
+    text = (Path(__file__).parents[2] / "kernels" / "README.md").read_text()
+    code = re.search(r"## shared_prefix_decode\n.*?```python\n(.*?)```", text, re.DOTALL)
+    assert code
+    names: dict = {}
+    exec(code.group(1), names)
+    assert names["out"].shape == (6, 8, 64)
+    assert (names["out"][5] == 0).all()
+    assert (names["out"][:5] != 0).all()
 
 
 def test_takes_no_gradient() -> None:

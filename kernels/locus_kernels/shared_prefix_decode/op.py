@@ -10,8 +10,7 @@ from locus_kernels.shared_prefix_decode import reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@torch.library.custom_op("locus_kernels::shared_prefix_decode", mutates_args=(), device_types="cpu")
-def _operator(
+def _on_cpu(
     q: Tensor,
     prompt_k: Tensor,
     prompt_v: Tensor,
@@ -29,6 +28,9 @@ def _operator(
     return reference.shared_prefix_decode(q, prompt_k, prompt_v, cu_prompts, own_k, own_v, own_lengths, cu_rows, scale=scale, **bounds)
 
 
+_operator = torch.library.custom_op("locus_kernels::shared_prefix_decode", _on_cpu, mutates_args=(), device_types="cpu")
+
+
 @_operator.register_kernel("cuda")
 def _on_cuda(q, prompt_k, prompt_v, cu_prompts, own_k, own_v, own_lengths, cu_rows, scale, longest_prompt, most_rows, longest_own):
     from locus_kernels.shared_prefix_decode.triton import decode_triton  # only here: a machine without CUDA needs no Triton
@@ -43,7 +45,13 @@ def _shapes(q, *_):
 
 
 def _check_floats(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, own_k: Tensor, own_v: Tensor) -> None:
-    if q.ndim != 3 or q.shape[1] < 1 or not 16 <= q.shape[2] <= 256 or q.dtype not in (*DTYPES, torch.float64) or (q.is_cuda and q.dtype == torch.float64):
+    if (
+        q.ndim != 3
+        or q.shape[1] < 1
+        or not 16 <= q.shape[2] <= 256
+        or q.dtype not in (*DTYPES, torch.float64)
+        or (q.is_cuda and q.dtype == torch.float64)
+    ):
         raise ValueError(f"q: expected float32, bfloat16 or float16 [rows, heads >= 1, 16 to 256], got {q.dtype} {list(q.shape)}")
     R, H, D = q.shape
     if prompt_k.ndim != 3 or prompt_k.shape[1] < 1 or H % prompt_k.shape[1] or prompt_k.shape[2] != D:
@@ -118,8 +126,7 @@ def shared_prefix_decode(
         raise ValueError(
             f"expected 0 <= longest_prompt, 0 <= most_rows and 0 <= longest_own <= {own_k.shape[2]}, got {longest_prompt}, {most_rows} and {longest}"
         )
-    tensors = (q.detach(), prompt_k.detach(), prompt_v.detach(), cu_prompts, own_k.detach(), own_v.detach(), own_lengths, cu_rows)
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():  # a registered operator's dispatch costs as much as a small model's step
-        bounds = {"longest_prompt": longest_prompt, "most_rows": most_rows, "longest_own": longest}
-        return reference.shared_prefix_decode(*tensors, scale=float(scale), **bounds)
-    return _operator(*tensors, float(scale), longest_prompt, most_rows, longest)
+    q, prompt_k, prompt_v, own_k, own_v = (x.detach() for x in (q, prompt_k, prompt_v, own_k, own_v))
+    direct = q.device.type == "cpu" and not torch.compiler.is_compiling()  # dispatch costs as much as a small model's step
+    call = _on_cpu if direct else _operator
+    return call(q, prompt_k, prompt_v, cu_prompts, own_k, own_v, own_lengths, cu_rows, float(scale), longest_prompt, most_rows, longest)

@@ -8,6 +8,8 @@ tokens of a row's own past.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -37,9 +39,11 @@ def _attend_padded(query: Tensor, own: Tensor, k: Tensor, v: Tensor, counts: lis
     return part[real_BG], weight[real_BG]
 
 
-def _check_values(prompts: list[int], lengths: list[int], rows: list[int], tokens: int, longest_prompt: int, most_rows: int, longest_own: int) -> None:
+def _check_values(
+    prompts: list[int], lengths: list[int], rows: list[int], tokens: int, longest_prompt: int, most_rows: int, longest_own: int
+) -> None:
     for name, offsets, limit, most in (("cu_prompts", prompts, tokens, longest_prompt), ("cu_rows", rows, len(lengths), most_rows)):
-        steps = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
+        steps = [b - a for a, b in pairwise(offsets)]
         if offsets[0] < 0 or offsets[-1] > limit or min(steps, default=0) < 0 or max(steps, default=0) > most:
             raise ValueError(f"{name}: expected ascending offsets within 0 to {limit} in steps of at most {most}, got {offsets}")
     if rows[0] != 0:
@@ -80,8 +84,9 @@ def shared_prefix_decode(
     if min(lengths[:used]) < T:
         unreal = torch.arange(T) >= own_lengths[:used, None]
         own, v = own.masked_fill(unreal[:, None, None], -torch.inf), v.masked_fill(unreal[:, None, :, None], 0)  # unused slots may hold NaN
-    sizes, counts = ([b - a for a, b in zip(offsets, offsets[1:], strict=False)] for offsets in (prompts, rows))
-    together = len(set(sizes)) == 1 and all(x.stride(1) == (prompts[-1] - prompts[0]) * x.stride(0) for x in (prompt_k, prompt_v))
+    sizes, counts = ([b - a for a, b in pairwise(offsets)] for offsets in (prompts, rows))
+    in_place = K == 1 or all(x.stride(1) == (prompts[-1] - prompts[0]) * x.stride(0) for x in (prompt_k, prompt_v))
+    together = in_place and len(set(sizes)) == 1  # key heads and prompts are then one batch dimension without a copy
     parts = []
     for first, last in [(0, len(sizes))] if together else [(b, b + 1) for b, count in enumerate(counts) if count]:
         at, tokens = slice(rows[first], rows[last]), slice(prompts[first], prompts[last])
