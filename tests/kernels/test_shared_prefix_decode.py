@@ -62,6 +62,7 @@ GROUPS = {
     "equal, other lengths": ([50] * 3, [4] * 3, [*range(12)]),
     "ragged rows": ([50] * 4, [4, 0, 3, 1], [6] * 8),
     "ragged prompts": ([50, 1, 7, 90], [4, 0, 3, 1], [6, 1, 0, 9, 3, 4, 2, 5]),
+    "long ragged prompts": ([530, 1, 40], [2, 0, 1], [3, 1, 2]),
     "empty prompts": ([0, 0], [2, 1], [3, 0, 1]),
     "one empty prompt": ([0, 9], [2, 1], [3, 0, 0]),
     "nothing but prompts": ([5, 5], [1, 1], [0, 0]),
@@ -109,7 +110,7 @@ class BytesRead(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("storage", ["KND", "NKD"])
-@pytest.mark.parametrize("prompts", [[40, 40], [40, 25]])
+@pytest.mark.parametrize("prompts", [[40, 40], [40, 25], [1100, 30]])
 def test_a_prompt_is_read_once_a_group_and_not_once_a_reply(prompts: list[int], storage: str) -> None:
     for rows in ([1, 1], [8, 8], [8, 3], [64, 1]):
         case = make(prompts, rows, [3] * sum(rows), 4, 2, 16, storage=storage)

@@ -1,4 +1,4 @@
-"""One decoding step over shared prompts, in plain PyTorch: the oracle of the kernel and the CPU path. No key of a prompt is padded or repeated.
+"""One decoding step over shared prompts, in plain PyTorch: the oracle of the kernel and the CPU path. No key is repeated for a reply or a head.
 
 out[r, h] = sum_j softmax_j(scale q[r, h] . k_j) v_j over the keys j of key head h // (H / K): those of row r's prompt, then the row's own.
 
@@ -13,30 +13,57 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+SHORT = 2**15  # keys of a prompt, in elements, up to which a copy of them costs less than a batch of their own
 
-def _attend(query: Tensor, own: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """B prompts of equal length, one after the other in k and v [B * P, K, D], and G rows of each: scaled query [B, G, K, S, D] and scores against
-    the rows' own keys, own [B, G, K, S, T]. Returns the prompts' part of the output [B, G, K, S, D] and the weights of own [B, G, K, S, T]."""
+
+def _attend(query: Tensor, own: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """B prompts of P tokens, one after the other in k and v [B * P, K, D], of which those in hidden, bool [B, P], do not count, and G rows of each:
+    scaled query [B, G, K, S, D] and scores against the rows' own keys, own [B, G, K, S, T]. Returns the prompts' part of the output
+    [B, G, K, S, D] and the weights of own [B, G, K, S, T]."""
     B, G, K, S, _ = query.shape
     P = k.shape[0] // B
     k, v = (x.unflatten(0, (B, P)).permute(2, 0, 1, 3).flatten(0, 1) for x in (k, v))  # [K * B, P, D]
     query, own = (x.permute(2, 0, 1, 3, 4).reshape(K * B, G * S, x.shape[-1]) for x in (query, own))
-    weight = torch.cat([torch.bmm(query, k.transpose(1, 2)), own], -1).softmax(-1)
+    scores = torch.bmm(query, k.transpose(1, 2))
+    if hidden is not None:
+        scores.view(K, B, G * S, P).masked_fill_(hidden[:, None], -torch.inf)
+    weight = torch.cat([scores, own], -1).softmax(-1)
     if not P:
         weight = weight.masked_fill(own == -torch.inf, 0)  # a row without any key
     return tuple(x.view(K, B, G, S, -1).permute(1, 2, 0, 3, 4) for x in (torch.bmm(weight[..., :P], v), weight[..., P:]))  # type: ignore[return-value]
 
 
-def _attend_padded(query: Tensor, own: Tensor, k: Tensor, v: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """`_attend` for counts[b] rows of prompt b, packed: all arguments and results [rows, K, S, ...]. Repeats queries up to the largest count."""
+def _attend_ragged(query: Tensor, own: Tensor, k: Tensor, v: Tensor, counts: list[int], hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`_attend` for counts[b] rows of prompt b, packed: query, own and results [rows, K, S, ...]. Repeats queries up to the largest count."""
     B, G = len(counts), max(counts)
     if min(counts) == G:
-        part, weight = _attend(query.unflatten(0, (B, G)), own.unflatten(0, (B, G)), k, v)
+        part, weight = _attend(query.unflatten(0, (B, G)), own.unflatten(0, (B, G)), k, v, hidden)
         return part.flatten(0, 1), weight.flatten(0, 1)
     real_BG = torch.arange(G) < torch.tensor(counts)[:, None]
     row_BG = (real_BG.flatten().cumsum(0) - 1).clamp(min=0).view(B, G)
-    part, weight = _attend(query[row_BG], own[row_BG], k, v)
+    part, weight = _attend(query[row_BG], own[row_BG], k, v, hidden)
     return part[real_BG], weight[real_BG]
+
+
+def _attend_prompts(query: Tensor, own: Tensor, k: Tensor, v: Tensor, prompts: list[int], rows: list[int]) -> tuple[Tensor, Tensor]:
+    """`_attend_ragged` over packed prompts of any lengths, k and v [N, K, D]."""
+    sizes, counts = ([b - a for a, b in pairwise(offsets)] for offsets in (prompts, rows))
+    (_, K, D), longest, dtype = k.shape, max(sizes), query.dtype
+    k, v = k[prompts[0] : prompts[-1]], v[prompts[0] : prompts[-1]]
+    if longest == min(sizes) and (K == 1 or all(x.stride(1) == x.shape[0] * x.stride(0) for x in (k, v))):
+        return _attend_ragged(query, own, k.to(dtype), v.to(dtype), counts)  # key heads and prompts are one batch dimension without a copy
+    if min(sizes) > 0 and longest * K * D <= SHORT:
+        size_B, place_P = torch.tensor(sizes)[:, None], torch.arange(longest)
+        token = (torch.tensor(prompts[:-1])[:, None] - prompts[0] + torch.minimum(place_P, size_B - 1)).flatten()
+        k, v = (x.transpose(0, 1).index_select(1, token).transpose(0, 1).to(dtype) for x in (k, v))
+        return _attend_ragged(query, own, k, v, counts, place_P >= size_B)
+    parts = []
+    for b, count in enumerate(counts):
+        if count:
+            at, tokens = slice(rows[b], rows[b + 1]), slice(prompts[b] - prompts[0], prompts[b + 1] - prompts[0])
+            parts.append(_attend_ragged(query[at], own[at], k[tokens].to(dtype), v[tokens].to(dtype), [count]))
+    part, weight = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    return part, weight
 
 
 def _check_values(
@@ -70,7 +97,8 @@ def shared_prefix_decode(
 ) -> Tensor:
     """What `op.shared_prefix_decode` documents, computed in float32 (float64 for float64). Reads the offsets and lengths: for CPU tensors.
 
-    Prompts of equal length in [K, N, D] storage run as one batch, others one prompt at a time; either way their keys are read in place.
+    Prompts of equal length in [K, N, D] storage run as one batch in place, short ones of other lengths as one padded copy, long ones one by one in
+    place: whatever the number of rows, a prompt's keys are read once.
     """
     prompts, lengths, rows = cu_prompts.tolist(), own_lengths.tolist(), cu_rows.tolist()
     _check_values(prompts, lengths, rows, prompt_k.shape[0], longest_prompt, most_rows, longest_own)
@@ -84,13 +112,6 @@ def shared_prefix_decode(
     if min(lengths[:used]) < T:
         unreal = torch.arange(T) >= own_lengths[:used, None]
         own, v = own.masked_fill(unreal[:, None, None], -torch.inf), v.masked_fill(unreal[:, None, :, None], 0)  # unused slots may hold NaN
-    sizes, counts = ([b - a for a, b in pairwise(offsets)] for offsets in (prompts, rows))
-    in_place = K == 1 or all(x.stride(1) == (prompts[-1] - prompts[0]) * x.stride(0) for x in (prompt_k, prompt_v))
-    together = in_place and len(set(sizes)) == 1  # key heads and prompts are then one batch dimension without a copy
-    parts = []
-    for first, last in [(0, len(sizes))] if together else [(b, b + 1) for b, count in enumerate(counts) if count]:
-        at, tokens = slice(rows[first], rows[last]), slice(prompts[first], prompts[last])
-        parts.append(_attend_padded(query[at], own[at], prompt_k[tokens].to(dtype), prompt_v[tokens].to(dtype), counts[first:last]))
-    part, weight = parts[0] if len(parts) == 1 else (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    part, weight = _attend_prompts(query, own, prompt_k, prompt_v, prompts, rows)
     out[:used] = (part + weight @ v).flatten(1, 2)
     return out
