@@ -27,6 +27,18 @@ class PromptKeys:
         return join([F.scaled_dot_product_attention(*piece, is_causal=True, scale=scale, enable_gqa=True) for piece in pieces])
 
 
+class DecodeKeys:
+    """One new token of each reply of one group attends to the prompt and to its own past."""
+
+    def __init__(self, prompts: PromptKeys):
+        self.prompts, self.own = prompts, {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        self.own[layer] = [torch.cat([past, new], 2) for past, new in zip(self.own[layer], (k, v), strict=True)] if layer in self.own else [k, v]
+        whole = [torch.cat([prompt.expand(len(q), -1, -1, -1), own], 2) for prompt, own in zip(self.prompts.kv[layer], self.own[layer], strict=True)]
+        return F.scaled_dot_product_attention(q, *whole, scale=scale, enable_gqa=True)
+
+
 class ReplyKeys:
     """All fed tokens of a group attend to its prompt as one unmasked rectangle, and each reply causally to itself. The two are added, not merged by
     their log-sum-exp: the same work."""
@@ -60,7 +72,7 @@ def attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0.0, l
 ALL_ATTENTION_FUNCTIONS.register(PLAIN, attention)
 
 
-def one_attention(module, q, k, v, **_):
+def one_attention(module, q, k, v, attention_mask=None, **_):
     """One operator whatever the sequences, for counting launches."""
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).contiguous(), None
 
@@ -95,9 +107,21 @@ def answer(model, keys: PromptKeys, groups: list[Group]) -> Tensor:
     fed = torch.cat([torch.arange(n) for group in groups for n in group.fed])
     embeds = model.model.language_model.embed_tokens(fed % 64)[None]
     position = (fed + max(keys.lengths)).expand(3, 1, -1)
-    return model.model.language_model(
-        inputs_embeds=embeds, position_ids=position, use_cache=False, locus=ReplyKeys(keys, groups)
-    ).last_hidden_state[0]
+    return model.model.language_model(inputs_embeds=embeds, position_ids=position, use_cache=False, locus=ReplyKeys(keys, groups)).last_hidden_state[
+        0
+    ]
+
+
+@torch.no_grad()
+def decode(model, keys: PromptKeys, last: Tensor, replies: int, tokens: int) -> None:
+    """Greedy decoding of one prompt's replies, all `tokens` long."""
+    context, hidden = DecodeKeys(keys), last.expand(replies, -1)
+    for at in range(tokens):
+        chosen = model.lm_head(hidden).argmax(-1)
+        if at + 1 < tokens:
+            embeds = model.model.language_model.embed_tokens(chosen)[:, None]
+            position = torch.full((3, replies, 1), keys.lengths[0] + at)
+            hidden = model.model.language_model(inputs_embeds=embeds, position_ids=position, use_cache=False, locus=context).last_hidden_state[:, 0]
 
 
 def score(model, last: Tensor, hidden: Tensor, groups: list[Group]) -> Tensor:

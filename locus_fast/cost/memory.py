@@ -31,9 +31,10 @@ def text_layer_bytes(text: TextShape, width: int) -> float:
 
 
 def block_bytes(vision: VisionShape, width: int) -> float:
-    """The same of one patch in one vision block. Queries, keys, values, output, and the output as the projection reads it: 5 hidden."""
+    """The same of one patch in one vision block. Queries and keys after their rotation, the product that holds the values, and the output: 6
+    hidden."""
     norms = 2 * ((4 + 2 * width) if vision.gated else 2 * width) * vision.hidden
-    return norms + 4 * vision.heads + width * (5 * vision.hidden + (4 if vision.gated else 2) * vision.intermediate)
+    return norms + 4 * vision.heads + width * (6 * vision.hidden + (4 if vision.gated else 2) * vision.intermediate)
 
 
 def tower_ends_bytes(vision: VisionShape, width: int) -> float:
@@ -86,16 +87,18 @@ def peak_memory(
     tower = N * (vision.depth * once[1] + tower_ends_bytes(vision, width))
     prompt, replies = P * (text.layers * once[0] + ends), fed * (text.layers * once[0] + ends)
     own_keys = 0 if checkpointing else fed * kept
-    table = weight_bytes * text.head_parameters  # a gradient as large as the head or the embedding, before it is added to the others
-    in_layer = layer * checkpointing + width * (2 * text.intermediate + 4 * text.hidden)  # of the token whose layer is in backward
+    table = gradient_bytes * text.head_parameters  # a gradient as large as the head or the embedding, before it is added to the others
+    in_layer = layer * checkpointing + width * (2 * text.intermediate + 4 * text.hidden)  # of a token whose layer is in backward
+    in_block = block * checkpointing + width * (2 * vision.intermediate + 4 * vision.hidden)
+    matrix = gradient_bytes * text.hidden * text.intermediate  # one weight's gradient, before it is added
     states = scored * text.hidden * width
     moments = {  # (keys and values, activations, workspace)
         "decoding": (P * kept + rows * (longest - 1) * kept, tower + prompt, rows * text.vocabulary * (width + 4)),
         "head's backward": (P * kept + own_keys, tower + prompt + replies + states, table + states + tile),
-        "replies' backward": (P * kept + own_keys, tower + prompt + replies, table * text.tied + fed * in_layer + P * kept / text.layers),
-        "prompts' backward": (2 * P * kept, tower + prompt, table * text.tied + P * in_layer),
+        "replies' backward": (P * kept + own_keys, tower + prompt + replies, table * text.tied + matrix + fed * in_layer + P * kept / text.layers),
+        "prompts' backward": (2 * P * kept, tower + prompt, table * text.tied + matrix + P * in_layer),
         "embedding's gradient": (0.0, tower + P * width * text.hidden, 2 * table),
-        "tower's backward": (0.0, tower, N * (block * checkpointing + width * (2 * vision.intermediate + 4 * vision.hidden))),
+        "tower's backward": (0.0, N * (vision.depth * once[1] + width * vision.patch_values), N * in_block),
     }
     keys, activations, workspace = max(moments.values(), key=sum)
     return {
