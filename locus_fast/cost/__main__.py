@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from locus_fast.config import PRESETS, Config
 from locus_fast.cost.flops import COLUMNS, group_cost, model_flops, repeated_flops, step_flops, total
@@ -45,7 +45,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line. Raises UserError for an unknown option or a value that cannot be."""
     d = Config()
     parser = _Parser(prog="python -m locus_fast.cost", description="What a training step costs, counted from shapes.", allow_abbrev=False)
-    yes = {"choices": ("true", "false"), "metavar": "BOOL"}
+    yes: dict[str, Any] = {"choices": ("true", "false"), "metavar": "BOOL"}
     add = parser.add_argument
     add("--preset", default="qwen2.5-vl-7b", help="a preset's model: tiny, " + ", ".join(PUBLISHED) + " (default: %(default)s)")
     add("--model", default="", help="a folder with a config.json, instead of the preset's model")
@@ -90,7 +90,7 @@ def scaled(value: float, unit: float, digits: int = 2) -> str:
     return f"{value / unit:,.{digits}f}" if value else "-"
 
 
-def flop_lines(shape: ModelShape, group: Group, ways: dict[str, bool]) -> Iterator[str]:
+def flop_lines(shape: ModelShape, group: Group, ways: dict[str, Any]) -> Iterator[str]:
     """The table of FLOPs, and its ratios."""
     ours, floor = (step_flops(shape, [group], **ways, executed=executed) for executed in (True, False))
     repeated = repeated_flops(shape, [group], **ways)
@@ -136,7 +136,7 @@ def report(shape: ModelShape, group: Group, options: argparse.Namespace) -> Iter
     yield f"a prompt of {group.prompt} tokens, {len(group.replies)} replies of {group.replies[0]}; {options.prompts} prompts a step"
     yield f"in {len(microbatches)} microbatches of up to {width} groups (the budget of {options.tokens:,} tokens allows {budget})"
     yield ""
-    ways = {"checkpointing": checkpointing, "reference": kl}
+    ways: dict[str, Any] = {"checkpointing": checkpointing, "reference": kl}
     yield from flop_lines(shape, group, ways)
     yield ""
     mine, theirs = step_bytes(shape, microbatches, **ways), step_bytes(shape, microbatches, **ways, repeat=True)

@@ -53,7 +53,7 @@ class Launches:
 
 
 LAUNCHES = {
-    "qwen2_5_vl": Launches((73, 32), (33, 78), 30, (16, 34), (16, 82), 32),
+    "qwen2_5_vl": Launches((37, 32), (33, 78), 30, (16, 34), (16, 82), 32),
     "qwen3_vl": Launches((109, 20), (51, 46), 18, (18, 46), (16, 106), 44),
 }
 # What attention starts a layer beyond the one that is counted: replies and decoding attend in two pieces and merge them.

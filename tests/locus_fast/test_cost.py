@@ -36,8 +36,14 @@ def attention_backward(_, q, k, v, *__, out_shape=None, **___) -> int:
     return 10 * q[0] * q[1] * q[2] * k[2] * q[3]  # two products' two gradients, and the scores again
 
 
+def batched_product(a, b, *_, out_shape=None, **__) -> int:
+    """Without outer products: that is how older versions of `transformers` multiply positions by frequencies."""
+    return 2 * a[0] * a[1] * a[2] * b[2] * (a[2] > 1)
+
+
 # The CPU's attention and our operators, by the same rules as the CUDA ones that torch.utils.flop_counter knows.
 FORMULAS = {
+    torch.ops.aten.bmm: batched_product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
     torch.ops.locus_kernels.linear_logprob: lambda hidden, weight, *_, out_shape=None, **__: 2 * hidden[0] * weight[0] * weight[1],
@@ -74,6 +80,7 @@ def test_flops_are_the_counted_ones(family: str, checkpointing: bool, train_visi
     model.model.visual.requires_grad_(train_vision)
     if checkpointing:
         checkpoint_activations(model)
+        model.disable_input_require_grads()  # which `transformers` puts on the patch embedding too, so that a frozen tower had a backward
     ways = {"checkpointing": checkpointing, "reference": True, "train_vision": train_vision, "executed": True, "causal": "square"}
     table = cost.step_flops(ModelShape.of(model.config), groups, **ways)
 
@@ -179,7 +186,7 @@ def test_images_take_their_familys_grid() -> None:
 def test_group_cost_in_language_tokens() -> None:
     shape = PUBLISHED["qwen3-vl-4b"]
     assert cost.group_cost(shape, [], 0, 0) == 0
-    assert 1000 < cost.group_cost(shape, [], 600, 400) < 1020  # attention is a small share at this length
+    assert 1000 < cost.group_cost(shape, [], 600, 400) < 1050  # attention is a small share at this length
     with_image = cost.group_cost(shape, [(30, 40)], 600, 400)
     ways = {"checkpointing": False, "reference": False}
     table = cost.step_flops(shape, [Group(((30, 40),), 600, (401,))], **ways)
@@ -195,6 +202,7 @@ def test_mfu_only_where_the_peak_is_known() -> None:
     assert cost.rates(989e12, 2.0, "NVIDIA H200") == {"model_flops_per_s": 494.5e12, "mfu": 0.5}
 
 
+WINDOWS_ON_HOST = 18  # operators an image that lay out Qwen2.5-VL's windows, on CPU tensors whatever the device
 VIEWS = {
     *("view", "_unsafe_view", "t", "transpose", "permute", "slice", "select", "unsqueeze", "squeeze", "expand", "split", "split_with_sizes"),
     *(
@@ -254,8 +262,9 @@ def test_launches_of_a_pass(family: str, checkpointing: bool) -> None:
         hidden = model.model.language_model(inputs_embeds=embeds, position_ids=position, use_cache=False).last_hidden_state.sum()
     with Operators() as unreading:
         hidden.backward()
+    on_host = WINDOWS_ON_HOST * sum(map(len, GRIDS)) * (family == "qwen2_5_vl")
     expected = {
-        seeing: law.vision[0] + law.vision[1] * depth,
+        seeing: on_host + law.vision[0] + law.vision[1] * depth,
         unseeing: law.vision_backward[0] + (law.vision_backward[1] + checkpointing * law.vision_again) * depth,
         reading: law.text[0] + law.text[1] * layers,
         unreading: law.text_backward[0] + (law.text_backward[1] + checkpointing * law.text_again) * layers,
