@@ -5,8 +5,8 @@ norms the output before and after its weight (2 hidden), and its input in float3
 after its activation, the up projection and their product (4 intermediate). A vision block is counted the same way. With activation checkpointing
 only each layer's input stays, and one layer at a time is recomputed. Keys and values of prompts stay either way.
 
-The peak is the largest of the step's moments: decoding, the head's backward, the first layer's backward of replies and of prompts, and the gradient
-of the embedding table.
+The peak is the largest of the step's moments: decoding, the reference's pass, the head's backward, the first layer's backward of replies, of
+prompts and of the tower, and the gradient of the embedding table.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def block_bytes(vision: VisionShape, width: int) -> float:
 
 
 def tower_ends_bytes(vision: VisionShape, width: int) -> float:
-    """The same of one patch outside the blocks: the pixels, and the mergers' norm, first product and activation."""
+    """The same of one patch outside the blocks: the mergers' norm, first product, activation and output."""
     mergers = (3 + vision.gated) + 4 * len(vision.deepstack)
-    return width * (vision.patch_values + mergers * vision.hidden) + width * vision.out * (1 + len(vision.deepstack)) / vision.merge**2
+    return width * mergers * vision.hidden + width * vision.out * (1 + len(vision.deepstack)) / vision.merge**2
 
 
 def reference_bytes(shape: ModelShape, kind: str) -> float:
-    """Device memory of the reference model. Quantised, its layers' matrices shrink and its embeddings, head and norms stay bfloat16; on the host,
+    """Device memory of the reference model. Quantised, its layers' matrices and its tower shrink and embeddings and head stay bfloat16; on the host,
     two layers are on the device at a time, and the head."""
     if kind == "none":
         return 0.0
@@ -53,7 +53,7 @@ def reference_bytes(shape: ModelShape, kind: str) -> float:
     text = shape.text
     if kind == "host":
         return 2.0 * (2 * text.layer_parameters + text.head_parameters)
-    matrices = text.layers * text.matrices + shape.vision.depth * (shape.vision.parameters // max(1, shape.vision.depth))
+    matrices = text.layers * text.matrices + shape.vision.parameters
     return QUANTISED[kind] * matrices + 2.0 * (shape.parameters - matrices)
 
 
@@ -78,8 +78,8 @@ def peak_memory(
         raise UserError(f"--reference must be one of {', '.join(REFERENCES)}, not '{reference}'.")
     vision, text = shape.vision, shape.text
     N, P = sum(group.patches for group in groups), sum(group.prompt for group in groups)
-    rows, scored, fed = (sum(map(len, [group.replies for group in groups])), sum(sum(g.replies) for g in groups), sum(sum(g.fed) for g in groups))
-    longest = max(n for group in groups for n in group.replies)
+    lengths = [n for group in groups for n in group.replies]
+    rows, scored, fed, longest = len(lengths), sum(lengths), sum(lengths) - len(lengths), max(lengths)
     kept = kept_bytes(shape, width)
     layer, block = text_layer_bytes(text, width), block_bytes(vision, width)
     once = (width * text.hidden, width * vision.hidden) if checkpointing else (layer, block)  # kept of each token and patch, each layer
@@ -98,14 +98,17 @@ def peak_memory(
         "replies' backward": (P * kept + own_keys, tower + prompt + replies, table * text.tied + matrix + fed * in_layer + P * kept / text.layers),
         "prompts' backward": (2 * P * kept, tower + prompt, table * text.tied + matrix + P * in_layer),
         "embedding's gradient": (0.0, tower + P * width * text.hidden, 2 * table),
-        "tower's backward": (0.0, N * (vision.depth * once[1] + width * vision.patch_values), N * in_block),
+        "tower's backward": (0.0, N * vision.depth * once[1], N * in_block),
     }
+    if reference != "none":
+        moments["reference"] = (2 * P * kept, tower + prompt + replies, P * width * (3 * text.intermediate + 4 * text.hidden))
     keys, activations, workspace = max(moments.values(), key=sum)
     return {
         "weights": weight_bytes * shape.parameters,
         "gradients": gradient_bytes * shape.parameters,
         "optimizer states": state_bytes * shape.parameters,
         "reference": reference_bytes(shape, reference),
+        "pixels": N * vision.patch_values * (4 + width * (width < 4)),  # float32 as they come, and in the tower's type
         "kept keys and values": keys,
         "activations": activations,
         "workspace": workspace,

@@ -127,10 +127,10 @@ class ModelShape:
     @staticmethod
     def of(config: Any) -> ModelShape:
         """From a `transformers` config (Qwen2_5_VLConfig, Qwen3VLConfig). Raises UserError for another architecture."""
-        family, text, vision = config.model_type, getattr(config, "text_config", None), getattr(config, "vision_config", None)
+        family = config.model_type
         if family not in ("qwen2_5_vl", "qwen3_vl"):
             raise UserError(f"the cost of model type '{family}' cannot be counted: only qwen2_5_vl and qwen3_vl are known.")
-        newer = family == "qwen3_vl"
+        text, vision, newer = config.text_config, config.vision_config, family == "qwen3_vl"
         return ModelShape(
             family,
             VisionShape(
