@@ -1,0 +1,375 @@
+"""The cost ledger against what is counted: FLOPs exactly, parameters exactly, launches and syncs by count, memory within 15% of the measured peak."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from locus_fast import cost
+from locus_fast.checkpoint import TINY_BASE
+from locus_fast.cost.__main__ import main, shape_of
+from locus_fast.cost.shapes import PUBLISHED, Group, ModelShape, group_of
+from locus_fast.cost.traffic import LAUNCHES, TOWER_SYNCS
+from locus_fast.errors import UserError
+from locus_fast.policy import checkpoint_activations, use_attention
+from tests import cost_step
+from tests.small_models import CLASSES, small_model, small_prompt
+
+FAMILIES = sorted(CLASSES)
+GRIDS = [[(8, 12), (4, 4)], [(10, 6), (4, 8)]]  # whole windows, and ragged ones
+REPLIES = [[5, 1, 9], [3, 7, 2]]
+
+
+def attention_forward(q, k, v, *_, out_shape=None, **__) -> int:
+    return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+
+def attention_backward(_, q, k, v, *__, out_shape=None, **___) -> int:
+    return 10 * q[0] * q[1] * q[2] * k[2] * q[3]  # two products' two gradients, and the scores again
+
+
+def batched_product(a, b, *_, out_shape=None, **__) -> int:
+    """Without outer products: that is how older versions of `transformers` multiply positions by frequencies."""
+    return 2 * a[0] * a[1] * a[2] * b[2] * (a[2] > 1)
+
+
+# The CPU's attention and our operators, by the same rules as the CUDA ones that torch.utils.flop_counter knows.
+FORMULAS = {
+    torch.ops.aten.bmm: batched_product,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    torch.ops.locus_kernels.linear_logprob: lambda hidden, weight, *_, out_shape=None, **__: 2 * hidden[0] * weight[0] * weight[1],
+    torch.ops.locus_kernels.linear_logprob_backward: lambda _, __, hidden, weight, *___, out_shape=None, **____: (
+        6 * hidden[0] * weight[0] * weight[1]
+    ),
+}
+
+
+def counted(run):
+    """(FLOPs, result) of run()."""
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        result = run()
+    return counter.get_total_flops(), result
+
+
+def work(family: str):
+    model = small_model(family)
+    use_attention(model, cost_step.PLAIN)
+    prompts = [small_prompt(model, grids, words=5 + 3 * i, seed=i) for i, grids in enumerate(GRIDS)]
+    groups = [cost_step.group_like(prompt, replies) for prompt, replies in zip(prompts, REPLIES, strict=True)]
+    return model, prompts, groups
+
+
+def spent(table: cost.flops.Table, parts: tuple[str, ...], *columns: str) -> float:
+    return sum(table[part].get(column, 0) for part in parts for column in columns)
+
+
+@pytest.mark.parametrize("train_vision", [True, False])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_are_the_counted_ones(family: str, checkpointing: bool, train_vision: bool) -> None:
+    model, prompts, groups = work(family)
+    model.model.visual.requires_grad_(train_vision)
+    if checkpointing:
+        checkpoint_activations(model)
+        model.disable_input_require_grads()  # which `transformers` puts on the patch embedding too, so that a frozen tower had a backward
+    ways = {"checkpointing": checkpointing, "reference": True, "train_vision": train_vision, "executed": True, "causal": "square"}
+    table = cost.step_flops(ModelShape.of(model.config), groups, **ways)
+
+    vision, features = counted(lambda: cost_step.see(model, prompts))
+    prompt, (keys, last) = counted(lambda: cost_step.read(model, prompts, features))
+    replies, hidden = counted(lambda: cost_step.answer(model, keys, groups))
+    head, logprob = counted(lambda: cost_step.score(model, last, hidden, groups))
+    backward, _ = counted(lambda: logprob.sum().backward())
+
+    for parts, flops in {("vision", "vision attention"): vision, ("prompt", "prompt attention"): prompt}.items():
+        assert spent(table, parts, "forward") == spent(table, parts, "reference") == flops
+    assert spent(table, ("replies", "reply attention"), "forward") == replies
+    assert spent(table, ("head",), "forward") == head
+    assert spent(table, tuple(table), "backward", "recompute") == backward
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_flops_are_the_counted_ones(family: str) -> None:
+    model, prompts, _ = work(family)
+    groups = [cost_step.group_like(prompts[0], [6] * 3)]
+    with torch.no_grad():
+        keys, last = cost_step.read(model, prompts[:1], cost_step.see(model, prompts[:1]))
+    flops, _ = counted(lambda: cost_step.decode(model, keys, last, 3, 6))
+    table = cost.step_flops(ModelShape.of(model.config), groups, checkpointing=False, reference=False)
+    assert spent(table, ("decode", "decode attention", "decode head"), "rollout") == flops
+
+
+def test_causal_attention_is_half_the_square_and_the_diagonal() -> None:
+    model, _, groups = work("qwen3_vl")
+    shape = ModelShape.of(model.config)
+    exact, square = (cost.step_flops(shape, groups, checkpointing=True, reference=True, causal=c) for c in ("exact", "square"))
+    a_pair = 4 * shape.text.queries * shape.text.layers
+    assert exact["prompt attention"]["forward"] == a_pair * sum(n * (n + 1) / 2 for n in (group.prompt for group in groups))
+    assert square["prompt attention"]["forward"] == a_pair * sum(group.prompt**2 for group in groups)
+    own = sum(n * (n - 1) / 2 for replies in REPLIES for n in replies)  # n - 1 tokens are fed
+    assert exact["reply attention"]["forward"] == a_pair * (own + sum(g.prompt * (n - 1) for g in groups for n in g.replies))
+
+
+def test_flat_groups_stop_after_decoding() -> None:
+    model, _, groups = work("qwen2_5_vl")
+    shape, ways = ModelShape.of(model.config), {"checkpointing": True, "reference": True}
+    both = cost.step_flops(shape, [groups[0], replace(groups[1], live=False)], **ways)
+    alone, flat = cost.step_flops(shape, groups[:1], **ways), cost.step_flops(shape, groups[1:], **ways)
+    assert both["prompt"]["forward"] == alone["prompt"]["forward"] + flat["prompt"]["forward"]
+    for column in ("recompute", "backward", "reference"):
+        assert cost.total(both, [column]) == cost.total(alone, [column])
+    assert cost.total(both, ["rollout"]) == cost.total(alone, ["rollout"]) + cost.total(flat, ["rollout"])
+
+
+def test_repeating_the_prompt() -> None:
+    shape, ways = PUBLISHED["qwen2.5-vl-7b"], {"checkpointing": True, "reference": True}
+    one = Group(((34, 46), (4, 4)), 523, (100,))
+    floor, repeated = cost.step_flops(shape, [one], **ways), cost.repeated_flops(shape, [one], **ways)
+    prefill = sum(floor[part]["forward"] for part in ("vision", "vision attention", "prompt", "prompt attention"))
+    assert cost.total(repeated) == cost.total(floor) + prefill  # a single reply is repeated by nobody, but prefilled by another engine
+    eight = replace(one, replies=(100,) * 8)
+    assert cost.total(cost.repeated_flops(shape, [eight], **ways)) == 8 * cost.total(repeated)
+    ours = cost.step_flops(shape, [eight], **ways, executed=True)
+    assert 1 < cost.total(ours) / cost.total(cost.step_flops(shape, [eight], **ways)) < 1.1
+    assert cost.model_flops(shape, [eight], reference=True) == cost.total(cost.step_flops(shape, [eight], checkpointing=False, reference=True))
+
+
+@pytest.mark.parametrize(("preset", "parameters"), [("qwen2.5-vl-7b", 8_292_166_656), ("qwen3-vl-4b", 4_437_815_808), ("mimo-vl-7b", 8_306_217_216)])
+def test_parameters_of_the_published_shapes(preset: str, parameters: int) -> None:
+    shape = PUBLISHED[preset]
+    vision, text = shape.vision, shape.text
+    config_class, model_class = CLASSES[shape.family]
+    tower = {"depth": vision.depth, "hidden_size": vision.hidden, "intermediate_size": vision.intermediate, "num_heads": vision.heads}
+    tower |= {"out_hidden_size": vision.out, "patch_size": vision.patch}
+    tower |= {"deepstack_visual_indexes": list(vision.deepstack)} if vision.deepstack else {"fullatt_block_indexes": list(vision.full)}
+    language = {"hidden_size": text.hidden, "intermediate_size": text.intermediate, "num_hidden_layers": text.layers, "vocab_size": text.vocabulary}
+    language |= {
+        "num_attention_heads": text.heads,
+        "num_key_value_heads": text.kv_heads,
+        "head_dim": text.head_dim,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    language["rope_parameters"] = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
+    config = config_class(text_config=language, vision_config=tower, tie_word_embeddings=text.tied)
+    with torch.device("meta"):
+        model = model_class(config)
+    model.tie_weights()
+    assert ModelShape.of(config) == shape
+    assert sum(p.numel() for p in model.parameters()) == shape.parameters == parameters
+    assert sum(p.numel() for p in model.model.visual.parameters()) == vision.parameters
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_of_small_models(family: str) -> None:
+    model = small_model(family)
+    assert ModelShape.of(model.config).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_images_take_their_familys_grid() -> None:
+    group = group_of(
+        PUBLISHED["qwen2.5-vl-7b"], [(640, 480), (64, 64)], [(262144, 1048576), (3136, 262144)], text_tokens=9, replies=2, reply_tokens=5
+    )
+    assert group == Group(((34, 46), (4, 4)), 34 * 46 // 4 + 4 + 9, (5, 5))
+    assert (group.fed, group.patches) == ([4, 4], 34 * 46 + 16)
+
+
+def test_group_cost_in_language_tokens() -> None:
+    shape = PUBLISHED["qwen3-vl-4b"]
+    assert cost.group_cost(shape, [], 0, 0) == 0
+    assert 1000 < cost.group_cost(shape, [], 600, 400) < 1050  # attention is a small share at this length
+    with_image = cost.group_cost(shape, [(30, 40)], 600, 400)
+    ways = {"checkpointing": False, "reference": False}
+    table = cost.step_flops(shape, [Group(((30, 40),), 600, (401,))], **ways)
+    parts = sum(table[part]["forward"] for part in table if "head" not in part and "decode" not in part)
+    assert with_image == pytest.approx(parts / (2 * shape.text.matrices * shape.text.layers), rel=0.01)
+
+
+def test_mfu_only_where_the_peak_is_known() -> None:
+    assert cost.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert cost.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert cost.peak_flops("cpu") is None
+    assert cost.rates(2e12, 4.0, "cpu") == {"model_flops_per_s": 5e11}
+    assert cost.rates(989e12, 2.0, "NVIDIA H200") == {"model_flops_per_s": 494.5e12, "mfu": 0.5}
+
+
+WINDOWS_ON_HOST = 18  # operators an image that lay out Qwen2.5-VL's windows, on CPU tensors whatever the device
+VIEWS = {
+    *("view", "_unsafe_view", "t", "transpose", "permute", "slice", "select", "unsqueeze", "squeeze", "expand", "split", "split_with_sizes"),
+    *(
+        "unbind",
+        "detach",
+        "alias",
+        "as_strided",
+        "_reshape_alias",
+        "lift_fresh",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+    ),
+}
+
+
+class Operators(TorchDispatchMode):
+    """Counts dispatched operators that compute, and those at which a CUDA host would wait for values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+        self.waits = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function.name().split("::")[1].split(".")[0]
+        self.count[name] += name not in VIEWS
+        self.waits += name in ("_local_scalar_dense", "nonzero", "unique_consecutive")
+        self.waits += name == "repeat_interleave" and kwargs.get("output_size") is None
+        return function(*args, **kwargs)
+
+    @property
+    def launches(self) -> int:
+        return self.count.total()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_launches_of_a_pass(family: str, checkpointing: bool) -> None:
+    model, prompts, _ = work(family)
+    use_attention(model, "flash_as_one")
+    if checkpointing:
+        checkpoint_activations(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    depth, layers, law = model.config.vision_config.depth, model.config.text_config.num_hidden_layers, LAUNCHES[family]
+    with Operators() as seeing:
+        features = cost_step.see(model, prompts)
+    total = features.pooler_output.sum() + sum(f.sum() for f in getattr(features, "deepstack_features", None) or [])
+    with Operators() as unseeing:
+        total.backward()
+    embeds, position = torch.randn(1, 40, 64, requires_grad=True), torch.arange(40).expand(3, 1, -1)
+    with Operators() as reading:
+        hidden = model.model.language_model(inputs_embeds=embeds, position_ids=position, use_cache=False).last_hidden_state.sum()
+    with Operators() as unreading:
+        hidden.backward()
+    on_host = WINDOWS_ON_HOST * sum(map(len, GRIDS)) * (family == "qwen2_5_vl")
+    expected = {
+        seeing: on_host + law.vision[0] + law.vision[1] * depth,
+        unseeing: law.vision_backward[0] + (law.vision_backward[1] + checkpointing * law.vision_again) * depth,
+        reading: law.text[0] + law.text[1] * layers,
+        unreading: law.text_backward[0] + (law.text_backward[1] + checkpointing * law.text_again) * layers,
+    }
+    for measured, predicted in expected.items():
+        assert measured.launches == pytest.approx(predicted, rel=0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_syncs_of_the_vision_tower(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts, _ = work(family)
+    use_attention(model, "flash_as_one")
+    read_back, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: read_back.append(tensor) or tolist(tensor))
+    with Operators() as seeing:
+        cost_step.see(model, prompts)
+    on_host = sum(map(len, GRIDS)) * (family == "qwen2_5_vl")  # each image's window lengths are made, and listed, on the CPU
+    assert abs(seeing.waits + len(read_back) - on_host - TOWER_SYNCS[family]) <= 1
+
+
+def measured_peak(run) -> int:
+    """The most bytes that run() holds at a time beyond what was there."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        run()
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("grids", "words", "replies"), [([(16, 24), (8, 8)], 60, [32] * 8), ([(24, 32), (4, 4)], 9, [4] * 2), ([(4, 4)] * 2, 20, [48] * 8)]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peak_memory_is_within_15_percent_of_the_measured(family: str, checkpointing: bool, grids, words: int, replies: list[int]) -> None:
+    model = small_model(family)
+    if checkpointing:
+        checkpoint_activations(model)
+    prompts = [small_prompt(model, grids, words, seed) for seed in range(2)]
+    groups = [cost_step.group_like(prompt, replies) for prompt in prompts]
+    cost_step.step(model, prompts, groups)  # so that the gradients are there, as from the second microbatch on
+    measured = measured_peak(lambda: cost_step.step(model, prompts, groups))
+    shape = ModelShape.of(model.config)
+    tile = 3 * 4 * sum(map(sum, (group.replies for group in groups))) * shape.text.vocabulary  # the CPU's head: logits, gradient and their sum's
+    widths = {"weight_bytes": 4, "gradient_bytes": 4, "state_bytes": 0, "width": 4}
+    parts = cost.peak_memory(shape, groups, checkpointing=checkpointing, tile=tile, **widths)
+    static = parts["weights"] + parts["gradients"]
+    assert sum(parts.values()) == pytest.approx(measured + static, rel=0.15)
+
+
+def test_7b_with_its_reference_fits_one_card() -> None:
+    shape = PUBLISHED["qwen2.5-vl-7b"]
+    group = Group(((34, 46), (4, 4)), 523, (100,) * 8)
+    parts = cost.peak_memory(shape, [group] * 8, checkpointing=True, reference="bf16")
+    assert parts["weights"] == parts["gradients"] == parts["reference"] == 2 * shape.parameters
+    assert 62 * 2**30 < sum(parts.values()) < 78 * 2**30
+    held = [sum(cost.peak_memory(shape, [group], checkpointing=True, reference=kind).values()) for kind in ("bf16", "int8", "nf4", "host", "none")]
+    assert held == sorted(held, reverse=True)
+    with pytest.raises(UserError, match="--reference must be one of"):
+        cost.peak_memory(shape, [group], checkpointing=True, reference="fp8")
+
+
+@pytest.mark.parametrize("preset", ["tiny", *PUBLISHED])
+def test_the_command_prints_every_part(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--preset", preset, "--image", "640x480", "--replies", "8", "--reply-tokens", "100"]) == 0
+    printed = capsys.readouterr().out
+    flops = ("vision", "vision attention", "prompt", "replies", "reply attention", "head", "decode", "over the floor", "repeats the prompt")
+    rest = ("decode: prompt keys", "kernel launches", "host syncs", "gradients", "optimizer states", "reference", "kept keys and values", "workspace")
+    for words in (*flops, *rest, "activations", "fits in 78 GiB"):
+        assert words in printed, words
+    assert "DOES NOT" not in printed
+
+
+def test_the_command_needs_no_transformers() -> None:
+    """Which takes most of the time where it is imported."""
+    code = "import sys; from locus_fast.cost.__main__ import main; assert main([]) == 0; assert 'transformers' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "qwen2.5-vl-7b: 8,292,166,656 parameters" in done.stdout
+
+
+def test_the_tiny_preset_is_the_embedded_base() -> None:
+    assert shape_of("tiny", "") == shape_of("", str(TINY_BASE))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--image", "640"], "expected WIDTHxHEIGHT in pixels, such as 640x480, not '640'"),
+        (["--cue", "0x10"], "expected WIDTHxHEIGHT"),
+        (["--replies", "0"], "expected a whole number of at least 1, not '0'"),
+        (["--reply-tokens", "many"], "expected a whole number"),
+        (["--preset", "gpt"], "--preset must be one of tiny, qwen2.5-vl-7b"),
+        (["--model", "nowhere/at/all"], "there is no such folder"),
+        (["--reference", "fp8"], "invalid choice: 'fp8'"),
+        (["--images", "1x1"], "unrecognized arguments"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
