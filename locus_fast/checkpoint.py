@@ -69,7 +69,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = N
         stored = stored_dtype(folder)
         wanted = dtype or config.dtype or config.get_text_config().dtype or stored
         load: Any = AutoModelForImageTextToText.from_pretrained
-        model, found = load(folder, dtype=wanted, output_loading_info=True)
+        model, found = load(folder, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True)  # so that the sentence below names them
     except UserError as error:
         raise UserError(f"{folder} could not be loaded as a model: {error}") from None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
