@@ -228,6 +228,23 @@ def test_loading_makes_no_copy_in_host_memory(tmp_path: Path) -> None:
     assert anonymous_bytes() - before < 0.2 * size
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_to_the_device_and_back(source: Path, tmp_path: Path) -> None:
+    model, _ = load_model(source, torch.device("cuda"))
+    assert {(t.device.type, t.dtype) for t in model.parameters()} == {("cuda", torch.bfloat16)}
+    assert {t.device.type for t in model.buffers()} == {"cuda"}
+    save_checkpoint(tmp_path, model, source, torch.optim.AdamW(model.parameters()), 1)
+    kept = [p.clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    load_checkpoint(tmp_path / "checkpoints" / "step-000001", model, torch.optim.AdamW(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters(), strict=True))
+    save_model(model, source, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(source)
+
+
 def header(name: str, change: Callable[[dict], dict]) -> Callable[[Path], None]:
     """Rewrites the entry of a tensor in the first shard's header."""
 
