@@ -59,6 +59,8 @@ def stored_dtype(folder: Path) -> torch.dtype:
     for name, entry in entries.items():
         if entry["dtype"] not in DTYPES:
             raise UserError(f"{folder}: {name} is stored as {entry['dtype']}; give the model's unquantised checkpoint ({', '.join(CODES.values())}).")
+    if not entries:
+        raise UserError(f"{folder}: its weight files hold no tensors.")
     return DTYPES[next(iter(entries.values()))["dtype"]]
 
 
@@ -103,27 +105,29 @@ def write_model(model: Any, source: Path, folder: Path, dtype: torch.dtype | Non
     the model does not hold is copied; of tied weights each that is stored gets the common value.
     """
     state, files = model.state_dict(), weight_files(source)
-    sizes = [_write_weights(state, file, folder / file.name, dtype) for file in files]
+    sizes, changed = zip(*(_write_weights(state, file, folder / file.name, dtype) for file in files), strict=True)
     for file in source.iterdir():
         unused_index = file.name == INDEX and files == [source / WHOLE]
         if file.is_file() and file.suffix not in OTHER_WEIGHTS and not unused_index:
             shutil.copyfile(file, folder / file.name)
-    if dtype and any(before != after for before, after in sizes):
+    if any(changed):
         config = folder / "config.json"
         config.write_text(re.sub(r'("(?:torch_)?dtype":\s*)"\w+"', rf'\1"{str(dtype).removeprefix("torch.")}"', config.read_text()))
         if (folder / INDEX).is_file():
             index = json.loads((folder / INDEX).read_text())
-            index["metadata"] = {**index.get("metadata", {}), "total_size": sum(after for _, after in sizes)}
+            index["metadata"] = {**index.get("metadata", {}), "total_size": sum(sizes)}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_weights(state: dict[str, Tensor], source: Path, target: Path, dtype: torch.dtype | None) -> tuple[int, int]:
-    """One safetensors file; returns the bytes of its tensors in the source and in the target."""
+def _write_weights(state: dict[str, Tensor], source: Path, target: Path, dtype: torch.dtype | None) -> tuple[int, bool]:
+    """One safetensors file; returns the bytes of its tensors, and whether any has another dtype than in the source."""
     header, raw = read_header(source)
     entries = {name: header[name] for name in sorted(header.keys() - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])}
     new = _with_dtype(entries, {name for name in entries if held_name(name, state)}, dtype)
-    text = raw if new == entries else json.dumps({**header, **new}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text = raw
+    if new != entries:
+        text = json.dumps({**header, **new}, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the format wants the tensors aligned
     with source.open("rb") as reader, target.open("wb") as writer:
         writer.write(len(text).to_bytes(8, "little") + text)
         for name, entry in entries.items():
@@ -134,7 +138,7 @@ def _write_weights(state: dict[str, Tensor], source: Path, target: Path, dtype: 
                 start, end = entry["data_offsets"]
                 reader.seek(8 + len(raw) + start)
                 writer.write(reader.read(end - start))
-    return _bytes(entries), _bytes(new)
+    return max((entry["data_offsets"][1] for entry in new.values()), default=0), new != entries
 
 
 def _with_dtype(entries: dict[str, Any], held: set[str], dtype: torch.dtype | None) -> dict[str, Any]:
@@ -149,7 +153,3 @@ def _with_dtype(entries: dict[str, Any], held: set[str], dtype: torch.dtype | No
         new[name] = {**entry, "dtype": code, "data_offsets": [at, at + size]}
         at += size
     return new
-
-
-def _bytes(entries: dict[str, Any]) -> int:
-    return max((entry["data_offsets"][1] for entry in entries.values()), default=0)

@@ -119,6 +119,8 @@ def test_another_dtype(source: Path, tmp_path: Path) -> None:
     assert {t.dtype for t in after.values()} == {torch.float32}
     index, base = (json.loads((folder / INDEX).read_text()) for folder in (tmp_path / "wide", source))
     assert index == {"metadata": {"total_size": 2 * base["metadata"]["total_size"]}, "weight_map": base["weight_map"]}
+    save_model(model, source, tmp_path / "half", torch.float16)
+    assert load_model(tmp_path / "half", CPU)[0].dtype == torch.float16
     again, _ = load_model(tmp_path / "wide", CPU)
     assert again.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from locus_kernels.box_reward import build_token_table, read_boxes
 from PIL import Image
-from transformers import AutoImageProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor
+from transformers import Qwen2_5_VLProcessor, Qwen3VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from locus_fast.checkpoint import load_model
 from locus_fast.config import PRESETS, parse
@@ -35,7 +36,7 @@ def loaded(request, tmp_path_factory) -> tuple[Path, Any, Any]:
 
 
 def processor_of(folder: Path, model: Any, tokenizer: Any) -> Any:
-    """The family's processor with its PIL image processor. Without torchvision there is no video processor, which its constructor insists on."""
+    """The family's processor, with the PIL image processor that all share; its constructor insists on a video processor, which needs torchvision."""
     base = Qwen3VLProcessor if model.config.model_type == "qwen3_vl" else Qwen2_5_VLProcessor
 
     class WithoutVideo(base):
@@ -43,7 +44,7 @@ def processor_of(folder: Path, model: Any, tokenizer: Any) -> Any:
             return None if argument_name == "video_processor" else super().check_argument_for_proper_class(argument_name, argument)
 
     template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
-    return WithoutVideo(AutoImageProcessor.from_pretrained(folder, backend="pil"), tokenizer, None, chat_template=template)
+    return WithoutVideo(Qwen2VLImageProcessorPil.from_pretrained(folder), tokenizer, None, chat_template=template)
 
 
 def photograph(width: int, height: int) -> np.ndarray:
@@ -61,7 +62,7 @@ def as_published(processor: Any, model: Any, images: list[np.ndarray], text: str
 
 
 def prompter_of(folder: Path, model: Any, tokenizer: Any) -> Prompter:
-    size = AutoImageProcessor.from_pretrained(folder, backend="pil").size
+    size = Qwen2VLImageProcessorPil.from_pretrained(folder).size
     limits = (size["shortest_edge"], size["longest_edge"])
     return Prompter(tokenizer, model.config, PatchSpec.of(model.config, folder), question="think", image_pixels=limits, cue_pixels=limits)
 
