@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from locus_kernels.box_reward import build_token_table, read_boxes
 from PIL import Image
@@ -77,6 +77,10 @@ def test_two_images(loaded, index: int) -> None:
     assert torch.equal(prompt.grids, expected["image_grid_thw"])
     assert torch.equal(prompt.position, expected["position"])
     torch.testing.assert_close(prompt.patches, expected["pixel_values"], rtol=0, atol=1e-5)
+    assert (prompt.target / prompt.scale - torch.tensor([1.0, 2.0, 20.0, 21.0])).abs().max() < 0.5
+    rows, columns = (int(side) * prompter.spec.patch for side in prompt.grids[0, 1:])
+    ends = (columns, rows) if prompter.frame.extent is None else (1000, 1000)
+    torch.testing.assert_close(prompt.scale[:2] * torch.tensor(SIZES[index]), torch.tensor(ends).float())
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -127,6 +131,7 @@ def test_the_presets_differ_in_the_model_alone() -> None:
     assert {parse(["--preset", name]).model for name in names} == {PRESETS[name]["model"] for name in names}
 
 
+@settings(derandomize=True, max_examples=300, deadline=None)
 @given(
     size=st.tuples(st.integers(28, 2000), st.integers(28, 2000)),
     corners=st.tuples(*[st.floats(0, 1)] * 4),
