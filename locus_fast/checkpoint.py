@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from locus_fast.errors import UserError
+from locus_fast.families import family_of
+from locus_fast.layout import load_weights, stored_dtype, write_model
 from locus_fast.policy import use_attention
-from locus_fast.prompts import FAMILIES
 
 transformers_logging.disable_progress_bar()
 
 TINY_BASE = Path(__file__).parent / "tiny" / "base"
-COPIED = (  # what a model folder holds beside config and weights
-    *("preprocessor_config.json", "video_preprocessor_config.json", "chat_template*"),
-    *("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*"),
-)
 
 
 def is_hub_id(name: str) -> bool:
@@ -56,53 +55,86 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder} has no *.safetensors weights{pickled}.")
 
 
-def load_model(folder: Path, device: torch.device) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder: float32 on the device, our attention, evaluation mode."""
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder, on the device, with our attention, in evaluation mode.
+
+    dtype: of every parameter; None for the checkpoint's own: what its config states (bfloat16 for the published ones), else what its tensors have.
+    The weights are views of the mapped files until they are moved or written to, so host memory never holds a copy of them beside the model.
+    """
     check_folder(folder)
     transformers_logging.set_verbosity_error()  # its table of missing tensors says at length what the sentence below says
     try:
         config = AutoConfig.from_pretrained(folder)
-        if config.model_type not in FAMILIES:
-            raise UserError(f"{folder}: model type '{config.model_type}' cannot be trained; the families are {', '.join(sorted(FAMILIES))}.")
+        family = family_of(config)
+        stored = stored_dtype(folder)
+        wanted = dtype or config.dtype or config.get_text_config().dtype or stored
         load: Any = AutoModelForImageTextToText.from_pretrained
-        model, found = load(folder, dtype=torch.float32, output_loading_info=True)
+        model, found = load(folder, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True)  # so that the sentence below names them
+    except UserError as error:
+        raise UserError(f"{folder} could not be loaded as a model: {error}") from None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise UserError(f"{folder} could not be loaded as a model: {type(error).__name__}, {first}") from None
+        raise UserError(f"{folder} could not be loaded as a model: {type(error).__name__}, {_first_line(error)}") from None
     if wrong := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
         raise UserError(f"{folder}: {len(wrong)} of the model's tensors are missing from its weights, or of another shape, the first {wrong[0]}.")
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder} has no tokenizer.json: copy the tokenizer's files of the base model there.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise UserError(f"{folder}: its tokenizer could not be loaded: {type(error).__name__}, {first}") from None
+    tokenizer = load_tokenizer(folder)
+    _stop_at_turns(model, tokenizer, family.stop)
     use_attention(model)
     return model.to(device).eval(), tokenizer
 
 
-def save_model(model: Any, source: Path, folder: Path) -> None:
-    """The model in the layout it came in: weights and config by transformers, every other file as it stands in `source`."""
-    model.save_pretrained(folder)
-    for pattern in COPIED:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+def _stop_at_turns(model: Any, tokenizer: Any, stop: str) -> None:
+    """Let replies end at the token that ends a turn, besides those that generation_config.json names (the file itself stays as it is)."""
+    stated = model.generation_config.eos_token_id
+    stops = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    turn = tokenizer.get_vocab().get(stop)
+    if turn is not None and turn not in stops:
+        model.generation_config.eos_token_id = [*stops, turn]
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder. Its chat template is the one that a processor would take: chat_template.jinja, else chat_template.json, else the
+    tokenizer's own."""
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder} has no tokenizer.json: copy the tokenizer's files of the base model there.")
+    template = folder / "chat_template.json"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if template.is_file() and not (folder / "chat_template.jinja").is_file():
+            tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: its tokenizer could not be loaded: {type(error).__name__}, {_first_line(error)}") from None
+    return tokenizer
+
+
+def save_model(model: Any, source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """The model in the layout it came in, as `source` has it (see `layout.write_model`). Written beside and renamed: whole or absent."""
+    with whole_or_absent(folder) as partial:
+        write_model(model, source, partial, dtype)
+
+
+@contextmanager
+def whole_or_absent(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder` that takes its name, and its place, when the block has ended well."""
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{folder} could not be written: {error.strerror or error} ({error.filename or partial}).") from None
 
 
 def save_checkpoint(run: Path, model: Any, source: Path, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """`checkpoints/step-N` of a run folder: the model, and what `load_checkpoint` needs besides. Written beside and renamed: whole or absent."""
-    folder = run / "checkpoints" / f"step-{step:06d}"
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_model(model, source, partial)
-    states = {f"{index}.{key}": value for index, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
-    (partial / "optimizer").mkdir()
-    save_file(states, partial / "optimizer" / "state.safetensors")
-    (partial / "optimizer" / "step.json").write_text(json.dumps({"step": step}))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    """`checkpoints/step-N` of a run folder: the model in the dtype it is trained in, and what `load_checkpoint` needs besides."""
+    with whole_or_absent(run / "checkpoints" / f"step-{step:06d}") as partial:
+        write_model(model, source, partial, model.dtype)
+        states = {f"{index}.{key}": value for index, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+        (partial / "optimizer").mkdir()
+        save_file(states, partial / "optimizer" / "state.safetensors")
+        (partial / "optimizer" / "step.json").write_text(json.dumps({"step": step}))
 
 
 def latest_checkpoint(run: Path) -> tuple[Path, int]:
@@ -118,18 +150,20 @@ def latest_checkpoint(run: Path) -> tuple[Path, int]:
 
 def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
     """Put the saved weights and optimizer state in place."""
-    saved, _ = load_model(folder, model.device)
     states: dict[int, dict[str, Tensor]] = {}
     try:
-        model.load_state_dict(saved.state_dict())
+        load_weights(folder, model)
         for name, value in load_file(folder / "optimizer" / "state.safetensors").items():
             index, key = name.split(".", 1)
             states.setdefault(int(index), {})[key] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (UserError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _not_whole(folder, error) from None
 
 
 def _not_whole(folder: Path, error: Exception) -> UserError:
-    first = str(error).strip().split("\n")[0]
-    return UserError(f"{folder} is not a whole checkpoint ({type(error).__name__}, {first}): remove it to resume an earlier one.")
+    return UserError(f"{folder} is not a whole checkpoint ({type(error).__name__}, {_first_line(error)}): remove it to resume an earlier one.")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

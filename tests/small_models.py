@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from locus_fast.families import interleave
 from locus_fast.policy import use_attention
-from locus_fast.prompts import interleave
 from locus_fast.types import Prompt
 
 VOCABULARY, IMAGE, VIDEO, START, END = 320, 300, 301, 302, 303
@@ -45,14 +45,14 @@ def small_model(family: str, seed: int = 0):
     return model
 
 
-def small_prompt(model, grids: list[tuple[int, int]], words: int, seed: int) -> Prompt:
+def small_prompt(model, grids: list[tuple[int, int]], words: int, seed: int, image: int = IMAGE) -> Prompt:
     """A prompt with images of these (rows, columns) of patches, and `words` random tokens in each text piece."""
     rng = torch.Generator().manual_seed(seed)
     vision = model.config.vision_config
     merge, width = vision.spatial_merge_size, 3 * vision.temporal_patch_size * vision.patch_size**2
     before, after = torch.randint(3, 290, (2, words), generator=rng).tolist()
     pieces = [[*before, START], *[[END, START]] * (len(grids) - 1), [END, *after]] if grids else [before]
-    ids, position = interleave(pieces, [(h // merge, w // merge) for h, w in grids], IMAGE)
+    ids, position = interleave(pieces, [(h // merge, w // merge) for h, w in grids], image)
     patches = torch.randn(sum(h * w for h, w in grids), width, generator=rng)
     grid = torch.tensor([(1, h, w) for h, w in grids], dtype=torch.int64).view(-1, 3)
     return Prompt(ids, position, patches, grid, torch.tensor([1.0, 2.0, 30.0, 40.0]), torch.ones(4), "small", f"prompt {seed}")

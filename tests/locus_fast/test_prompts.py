@@ -8,8 +8,9 @@ import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from locus_fast.errors import UserError
+from locus_fast.families import Frame, frame_of
 from locus_fast.preprocess import PatchSpec, grid_size
-from locus_fast.prompts import DIRECT, THINK, Frame, Prompter, frame_of
+from locus_fast.prompts import DIRECT, THINK, Prompter
 from locus_fast.tiny.model import build_model
 from locus_fast.tiny.tokenizer import SPECIAL, build_tokenizer
 from locus_fast.types import Example

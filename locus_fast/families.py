@@ -1,0 +1,87 @@
+"""What a model family adds to its architecture in `transformers`, one small record each, and the rules that the records name.
+
+To add a family, add a line to FAMILIES under its config's `model_type`, naming what differs from the defaults. The rest is read from a checkpoint's
+own files: patch sizes and the placeholder's id from config.json, normalisation from preprocessor_config.json, the turns of a conversation and a
+thinking model's opening from its chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from locus_fast.errors import UserError
+from locus_fast.preprocess import resize
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How a family speaks of a place: pixels of the resized image (extent None), or 0 to `extent` across the image."""
+
+    extent: int | None
+
+    @property
+    def units(self) -> str:
+        return "pixel coordinates" if self.extent is None else f"coordinates from 0 to {self.extent} relative to its size"
+
+    def scale(self, size: tuple[int, int], resized: tuple[int, int]) -> np.ndarray:
+        """Frame units per pixel of the original image, float64 [4] for xyxy. size, resized: (width, height) before and after the resize."""
+        spoken = resized if self.extent is None else (self.extent, self.extent)
+        return np.array([spoken[i % 2] / size[i % 2] for i in range(4)])
+
+
+def interleave(pieces: Sequence[Sequence[int]], cells: Sequence[tuple[int, int]], placeholder: int) -> tuple[Tensor, Tensor]:
+    """Token ids and multimodal rotary positions of text pieces with an image between each two.
+
+    cells: (rows, columns) of language tokens of each image. Returns ids int64 [P] and position int64 [3, P] (temporal, row, column): text counts
+    up by one on all three axes; an image stands at the next free index plus its row and column; text goes on past its longer side
+    (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    """
+    ids: list[int] = []
+    position: list[Tensor] = []
+    at = 0
+    for index, piece in enumerate(pieces):
+        ids += piece
+        position.append((torch.arange(len(piece)) + at).expand(3, -1))
+        at += len(piece)
+        if index < len(cells):
+            rows, columns = cells[index]
+            ids += [placeholder] * (rows * columns)
+            place = torch.zeros(rows * columns, dtype=torch.int64)
+            row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
+            position.append(torch.stack([place, row, column]) + at)
+            at += max(rows, columns)
+    return torch.tensor(ids), torch.cat(position, 1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family."""
+
+    extent: int | None  # coordinate frame: see Frame
+    resize: Callable[..., np.ndarray] = resize  # resize rule: (image, *, factor, min_pixels, max_pixels) -> image
+    placeholder: str = "image_token_id"  # the config's name for the id that stands once for every language token of an image
+    positions: Callable[..., tuple[Tensor, Tensor]] = interleave  # position rule: (pieces, cells, placeholder) -> ids, position
+    stop: str = "<|im_end|>"  # ends a turn: replies stop at it, besides what generation_config.json names
+    thinking: str = "<think>"  # a template whose generation prompt ends in it has begun the reply's thinking
+
+
+# MiMo-VL is a Qwen2.5-VL by its config, and speaks of pixels too; its template, tokenizer and sizes are in its folder.
+FAMILIES = {"qwen2_5_vl": Family(extent=None), "qwen3_vl": Family(extent=1000)}
+
+
+def family_of(config: Any) -> Family:
+    """The family of a model, from its config; UserError if there is none."""
+    if config.model_type not in FAMILIES:
+        raise UserError(f"model type '{config.model_type}' is not one of the families that can be trained: {', '.join(sorted(FAMILIES))}.")
+    return FAMILIES[config.model_type]
+
+
+def frame_of(config: Any) -> Frame:
+    """The frame of a model, from its config: the family's, unless the config names its own `coordinate_extent`."""
+    return Frame(getattr(config, "coordinate_extent", family_of(config).extent))

@@ -1,0 +1,155 @@
+"""The published layout of a model's folder: which files hold its weights, which stored tensor is which of the model's, and the way back.
+
+What is written has the same files, the same tensors in each at the same places, and the same bytes where the model's values are the source's.
+The safetensors format (a length, a JSON header, the tensors' bytes) is written here, so that never more than one tensor is in host memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from locus_fast.errors import UserError
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack"}  # they would be the base's, so never copied
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model: the one, else the shards that the index names. UserError if there are none or the index cannot be read."""
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE]
+    try:
+        names = sorted({str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder} has no {WHOLE}, and its {INDEX} cannot be read ({type(error).__name__}).") from None
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{folder / INDEX} names the shard {name}, which is not in the folder: fetch the model again.")
+    return [folder / name for name in names]
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], bytes]:
+    """(header, its bytes) of a safetensors file: for each tensor dtype, shape and data_offsets, and perhaps `__metadata__`. UserError if damaged."""
+    try:
+        with file.open("rb") as stream:
+            raw = stream.read(int.from_bytes(stream.read(8), "little"))
+        header = json.loads(raw)
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        whole = file.stat().st_size == 8 + len(raw) + end
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError) as error:
+        raise UserError(f"{file} is not a safetensors file, or damaged ({type(error).__name__}).") from None
+    if not whole:
+        raise UserError(f"{file} is cut short or damaged: fetch it again.")
+    return header, raw
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of a model's first stored tensor. UserError if any is stored in a type that is not trained: a quantised model."""
+    entries = {name: entry for file in weight_files(folder) for name, entry in read_header(file)[0].items() if name != "__metadata__"}
+    for name, entry in entries.items():
+        if entry["dtype"] not in DTYPES:
+            raise UserError(f"{folder}: {name} is stored as {entry['dtype']}; give the model's unquantised checkpoint ({', '.join(CODES.values())}).")
+    if not entries:
+        raise UserError(f"{folder}: its weight files hold no tensors.")
+    return DTYPES[next(iter(entries.values()))["dtype"]]
+
+
+def held_name(stored: str, state: dict[str, Tensor]) -> str | None:
+    """The model's name of a stored tensor, None if it holds none: `transformers` put the vision tower and the language model under `model` after
+    the Qwen2.5-VL checkpoints were published."""
+    for name in (stored, f"model.{stored}", f"model.language_model.{stored.removeprefix('model.')}"):
+        if name in state:
+            return name
+    return None
+
+
+@torch.no_grad()
+def load_weights(folder: Path, model: Any) -> None:
+    """Copy the weights of a folder into a model, one tensor at a time. UserError if they are not those of this model."""
+    state = model.state_dict()
+    missing = {_identity(tensor) for tensor in state.values()}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt", device=str(model.device)) as shard:
+            for stored in shard.keys():  # noqa: SIM118, not a dictionary
+                if (name := held_name(stored, state)) is None:
+                    continue
+                value = shard.get_tensor(stored)
+                if value.shape != state[name].shape:
+                    raise UserError(f"{file}: {stored} has shape {list(value.shape)}, and the model's {list(state[name].shape)}.")
+                state[name].copy_(value)
+                missing.discard(_identity(state[name]))
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} of the model's tensors are missing from its weights.")
+
+
+def _identity(tensor: Tensor) -> tuple[int, torch.Size]:
+    """The same for tied weights."""
+    return tensor.data_ptr(), tensor.shape
+
+
+@torch.no_grad()
+def write_model(model: Any, source: Path, folder: Path, dtype: torch.dtype | None) -> None:
+    """The model into the existing folder as `source` lies: its files, names and shards, everything but the weights copied as it stands.
+
+    dtype: of the written tensors; None for those they have in `source`. Where they differ, config.json and the index say so. A stored tensor that
+    the model does not hold is copied; of tied weights each that is stored gets the common value.
+    """
+    state, files = model.state_dict(), weight_files(source)
+    sizes, changed = zip(*(_write_weights(state, file, folder / file.name, dtype) for file in files), strict=True)
+    for file in source.iterdir():
+        unused_index = file.name == INDEX and files == [source / WHOLE]
+        if file.is_file() and file.suffix not in OTHER_WEIGHTS and not unused_index:
+            shutil.copyfile(file, folder / file.name)
+    if any(changed):
+        config = folder / "config.json"
+        config.write_text(re.sub(r'("(?:torch_)?dtype":\s*)"\w+"', rf'\1"{str(dtype).removeprefix("torch.")}"', config.read_text()))
+        if (folder / INDEX).is_file():
+            index = json.loads((folder / INDEX).read_text())
+            index["metadata"] = {**index.get("metadata", {}), "total_size": sum(sizes)}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_weights(state: dict[str, Tensor], source: Path, target: Path, dtype: torch.dtype | None) -> tuple[int, bool]:
+    """One safetensors file; returns the bytes of its tensors, and whether any has another dtype than in the source."""
+    header, raw = read_header(source)
+    entries = {name: header[name] for name in sorted(header.keys() - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])}
+    new = _with_dtype(entries, {name for name in entries if held_name(name, state)}, dtype)
+    text = raw
+    if new != entries:
+        text = json.dumps({**header, **new}, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the format wants the tensors aligned
+    with source.open("rb") as reader, target.open("wb") as writer:
+        writer.write(len(text).to_bytes(8, "little") + text)
+        for name, entry in entries.items():
+            if held := held_name(name, state):
+                value = state[held].detach().to("cpu", DTYPES[new[name]["dtype"]]).contiguous()
+                writer.write(value.flatten().view(torch.uint8).numpy().data)
+            else:
+                start, end = entry["data_offsets"]
+                reader.seek(8 + len(raw) + start)
+                writer.write(reader.read(end - start))
+    return max((entry["data_offsets"][1] for entry in new.values()), default=0), new != entries
+
+
+def _with_dtype(entries: dict[str, Any], held: set[str], dtype: torch.dtype | None) -> dict[str, Any]:
+    """The header's entries with the tensors in `held` in another dtype, the offsets moved accordingly."""
+    new: dict[str, Any] = {}
+    at = 0
+    for name, entry in entries.items():
+        code = CODES[dtype] if dtype and name in held else entry["dtype"]
+        size = entry["data_offsets"][1] - entry["data_offsets"][0]
+        if code != entry["dtype"]:
+            size = size // DTYPES[entry["dtype"]].itemsize * DTYPES[code].itemsize
+        new[name] = {**entry, "dtype": code, "data_offsets": [at, at + size]}
+        at += size
+    return new

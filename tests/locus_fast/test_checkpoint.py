@@ -1,0 +1,300 @@
+"""Checkpoints in the published layout: loaded in their own dtype, trained, written back as they came, and read by plain transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from locus_kernels.box_reward import box_reward, group_advantage
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+
+from locus_fast import checkpoint, layout, train
+from locus_fast.checkpoint import load_checkpoint, load_model, save_checkpoint, save_model
+from locus_fast.errors import UserError
+from locus_fast.families import interleave
+from locus_fast.policy import prefill
+from locus_fast.rollout import Vocabulary
+from locus_fast.types import Prompt, PromptBatch
+from tests.published import FAMILIES, draw_photographs, write_checkpoint, write_shards
+
+CPU = torch.device("cpu")
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def source(request, tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("published") / request.param, request.param)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_what_is_not_trained_is_written_back_byte_for_byte(source: Path, tmp_path: Path) -> None:
+    model, _ = load_model(source, CPU)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    save_model(model, source, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(source)
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_one_changed_tensor_changes_one_tensor(source: Path, tmp_path: Path) -> None:
+    model, _ = load_model(source, CPU)
+    changed = model.model.language_model.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        changed.mul_(2)
+    save_model(model, source, tmp_path / "out")
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert [name.endswith("layers.1.mlp.down_proj.weight") for name in before if not torch.equal(before[name], after[name])] == [True]
+
+
+def test_training_and_export(source: Path, tmp_path: Path, monkeypatch) -> None:
+    """Three steps on photographs through the command; the folder it leaves is one for plain transformers."""
+    rewards = torch.Generator().manual_seed(0)
+
+    def scattered(*arguments, **options):  # a random model earns nothing, so it would not be trained
+        scored = box_reward(*arguments, **options)
+        advantage, zero_variance = group_advantage(torch.rand(len(scored.reward), generator=rewards), options["group_size"], True)
+        return scored._replace(advantage=advantage, zero_variance=zero_variance)
+
+    monkeypatch.setattr(train, "box_reward", scattered)
+    data = draw_photographs(tmp_path / "photographs", [(150, 110), (133, 171), (180, 97), (120, 120), (161, 149), (140, 125)])
+    recipe = ["--mix", "1", "1", "1", "--image-pixels", "4096", "12544", "--cue-pixels", "1024", "3136", "--eval-cues", "2", "--device", "cpu"]
+    sizes = ["--steps", "3", "--prompts", "2", "--replies", "3", "--max-tokens", "5", "--tokens", "4000", "--warmup", "0", "--lr", "1e-2"]
+    assert train.main(["--model", str(source), "--data", str(data), "--out", str(tmp_path / "run"), *recipe, *sizes]) == 0
+    assert not any(json.loads(line)["dropped_step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    final = tmp_path / "run" / "final"
+    before, after = files_of(source), files_of(final)
+    assert before.keys() == after.keys()
+    assert sum(name.endswith(".safetensors") for name in after) == 3
+    assert all(before[name] == after[name] for name in before if not name.endswith(".safetensors"))
+    for name in (name for name in before if name.endswith(".safetensors")):
+        old, new = layout.read_header(source / name), layout.read_header(final / name)
+        assert old == new
+    old, new = tensors_of(source), tensors_of(final)
+    assert sum(not torch.equal(old[name], new[name]) for name in old) > 0.9 * len(old)
+    assert all(tensor.isfinite().all() for tensor in new.values())
+    plain, found = AutoModelForImageTextToText.from_pretrained(final, dtype=torch.float32, output_loading_info=True)
+    assert not any(found[key] for key in ("missing_keys", "mismatched_keys", "unexpected_keys"))
+    AutoTokenizer.from_pretrained(final)
+    compare_logits(plain, load_model(final, CPU, torch.float32)[0])
+
+
+def compare_logits(plain, ours) -> None:
+    """Of a prompt with two images, through plain transformers and through our packed forward."""
+    generator = torch.Generator().manual_seed(1)
+    vision, image = ours.config.vision_config, ours.config.image_token_id
+    grids = torch.tensor([[1, 4, 6], [1, 2, 4]])
+    patches = torch.randn(32, 3 * 2 * vision.patch_size**2, generator=generator)
+    ids, position = interleave([[5, 6, 7], [8], [9, 10, 11]], [(2, 3), (1, 2)], image)
+    prompt = Prompt(ids, position, patches, grids, torch.zeros(4), torch.ones(4), "small", "random")
+    with torch.no_grad():
+        mine = ours.lm_head(prefill(ours, PromptBatch.of([prompt], "cpu")).last_hidden)[0]
+        inputs = {"input_ids": ids[None], "pixel_values": patches, "image_grid_thw": grids}
+        theirs = plain(**inputs, mm_token_type_ids=(ids[None] == image).int()).logits[0, -1]
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_another_dtype(source: Path, tmp_path: Path) -> None:
+    """In float32 the model is written as its source unless float32 is asked for; then the config and the index say so."""
+    model, _ = load_model(source, CPU, torch.float32)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    save_model(model, source, tmp_path / "same")
+    assert files_of(tmp_path / "same") == files_of(source)
+    with torch.no_grad():
+        model.lm_head.weight.add_(1e-6)  # lost in bfloat16
+    save_model(model, source, tmp_path / "wide", torch.float32)
+    before, after = tensors_of(source), tensors_of(tmp_path / "wide")
+    assert {name: t.shape for name, t in before.items()} == {name: t.shape for name, t in after.items()}
+    assert {t.dtype for t in after.values()} == {torch.float32}
+    index, base = (json.loads((folder / INDEX).read_text()) for folder in (tmp_path / "wide", source))
+    assert index == {"metadata": {"total_size": 2 * base["metadata"]["total_size"]}, "weight_map": base["weight_map"]}
+    save_model(model, source, tmp_path / "half", torch.float16)
+    assert load_model(tmp_path / "half", CPU)[0].dtype == torch.float16
+    again, _ = load_model(tmp_path / "wide", CPU)
+    assert again.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_run_resumes_from_the_bits_it_left(source: Path, tmp_path: Path) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        model, _ = load_model(source, CPU, dtype)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        save_checkpoint(tmp_path, model, source, optimizer, 1)
+        folder = tmp_path / "checkpoints" / "step-000001"
+        other, _ = load_model(source, CPU, dtype)
+        load_checkpoint(folder, other, torch.optim.AdamW(other.parameters(), lr=1e-3))
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+        assert AutoConfig.from_pretrained(folder).get_text_config().dtype == dtype
+    tensors = load_file(folder / "model-00002-of-00003.safetensors")
+    save_file({name: t[..., :1].contiguous() for name, t in tensors.items()}, folder / "model-00002-of-00003.safetensors")
+    with pytest.raises(UserError, match=r"not a whole checkpoint .*has shape"):
+        load_checkpoint(folder, other, optimizer)
+    save_file(dict(list(tensors.items())[1:]), folder / "model-00002-of-00003.safetensors")
+    with pytest.raises(UserError, match=r"not a whole checkpoint .*1 of the model's tensors are missing"):
+        load_checkpoint(folder, other, optimizer)
+
+
+def test_tied_and_unknown_tensors(tmp_path: Path) -> None:
+    """A source that stores the tied head gets the tied value back, and what the model does not hold is carried along."""
+    source = write_checkpoint(tmp_path / "source", "qwen3-vl")
+    tensors = tensors_of(source)
+    embedding = "model.language_model.embed_tokens.weight"
+    write_shards(source, {**tensors, "lm_head.weight": tensors[embedding].clone(), "rotary.inv_freq": torch.arange(3.0)}, 4)
+    for stale in source.glob("*-of-00003.safetensors"):
+        stale.unlink()
+    model, _ = load_model(source, CPU)
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    save_model(model, source, tmp_path / "out")
+    after = tensors_of(tmp_path / "out")
+    assert torch.equal(after["lm_head.weight"], after[embedding])
+    assert torch.equal(after[embedding], tensors[embedding] + 1)
+    assert torch.equal(after["rotary.inv_freq"], torch.arange(3.0))
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 4
+
+
+def test_other_weights_in_the_folder_stay_there(tmp_path: Path) -> None:
+    """They are the base's, and would be taken for the trained model's."""
+    source = write_checkpoint(tmp_path / "source", "qwen2.5-vl")
+    listed = {file.name for file in source.iterdir()}
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "model.gguf"):
+        (source / name).write_bytes(b"base")
+    (source / "optimizer").mkdir()
+    model, _ = load_model(source, CPU)
+    save_model(model, source, tmp_path / "out")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == listed
+
+
+def test_a_failed_write_leaves_what_was_there(source: Path, tmp_path: Path, monkeypatch) -> None:
+    model, _ = load_model(source, CPU)
+    save_model(model, source, tmp_path / "out")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(UserError, match="could not be written: No space left on device"):
+        save_model(model, source, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(source)
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_replies_stop_where_turns_end(tmp_path: Path) -> None:
+    """Also where generation_config.json names another token only; the file itself is not touched."""
+    source = write_checkpoint(tmp_path / "source", "mimo-vl")
+    model, tokenizer = load_model(source, CPU)
+    turn, text = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
+    assert Vocabulary.of(model, tokenizer).stops.tolist() == [turn, text]
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": text}))
+    model, tokenizer = load_model(source, CPU)
+    assert Vocabulary.of(model, tokenizer).stops.tolist() == [text, turn]
+    save_model(model, source, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": text}
+
+
+def anonymous_bytes() -> int:
+    """Of this process: memory that is not the mapping of a file."""
+    return 1024 * next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' account of memory")
+def test_loading_makes_no_copy_in_host_memory(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", "qwen2.5-vl")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "vocab_size": 400_000}))
+    tensors = tensors_of(source)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.zeros(400_000, 64, dtype=torch.bfloat16)
+    size = sum(t.nbytes for t in tensors.values())
+    write_shards(source, tensors, 3)
+    del tensors
+    load_model(source, CPU)  # what the libraries allocate once
+    before = anonymous_bytes()
+    model, _ = load_model(source, CPU)
+    assert not model.lm_head.weight.any()
+    assert size > 10**8
+    assert anonymous_bytes() - before < 0.2 * size
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_to_the_device_and_back(source: Path, tmp_path: Path) -> None:
+    model, _ = load_model(source, torch.device("cuda"))
+    assert {(t.device.type, t.dtype) for t in model.parameters()} == {("cuda", torch.bfloat16)}
+    assert {t.device.type for t in model.buffers()} == {"cuda"}
+    save_checkpoint(tmp_path, model, source, torch.optim.AdamW(model.parameters()), 1)
+    kept = [p.clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    load_checkpoint(tmp_path / "checkpoints" / "step-000001", model, torch.optim.AdamW(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters(), strict=True))
+    save_model(model, source, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(source)
+
+
+def header(name: str, change: Callable[[dict], dict]) -> Callable[[Path], None]:
+    """Rewrites the entry of a tensor in the first shard's header."""
+
+    def spoil(folder: Path) -> None:
+        file = folder / "model-00001-of-00003.safetensors"
+        entries, raw = layout.read_header(file)
+        entries[name] = change(entries[name])
+        text = json.dumps(entries).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + file.read_bytes()[8 + len(raw) :])
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda folder: (folder / "model-00002-of-00003.safetensors").unlink(), "names the shard model-00002-of-00003.safetensors, which is not"),
+        (lambda folder: (folder / INDEX).unlink(), "cannot be read"),
+        (lambda folder: (folder / INDEX).write_text("[]"), "cannot be read"),
+        (lambda folder: (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}})), r"names the shard ../x.safetensors"),
+        (
+            lambda folder: (folder / "model-00003-of-00003.safetensors").write_bytes(
+                (folder / "model-00003-of-00003.safetensors").read_bytes()[:-10]
+            ),
+            "cut short",
+        ),
+        (lambda folder: (folder / "model-00003-of-00003.safetensors").write_bytes(b"\xff" * 64), "not a safetensors file"),
+        (header("lm_head.weight", lambda entry: {**entry, "dtype": "I16"}), "lm_head.weight is stored as I16"),
+        (header("lm_head.weight", lambda entry: {**entry, "shape": entry["shape"][::-1]}), "of another shape, the first .*lm_head.weight"),
+        (lambda folder: (folder / "chat_template.json").write_text("{}"), "its tokenizer could not be loaded"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "qwen2_5_vl, qwen3_vl"),
+    ],
+)
+def test_folders_that_cannot_be_loaded(spoil: Callable[[Path], None], sentence: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "source", "qwen2.5-vl")
+    spoil(folder)
+    with pytest.raises(UserError, match=sentence):
+        load_model(folder, CPU)
+
+
+def test_a_hub_id_is_fetched_once_and_then_a_folder(source: Path, monkeypatch) -> None:
+    asked = []
+
+    def fetched(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        assert {"*.json", "*.safetensors", "*.txt", "*.jinja"} <= set(allow_patterns)
+        return str(source)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    assert checkpoint.model_folder("Qwen/Qwen2.5-VL-7B-Instruct") == source
+    assert asked == ["Qwen/Qwen2.5-VL-7B-Instruct"]

@@ -1,0 +1,156 @@
+"""The full published models without their weights: parameter counts, tensor names against the published lists, and what training reaches.
+
+The lists are written as patterns with layer numbers, from the architectures' own definitions; they were not fetched from the hub for this test. What
+holds them to the published indexes are figures that those state and others quote: 729 tensors and `total_size` 16,584,333,312 for
+Qwen2.5-VL-7B-Instruct; 713 tensors, 315 of them the vision tower's, and 8,875,631,616 for Qwen3-VL-4B (Instruct and Thinking have one architecture).
+MiMo-VL-7B is a Qwen2.5-VL with the language model of MiMo-7B; its sizes here are that model's, and no published total was at hand to hold them to.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from locus_fast.checkpoint import load_model
+from locus_fast.layout import held_name
+from locus_fast.policy import Replies, checkpoint_activations, prefill, reply_logprob
+from locus_fast.types import PromptBatch, Rollout
+from tests.published import config_of, write_checkpoint
+from tests.small_models import small_prompt
+
+
+def expand(*patterns: str, **counts: int) -> set[str]:
+    """Names of patterns: {a,b} are alternatives, and #block counts from 0 to counts["block"] - 1."""
+    names: set[str] = set()
+    for pattern in patterns:
+        choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(re.split(r"\{(.*?)\}", pattern))]
+        names |= {"".join(chosen) for chosen in itertools.product(*choices)}
+    for what, count in counts.items():
+        names = {name.replace(f"#{what}", str(i)) for name in names for i in range(count)}
+    return names
+
+
+def qwen25_names(layers: int) -> set[str]:
+    return expand(
+        "visual.patch_embed.proj.weight",
+        "visual.blocks.#block.{norm1,norm2}.weight",
+        "visual.blocks.#block.{attn.qkv,attn.proj,mlp.gate_proj,mlp.up_proj,mlp.down_proj}.{weight,bias}",
+        "visual.merger.ln_q.weight",
+        "visual.merger.mlp.{0,2}.{weight,bias}",
+        "model.embed_tokens.weight",
+        "model.layers.#layer.{input_layernorm,post_attention_layernorm}.weight",
+        "model.layers.#layer.self_attn.{q_proj,k_proj,v_proj}.{weight,bias}",
+        "model.layers.#layer.{self_attn.o_proj,mlp.gate_proj,mlp.up_proj,mlp.down_proj}.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+        block=32,
+        layer=layers,
+    )
+
+
+def qwen3_names() -> set[str]:
+    return expand(
+        "model.visual.patch_embed.proj.{weight,bias}",
+        "model.visual.pos_embed.weight",
+        "model.visual.blocks.#block.{norm1,norm2,attn.qkv,attn.proj,mlp.linear_fc1,mlp.linear_fc2}.{weight,bias}",
+        "model.visual.{merger,deepstack_merger_list.0,deepstack_merger_list.1,deepstack_merger_list.2}.{norm,linear_fc1,linear_fc2}.{weight,bias}",
+        "model.language_model.embed_tokens.weight",
+        "model.language_model.layers.#layer.{input_layernorm,post_attention_layernorm}.weight",
+        "model.language_model.layers.#layer.self_attn.{q_proj,k_proj,v_proj,o_proj,q_norm,k_norm}.weight",
+        "model.language_model.layers.#layer.mlp.{gate_proj,up_proj,down_proj}.weight",
+        "model.language_model.norm.weight",
+        block=24,
+        layer=36,
+    )
+
+
+QWEN25_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "fullatt_block_indexes": [7, 15, 23, 31]}
+QWEN3_VISION = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "deepstack_visual_indexes": [5, 11, 17]}
+# family: (its text sizes, its vision sizes, tensor names, parameters or None)
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], set[str], int | None]] = {
+    "qwen2.5-vl": (
+        {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+        | {"vocab_size": 152064},
+        {**QWEN25_VISION, "window_size": 112, "out_hidden_size": 3584},
+        qwen25_names(layers=28),
+        16_584_333_312 // 2,
+    ),
+    "mimo-vl": (
+        {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
+        | {"vocab_size": 151680},
+        {**QWEN25_VISION, "window_size": 112, "out_hidden_size": 4096},
+        qwen25_names(layers=36),
+        None,
+    ),
+    "qwen3-vl": (
+        {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
+        | {"vocab_size": 151936, "head_dim": 128},
+        {**QWEN3_VISION, "num_position_embeddings": 2304, "out_hidden_size": 2560},
+        qwen3_names(),
+        8_875_631_616 // 2,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def full(request) -> tuple[str, Any]:
+    """(family, the full model on the meta device), its config in the published form."""
+    text, vision, _, _ = SHAPES[request.param]
+    config = config_of(request.param)
+    config["vision_config"] |= vision
+    config.get("text_config", config).update(text)
+    config.get("text_config", config)["rope_scaling"] |= {"mrope_section": [24, 20, 20] if request.param == "qwen3-vl" else [16, 24, 24]}
+    parsed = AutoConfig.for_model(config.pop("model_type"), **config)
+    with torch.device("meta"):
+        return request.param, AutoModelForImageTextToText.from_config(parsed, dtype=torch.bfloat16)
+
+
+def test_parameters(full) -> None:
+    family, model = full
+    expected = SHAPES[family][3]
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    if expected:
+        assert sum(p.numel() for p in model.parameters()) == expected
+
+
+def test_published_names_are_the_models(full) -> None:
+    """Each published tensor is one of the model's, and each of the model's is published, but for the head that is tied to the embedding."""
+    family, model = full
+    names, state = SHAPES[family][2], model.state_dict()
+    assert len(names) == {"qwen2.5-vl": 729, "mimo-vl": 825, "qwen3-vl": 713}[family]
+    if family == "qwen3-vl":
+        assert sum(name.startswith("model.visual.") for name in names) == 315
+    held = {name: held_name(name, state) for name in names}
+    assert len(set(held.values())) == len(names)
+    assert set(held.values()) == state.keys() - ({"lm_head.weight"} if family == "qwen3-vl" else set())
+    assert model.config.tie_word_embeddings == (family == "qwen3-vl")
+
+
+def without_numbers(names: Any) -> set[str]:
+    """Names with every layer's number left out."""
+    return {re.sub(r"\.\d+\.", ".#.", name) for name in names}
+
+
+def test_training_reaches_every_parameter(full, tmp_path: Path) -> None:
+    """In a small model of the same architecture, prompt and replies give every parameter a gradient that is not zero; and the full model has no
+    parameter that the small one has not, layers counted once."""
+    family, big = full
+    model, _ = load_model(write_checkpoint(tmp_path / family, family), torch.device("cpu"), torch.float32)
+    checkpoint_activations(model)
+    prompt = small_prompt(model, [(8, 12), (4, 6)], 9, seed=0, image=model.config.image_token_id)
+    prefix = prefill(model, PromptBatch.of([prompt], "cpu"))
+    ids = torch.randint(3, 200, (3, 6), generator=torch.Generator().manual_seed(1))
+    rollout = Rollout(ids, torch.tensor([6, 4, 5]), torch.zeros(3, 6))
+    logprob, _ = reply_logprob(model, prefix, Replies.of(prefix, rollout, [6, 4, 5], [0]), 1.0)
+    (logprob * torch.linspace(-1, 1, len(logprob))).sum().backward()
+    small = dict(model.named_parameters())
+    assert [name for name, p in small.items() if p.grad is None or not p.grad.any()] == []
+    assert without_numbers(small) == without_numbers(name for name, _ in big.named_parameters())
+    assert all(p.requires_grad for p in big.parameters())
