@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from locus_fast.errors import UserError
+from locus_fast.optim import load_state_tensors, state_tensors
 from locus_fast.policy import use_attention
 from locus_fast.prompts import FAMILIES
 
@@ -97,9 +97,8 @@ def save_checkpoint(run: Path, model: Any, source: Path, optimizer: torch.optim.
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_model(model, source, partial)
-    states = {f"{index}.{key}": value for index, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
     (partial / "optimizer").mkdir()
-    save_file(states, partial / "optimizer" / "state.safetensors")
+    save_file(state_tensors(optimizer), partial / "optimizer" / "state.safetensors")
     (partial / "optimizer" / "step.json").write_text(json.dumps({"step": step}))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -119,13 +118,9 @@ def latest_checkpoint(run: Path) -> tuple[Path, int]:
 def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
     """Put the saved weights and optimizer state in place."""
     saved, _ = load_model(folder, model.device)
-    states: dict[int, dict[str, Tensor]] = {}
     try:
         model.load_state_dict(saved.state_dict())
-        for name, value in load_file(folder / "optimizer" / "state.safetensors").items():
-            index, key = name.split(".", 1)
-            states.setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+        load_state_tensors(optimizer, load_file(folder / "optimizer" / "state.safetensors"))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _not_whole(folder, error) from None
 
