@@ -57,8 +57,8 @@ def parameter_groups(model: torch.nn.Module, rates: dict[str, float]) -> list[di
 def rate_factor(step: int, steps: int, warmup: float, schedule: str) -> float:
     """What the learning rates are multiplied with in step `step` (from 0) of `steps`, in (0, 1].
 
-    It rises in equal parts over the first `warmup` share of the steps, the last of which has 1; then it stays (constant), or falls along half a cosine
-    that would be 0 in the step after the last (cosine).
+    It rises in equal parts over the first `warmup` share of the steps, the last of which has 1; then it stays (constant), or falls along half a
+    cosine that would be 0 in the step after the last (cosine).
     """
     rising = max(1.0, warmup * steps)
     factor = min(1.0, (step + 1) / rising)
@@ -77,24 +77,37 @@ class MasterAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            options = {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"], "weight_decay": group["weight_decay"]}
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state[p]
-                tensors = [[value] for value in (state["master"], p.grad.float(), state["exp_avg"], state["exp_avg_sq"])]
-                adamw(*tensors, [], [state["step"]], fused=True, amsgrad=False, maximize=False, lr=group["lr"], **options)
+                adamw(
+                    [state["master"]],
+                    [p.grad.float()],
+                    [state["exp_avg"]],
+                    [state["exp_avg_sq"]],
+                    [],
+                    [state["step"]],
+                    fused=True,
+                    amsgrad=False,
+                    maximize=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                )
                 p.copy_(state["master"])
 
 
 def make_optimizer(name: str, groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
-    """The optimizer of that name, one of OPTIMIZERS, over groups as `parameter_groups` makes them. Betas 0.9 and 0.999, eps 1e-8, decay on all weights.
+    """The optimizer of that name, one of OPTIMIZERS, over groups as `parameter_groups` makes them. Betas 0.9 and 0.999, eps 1e-8, decay on all.
 
     - auto: adamw8bit if a weight is bfloat16, else adamw.
     - adamw: torch's fused AdamW, for float32 weights.
-    - adamw8bit: torchao's, states of 8 bits in blocks of 256, float32 for tensors that have no such blocks; bfloat16 weights are rounded stochastically.
+    - adamw8bit: torchao's, states of 8 bits in blocks of 256, float32 for tensors without such blocks; bfloat16 weights are rounded stochastically.
     - adamw-master: for bfloat16 weights, with float32 copies of them.
-    - bnb-adamw8bit, bnb-paged-adamw8bit: bitsandbytes', for the float32 adapters of LoRA; paged moves states to host memory when the device is full.
+    - bnb-adamw8bit, bnb-paged-adamw8bit: bitsandbytes', for the float32 adapters of LoRA; paged moves states to the host when the device is full.
     Raises UserError for a name that is none of these, a library that is missing, or bfloat16 weights that the optimizer would not move.
     """
     parameters = [p for group in groups for p in group["params"]]
@@ -106,7 +119,7 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], weight_decay: float)
     if low and name not in ("adamw8bit", "adamw-master"):
         raise UserError(f"--optimizer {name} rounds small steps of bfloat16 weights away: use adamw8bit or adamw-master, or float32 weights.")
     if name.startswith("bnb-"):
-        library = _library("bitsandbytes", name).optim
+        library = _library("bitsandbytes", name)
         make = library.PagedAdamW8bit if "paged" in name else library.AdamW8bit
         optimizer = make([{**group, "lr": float(group["rate"])} for group in groups], weight_decay=weight_decay)
     else:
@@ -117,18 +130,20 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], weight_decay: float)
         elif name == "adamw-master":
             optimizer = MasterAdamW(groups, weight_decay)
         else:
-            optimizer = _library("torchao", name).optim.AdamW8bit(groups, weight_decay=weight_decay, bf16_stochastic_round=True)
+            optimizer = _library("torchao", name).AdamW8bit(groups, weight_decay=weight_decay, bf16_stochastic_round=True)
     make_state(optimizer)
     return optimizer
 
 
-def _library(module: str, optimizer: str) -> Any:
-    """The module with its `optim`, imported without its remarks on native parts that are not used here."""
-    logging.getLogger(module).setLevel(logging.ERROR)
+def _library(name: str, optimizer: str) -> Any:
+    """The module `optim` of a library, imported without its remarks on native parts that are not used here."""
+    logging.disable(logging.WARNING)
     try:
-        return importlib.import_module(f"{module}.optim") and importlib.import_module(module)
+        return importlib.import_module(f"{name}.optim")
     except ImportError:
-        raise UserError(f"--optimizer {optimizer} needs {module}, which is not installed: pip install 'locus-fast[optim]'.") from None
+        raise UserError(f"--optimizer {optimizer} needs {name}, which is not installed: pip install 'locus-fast[optim]'.") from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @torch.no_grad()
@@ -148,8 +163,8 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _moment(optimizer: torch.optim.Optimizer, p: Tensor, signed: bool) -> Tensor:
-    """A moment of 0. torchao would keep that of a small tensor in the weight's own type, and a running mean that moves by 1/1000 of a difference stands
-    still in bfloat16: after 1,000 equal gradients such weights would have gone a quarter too far."""
+    """A moment of 0. torchao would keep that of a small tensor in the weight's own type, and a running mean that moves by 1/1000 of a difference
+    stands still in bfloat16: after 1,000 equal gradients such weights would have gone a quarter too far."""
     block = getattr(optimizer, "block_size", 0)
     if block and p.numel() >= 4096 and p.numel() % block == 0:
         from torchao.optim.subclass_8bit import OptimState8bit
@@ -162,10 +177,10 @@ def _moment(optimizer: torch.optim.Optimizer, p: Tensor, signed: bool) -> Tensor
 def clip_and_step(optimizer: torch.optim.Optimizer, *, denominator: float, factor: float, clip: float, seed: int) -> Tensor:
     """Divides the summed gradients by `denominator`, clips their global norm to `clip` and steps, at `factor` times each group's rate.
 
-    Returns the norm before clipping, float32 []: 0 if no parameter has a gradient, and then nothing is done. If it is not finite, the step is one with
-    gradients of 0 and rates of 0: no weight moves, moments decay. Nothing is read back from the device, except with bitsandbytes, whose rates are
-    numbers on the host: there such a step is left out. The gradients are overwritten. Stochastic rounding draws from `seed` alone, which should differ
-    from update to update; the global generators are left as they were.
+    Returns the norm before clipping, float32 []: 0 if no parameter has a gradient, and then nothing is done. If it is not finite, the step is one
+    with gradients of 0 and rates of 0: no weight moves, moments decay. Nothing is read back from the device, except with bitsandbytes, whose rates
+    are numbers on the host: there such a step is left out. The gradients are overwritten. Stochastic rounding draws from `seed` alone, which should
+    differ from update to update; the global generators are left as they were.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -174,9 +189,10 @@ def clip_and_step(optimizer: torch.optim.Optimizer, *, denominator: float, facto
     norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(norms)) / denominator
     finite = norm.isfinite()
+    spoiled = ~finite
     torch._foreach_mul_(gradients, (clip / norm.clamp(min=1e-12)).clamp(max=1.0) / denominator)
     for gradient in gradients:
-        gradient.masked_fill_(~finite, 0.0)
+        gradient.masked_fill_(spoiled, 0.0)
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(group["rate"] * factor).mul_(finite)
@@ -197,7 +213,7 @@ def _uncompiled(device: torch.device) -> Any:
 
 
 def _state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], str, str, Any]]:
-    """(the state of a parameter, key, name in a checkpoint, value) of the whole state but tables of constants; a tensor of codes comes as its parts."""
+    """(a parameter's state, key, name in a checkpoint, value) of the whole state but tables of constants; a tensor of codes comes as its parts."""
     if not optimizer.state:
         make_state(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

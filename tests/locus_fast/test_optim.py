@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from locus_fast.checkpoint import TINY_BASE, latest_checkpoint, load_checkpoint, load_model, save_checkpoint
 from locus_fast.errors import UserError
 from locus_fast.optim import (
     clip_and_step,
@@ -266,13 +267,32 @@ def test_resuming_gives_the_same_bits(name: str, dtype: torch.dtype, tmp_path: P
         assert all(torch.equal(value, state_tensors(optimizer)[key]) for key, value in state_tensors(other).items())
 
 
+def test_a_checkpoint_holds_8_bit_states(tmp_path: Path) -> None:
+    """And is refused by another optimizer in one sentence."""
+    pytest.importorskip("torchao")
+    device, rates = torch.device("cpu"), {"vision": 0.0, "projector": 1e-3, "language": 1e-4}
+    models = [load_model(TINY_BASE, device)[0] for _ in range(2)]
+    one, other = (make_optimizer("adamw8bit", parameter_groups(model, rates), 0.01) for model in models)
+    for p in models[0].parameters():
+        p.grad = torch.randn_like(p) if p.requires_grad else None
+    clip_and_step(one, **STEP)
+    save_checkpoint(tmp_path, models[0], TINY_BASE, one, 1)
+    folder, step = latest_checkpoint(tmp_path)
+    assert step == 1
+    load_checkpoint(folder, models[1], other)
+    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    assert all(torch.equal(value, state_tensors(one)[key]) for key, value in state_tensors(other).items())
+    with pytest.raises(UserError, match="state is of another optimizer"):
+        load_checkpoint(folder, models[1], make_optimizer("adamw", parameter_groups(models[1], rates), 0.01))
+
+
 def test_a_state_of_another_optimizer_is_refused() -> None:
     _, one = made("adamw-master", weights(torch.bfloat16))
     _, other = made("adamw", weights(torch.float32))
-    with pytest.raises(ValueError, match="3 tensors, the first 0.master"):
+    with pytest.raises(ValueError, match=r"3 tensors, the first 0\.master"):
         load_state_tensors(other, state_tensors(one))
     _, shorter = made("adamw", [torch.zeros(64, 64), *weights(torch.float32)[1:]])
-    with pytest.raises(ValueError, match=r"0.exp_avg: expected torch.float32 \[64, 128\], got torch.float32 \[64, 64\]"):
+    with pytest.raises(ValueError, match=r"0\.exp_avg: expected torch.float32 \[64, 128\], got torch.float32 \[64, 64\]"):
         load_state_tensors(other, state_tensors(shorter))
 
 
