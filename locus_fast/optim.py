@@ -202,7 +202,7 @@ def clip_and_step(optimizer: torch.optim.Optimizer, *, denominator: float, facto
             return norm
     device = gradients[0].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), _uncompiled(device):
-        torch.manual_seed(seed)
+        (torch.cuda if device.type == "cuda" else torch.default_generator).manual_seed(seed)
         optimizer.step()
     return norm
 
