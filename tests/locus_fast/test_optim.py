@@ -106,7 +106,7 @@ def test_rate_factor() -> None:
 
 
 def test_adamw_is_torchs() -> None:
-    """Same bits as torch.optim.AdamW on gradients divided and clipped by torch, with the rate of each group times the factor."""
+    """As torch.optim.AdamW on gradients divided and clipped by torch, at the rate times the factor; the order of the divisions differs."""
     ours, optimizer = made("adamw", weights(torch.float32), rate=1e-2)
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     reference = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.01, fused=True)
