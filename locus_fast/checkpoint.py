@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from locus_fast.errors import UserError
 from locus_fast.families import family_of
 from locus_fast.layout import load_weights, stored_dtype, write_model
+from locus_fast.optim import load_state_tensors, state_tensors
 from locus_fast.policy import use_attention
 
 transformers_logging.disable_progress_bar()
@@ -131,9 +131,8 @@ def save_checkpoint(run: Path, model: Any, source: Path, optimizer: torch.optim.
     """`checkpoints/step-N` of a run folder: the model in the dtype it is trained in, and what `load_checkpoint` needs besides."""
     with whole_or_absent(run / "checkpoints" / f"step-{step:06d}") as partial:
         write_model(model, source, partial, model.dtype)
-        states = {f"{index}.{key}": value for index, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
         (partial / "optimizer").mkdir()
-        save_file(states, partial / "optimizer" / "state.safetensors")
+        save_file(state_tensors(optimizer), partial / "optimizer" / "state.safetensors")
         (partial / "optimizer" / "step.json").write_text(json.dumps({"step": step}))
 
 
@@ -150,13 +149,9 @@ def latest_checkpoint(run: Path) -> tuple[Path, int]:
 
 def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
     """Put the saved weights and optimizer state in place."""
-    states: dict[int, dict[str, Tensor]] = {}
     try:
         load_weights(folder, model)
-        for name, value in load_file(folder / "optimizer" / "state.safetensors").items():
-            index, key = name.split(".", 1)
-            states.setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+        load_state_tensors(optimizer, load_file(folder / "optimizer" / "state.safetensors"))
     except (UserError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _not_whole(folder, error) from None
 

@@ -1,0 +1,247 @@
+"""From summed gradients to moved weights: what is trained at which rate, the schedule, the optimizers, and a step that never waits for the device.
+
+A bfloat16 weight of 0.02 has neighbours 1.2e-4 apart, so a plain step of 1e-6 is rounded away. Two optimizers keep it: stochastic rounding (right on
+average, nothing more to store) and float32 master weights (exact, 4 bytes a parameter more). Bytes a parameter of weight and states together:
+adamw on float32 12, adamw-master on bfloat16 14, adamw8bit on bfloat16 4.
+
+Every optimizer makes its whole state when it is made: a run that does not fit says so before its first step, and a checkpoint has a place to go to.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from locus_fast.errors import UserError
+
+PARTS = ("vision", "projector", "language")
+SCHEDULES = ("constant", "cosine")
+OPTIMIZERS = ("auto", "adamw", "adamw8bit", "adamw-master", "bnb-adamw8bit", "bnb-paged-adamw8bit")
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter of a Qwen-VL model belongs to, by its name, which may have a prefix (adapters wrap the model)."""
+    words = name.split(".")
+    if "visual" not in words:
+        return "language"
+    return "projector" if "merger" in words or "deepstack_merger_list" in words else "vision"
+
+
+def parameter_groups(model: torch.nn.Module, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """The trainable parameters as optimizer groups {"part", "params", "rate"}, at most one for each part; tied weights are in one group, once.
+
+    rates: the learning rate of each of PARTS. A part with rate 0 is frozen: its `requires_grad` is switched off, so it gets no gradient and no state.
+    Raises UserError if nothing is left to train.
+    """
+    groups: dict[str, dict[str, Any]] = {part: {"part": part, "params": [], "rate": rates[part]} for part in PARTS}
+    for name, parameter in model.named_parameters():
+        group = groups[part_of(name)]
+        if group["rate"] == 0:
+            parameter.requires_grad_(False)
+        elif parameter.requires_grad:
+            group["params"].append(parameter)
+    kept = [group for group in groups.values() if group["params"]]
+    if not kept:
+        raise UserError(f"nothing is left to train: give one of {', '.join(PARTS)} a learning rate above 0.")
+    return kept
+
+
+def rate_factor(step: int, steps: int, warmup: float, schedule: str) -> float:
+    """What the learning rates are multiplied with in step `step` (from 0) of `steps`, in (0, 1].
+
+    It rises in equal parts over the first `warmup` share of the steps, the last of which has 1; then it stays (constant), or falls along half a
+    cosine that would be 0 in the step after the last (cosine).
+    """
+    rising = max(1.0, warmup * steps)
+    factor = min(1.0, (step + 1) / rising)
+    if schedule == "cosine":
+        factor *= 0.5 * (1 + math.cos(math.pi * max(0.0, step + 1 - rising) / (steps + 1 - rising)))
+    return factor
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """AdamW on float32 copies of the weights: each step ends with the weight as its copy rounded to nearest. One tensor at a time, so that only one
+    gradient is in float32. State of each parameter: master, exp_avg, exp_avg_sq (float32), step."""
+
+    def __init__(self, groups: list[dict[str, Any]], weight_decay: float) -> None:
+        super().__init__(groups, {"weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                adamw(
+                    [state["master"]],
+                    [p.grad.float()],
+                    [state["exp_avg"]],
+                    [state["exp_avg_sq"]],
+                    [],
+                    [state["step"]],
+                    fused=True,
+                    amsgrad=False,
+                    maximize=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                )
+                p.copy_(state["master"])
+
+
+def make_optimizer(name: str, groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
+    """The optimizer of that name, one of OPTIMIZERS, over groups as `parameter_groups` makes them. Betas 0.9 and 0.999, eps 1e-8, decay on all.
+
+    - auto: adamw8bit if a weight is bfloat16, else adamw.
+    - adamw: torch's fused AdamW, for float32 weights.
+    - adamw8bit: torchao's, states of 8 bits in blocks of 256, float32 for tensors without such blocks; bfloat16 weights are rounded stochastically.
+    - adamw-master: for bfloat16 weights, with float32 copies of them.
+    - bnb-adamw8bit, bnb-paged-adamw8bit: bitsandbytes', for the float32 adapters of LoRA; paged moves states to the host when the device is full.
+    Raises UserError for a name that is none of these, a library that is missing, or bfloat16 weights that the optimizer would not move.
+    """
+    parameters = [p for group in groups for p in group["params"]]
+    low = any(p.dtype != torch.float32 for p in parameters)
+    if name == "auto":
+        name = "adamw8bit" if low else "adamw"
+    if name not in OPTIMIZERS:
+        raise UserError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, not '{name}'.")
+    if low and name not in ("adamw8bit", "adamw-master"):
+        raise UserError(f"--optimizer {name} rounds small steps of bfloat16 weights away: use adamw8bit or adamw-master, or float32 weights.")
+    if name.startswith("bnb-"):
+        library = _library("bitsandbytes", name)
+        make = library.PagedAdamW8bit if "paged" in name else library.AdamW8bit
+        optimizer = make([{**group, "lr": float(group["rate"])} for group in groups], weight_decay=weight_decay)
+    else:
+        device = parameters[0].device
+        groups = [{**group, "lr": torch.full((), group["rate"], dtype=torch.float32, device=device)} for group in groups]
+        if name == "adamw":
+            optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+        elif name == "adamw-master":
+            optimizer = MasterAdamW(groups, weight_decay)
+        else:
+            optimizer = _library("torchao", name).AdamW8bit(groups, weight_decay=weight_decay, bf16_stochastic_round=True)
+    make_state(optimizer)
+    return optimizer
+
+
+def _library(name: str, optimizer: str) -> Any:
+    """The module `optim` of a library, imported without its remarks on native parts that are not used here."""
+    logging.disable(logging.WARNING)
+    try:
+        return importlib.import_module(f"{name}.optim")
+    except ImportError:
+        raise UserError(f"--optimizer {optimizer} needs {name}, which is not installed: pip install 'locus-fast[optim]'.") from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@torch.no_grad()
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """The state of every parameter as it is before the first step."""
+    for number, group in enumerate(optimizer.param_groups):
+        for index, p in enumerate(group["params"]):
+            if hasattr(optimizer, "init_state"):  # bitsandbytes
+                optimizer.init_state(group, p, number, index)
+                continue
+            state = optimizer.state[p]
+            state["step"] = torch.zeros((), device=p.device)
+            if isinstance(optimizer, MasterAdamW):
+                state["master"] = p.detach().float().clone()
+            for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+                state[key] = _moment(optimizer, p, signed)
+
+
+def _moment(optimizer: torch.optim.Optimizer, p: Tensor, signed: bool) -> Tensor:
+    """A moment of 0. torchao would keep that of a small tensor in the weight's own type, and a running mean that moves by 1/1000 of a difference
+    stands still in bfloat16: after 1,000 equal gradients such weights would have gone a quarter too far."""
+    block = getattr(optimizer, "block_size", 0)
+    if block and p.numel() >= 4096 and p.numel() % block == 0:
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        return OptimState8bit.zeros(p.shape, signed, block, p.device, dtype=p.dtype)
+    return torch.zeros_like(p, dtype=torch.float32)
+
+
+@torch.no_grad()
+def clip_and_step(optimizer: torch.optim.Optimizer, *, denominator: float, factor: float, clip: float, seed: int) -> Tensor:
+    """Divides the summed gradients by `denominator`, clips their global norm to `clip` and steps, at `factor` times each group's rate.
+
+    Returns the norm before clipping, float32 []: 0 if no parameter has a gradient, and then nothing is done. If it is not finite, the step is one
+    with gradients of 0 and rates of 0: no weight moves, moments decay. Nothing is read back from the device, except with bitsandbytes, whose rates
+    are numbers on the host: there such a step is left out. The gradients are overwritten. Stochastic rounding draws from `seed` alone, which should
+    differ from update to update; the global generators are left as they were.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=parameters[0].device)
+    norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(torch.stack(norms)) / denominator
+    finite = norm.isfinite()
+    spoiled = ~finite
+    torch._foreach_mul_(gradients, (clip / norm.clamp(min=1e-12)).clamp(max=1.0) / denominator)
+    for gradient in gradients:
+        gradient.masked_fill_(spoiled, 0.0)
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(group["rate"] * factor).mul_(finite)
+        elif finite:
+            group["lr"] = group["rate"] * factor
+        else:
+            return norm
+    device = gradients[0].device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), _uncompiled(device):
+        (torch.cuda if device.type == "cuda" else torch.default_generator).manual_seed(seed)
+        optimizer.step()
+    return norm
+
+
+def _uncompiled(device: torch.device) -> Any:
+    """On the CPU torchao's step runs as it is written: compiling it takes seconds for each shape, and a C++ compiler."""
+    return torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext()
+
+
+def _state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], str, str, Any]]:
+    """(a parameter's state, key, name in a checkpoint, value) of the whole state but tables of constants; a tensor of codes comes as its parts."""
+    if not optimizer.state:
+        make_state(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, p in enumerate(parameters):
+        for key, value in optimizer.state[p].items():
+            if hasattr(value, "__tensor_flatten__"):  # torchao
+                yield from ((optimizer.state[p], key, f"{index}.{key}.{part}", getattr(value, part)) for part in ("codes", "scale"))
+            elif not key.startswith("qmap"):
+                yield optimizer.state[p], key, f"{index}.{key}", value
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as plain tensors by name; `load_state_tensors` takes them back. Rates and settings are not in it."""
+    return {name: torch.as_tensor(value).contiguous() for _, _, name, value in _state_tensors(optimizer)}
+
+
+@torch.no_grad()
+def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Puts a saved state in place. Raises ValueError if it is another optimizer's: names, shapes or dtypes that differ."""
+    places = list(_state_tensors(optimizer))
+    if differing := {name for _, _, name, _ in places} ^ tensors.keys():
+        raise ValueError(f"the optimizer's state is of another optimizer or other parameters: {len(differing)} tensors, the first {min(differing)}")
+    for state, key, name, value in places:
+        saved = tensors[name]
+        if not isinstance(value, Tensor):
+            state[key] = saved.item()
+        elif value.shape != saved.shape or value.dtype != saved.dtype:
+            expected, came = (f"{t.dtype} {list(t.shape)}" for t in (value, saved))
+            raise ValueError(f"the optimizer's state {name}: expected {expected}, got {came}")
+        else:
+            value.copy_(saved)
