@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from locus_fast.policy import Replies, prefill, reply_logprob
-from locus_fast.types import PromptBatch, Rollout
+from locus_fast.packing import PromptBatch, Replies
+from locus_fast.policy import prefill, reply_logprob
+from locus_fast.types import Rollout
 from tests.small_models import naive_logprob, small_model, small_prompt
 
 GROUP, LENGTH = 8, 16
@@ -22,8 +23,8 @@ def task(request):
 
 def one_prefill(model, prompts, ids) -> torch.Tensor:
     rollout = Rollout(ids, torch.full((len(ids),), LENGTH), torch.zeros(ids.shape))
-    prefix = prefill(model, PromptBatch.of(prompts, "cpu"))
-    return reply_logprob(model, prefix, Replies.of(prefix, rollout, [LENGTH] * len(ids), range(2)), temperature=1.0)[0]
+    prefix = prefill(model, PromptBatch.of(prompts, model.config, "cpu"))
+    return reply_logprob(model, prefix, Replies.of(prefix.batch, rollout, [LENGTH] * len(ids), range(2)), temperature=1.0)[0]
 
 
 def naive(model, prompts, ids) -> torch.Tensor:

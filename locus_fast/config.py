@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from locus_kernels.box_reward import REWARD_SHAPES
+from locus_kernels.shared_prefix_attention import BACKENDS
 
 from locus_fast.errors import UserError
 from locus_fast.grpo import MEANS
+from locus_fast.optim import OPTIMIZERS, SCHEDULES
 from locus_fast.prompts import QUESTIONS
 
 
@@ -48,6 +50,7 @@ class Config:
     max_tokens: int = option(512, "longest reply, tokens")
     temperature: float = option(1.0, "sampling temperature in training")
     top_p: float = option(1.0, "nucleus of sampling in training")
+    answer_prefix: str = option("", "text that every reply begins with, such as [ ; it is given, so it is not trained on")
 
     reward: str = option("iou", "shape of the location reward", REWARD_SHAPES)
     format_weight: float = option(0.1, "share of the format reward")
@@ -58,12 +61,18 @@ class Config:
     kl: float = option(0.01, "coefficient of the KL to the base; 0 loads no reference")
     updates: int = option(1, "optimizer updates a batch of rollouts")
 
+    optimizer: str = option("auto", "auto: adamw8bit for bfloat16 weights, adamw for float32", OPTIMIZERS)
     lr: float = option(1e-6, "learning rate after warm-up")
+    rates: tuple[float, float, float] = option((1.0, 1.0, 1.0), "shares of --lr for vision tower, projector and language model; 0 freezes the part")
+    schedule: str = option("constant", "the learning rate after warm-up", SCHEDULES)
     warmup: float = option(0.05, "share of the steps in which the learning rate rises")
     weight_decay: float = option(0.01, "AdamW weight decay")
     grad_clip: float = option(1.0, "largest gradient norm")
 
-    tokens: int = option(32768, "budget of a microbatch in tokens: its prompts' and the most its replies can have, in whole groups")
+    dtype: str = option("auto", "of the weights; auto: the checkpoint's own", ("auto", "float32", "bfloat16"))
+    attention: str = option("auto", "who computes attention: " + ", ".join(["auto", *BACKENDS]), ["auto", *BACKENDS])
+    tokens: int = option(32768, "budget of a microbatch of whole groups, its FLOPs in those of language tokens: images, prompts, longest replies")
+    rollout_tokens: int = option(0, "budget of a rollout where it is wider than a microbatch: its prompts are then prefilled again to train on")
     checkpointing: bool = option(True, "recompute activations in backward")
     device: str = option("auto", "auto, cpu or cuda")
     workers: int = option(2, "threads that read and prepare examples")
@@ -82,7 +91,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prompts": 24,
         "max_tokens": 16,
         "lr": 1e-4,
-        "tokens": 4096,
+        "tokens": 12288,
         "checkpointing": False,
         "workers": 1,
         "eval_cues": 384,
@@ -98,12 +107,13 @@ RULES: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
     **{
         name: (lambda v: v >= 1, "at least 1") for name in ("steps", "prompts", "max_tokens", "updates", "min_side", "tokens", "workers", "eval_cues")
     },
-    **{name: (lambda v: v >= 0, "0 or more") for name in ("kl", "weight_decay", "clip_low", "clip_high", "save_every")},
+    **{name: (lambda v: v >= 0, "0 or more") for name in ("kl", "weight_decay", "clip_low", "clip_high", "save_every", "rollout_tokens")},
     **{name: (lambda v: v > 0, "above 0") for name in ("lr", "grad_clip", "temperature")},
     **{name: (lambda v: 0 <= v <= 1, "between 0 and 1") for name in ("format_weight", "warmup")},
     **{name: (lambda v: 0 < v[0] <= v[1], "two values, above 0 and the smaller first") for name in ("scale", "image_pixels", "cue_pixels")},
     "seed": (lambda v: 0 <= v < 2**63, "0 or more and below 2**63"),
     "padding": (lambda v: 0 <= v[0] <= v[1], "two values, 0 or more and the smaller first"),
+    "rates": (lambda v: min(v) >= 0 and max(v) > 0, "three shares of 0 or more that are not all 0"),
     "mix": (lambda v: min(v) >= 0 and sum(v) > 0, "three shares of 0 or more that are not all 0"),
     "replies": (lambda v: v >= 2, "at least 2: an advantage compares the replies of a group"),
     "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),

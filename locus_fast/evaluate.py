@@ -16,7 +16,7 @@ from tqdm import tqdm
 from locus_fast.config import of_run, parse
 from locus_fast.errors import UserError
 from locus_fast.policy import prefill
-from locus_fast.rollout import Sampling, generate
+from locus_fast.rollout import Sampling
 from locus_fast.runtime import Interrupt, Setup, batches, prefetch, set_up
 
 SIZES = ("tiny", "small", "large")
@@ -59,11 +59,11 @@ def evaluate(setup: Setup, label: str, stop: Callable[[], bool]) -> Evaluation |
                 if stop():
                     break
             setup.skipped.add(chunk)
-            for indices, batch in batches(setup, chunk, start, replies=1):
+            for indices, batch in batches(setup, chunk, start, 1, setup.config.tokens):
                 if stop():
                     prompts.close()
                     return None
-                rollout = generate(setup.model, prefill(setup.model, batch), setup.vocabulary, sampling, seed=0, groups=indices)
+                rollout = setup.decoder.generate(prefill(setup.model, batch), sampling, seed=0, groups=indices)
                 reading = read_boxes(*setup.whole(rollout), setup.table, **setup.reading)
                 scores.append(torch.where(reading.valid, iou(reading.box, batch.target), 0.0).cpu())
                 valids.append(reading.valid.cpu())

@@ -174,7 +174,7 @@ def _moment(optimizer: torch.optim.Optimizer, p: Tensor, signed: bool) -> Tensor
 
 
 @torch.no_grad()
-def clip_and_step(optimizer: torch.optim.Optimizer, *, denominator: float, factor: float, clip: float, seed: int) -> Tensor:
+def clip_and_step(optimizer: torch.optim.Optimizer, *, denominator: float | Tensor, factor: float, clip: float, seed: int) -> Tensor:
     """Divides the summed gradients by `denominator`, clips their global norm to `clip` and steps, at `factor` times each group's rate.
 
     Returns the norm before clipping, float32 []: 0 if no parameter has a gradient, and then nothing is done. If it is not finite, the step is one

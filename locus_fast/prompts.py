@@ -49,14 +49,28 @@ def question_pieces(tokenizer: Any, question: str, frame: Frame, placeholder: in
 class Prompter:
     """Turns examples into prompts for one model. The question is the same every time, so its tokens are made once."""
 
-    def __init__(self, tokenizer: Any, config: Any, spec: PatchSpec, *, question: str, image_pixels: tuple[int, int], cue_pixels: tuple[int, int]):
-        """image_pixels, cue_pixels: fewest and most pixels of the resized image and cue."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        config: Any,
+        spec: PatchSpec,
+        *,
+        question: str,
+        image_pixels: tuple[int, int],
+        cue_pixels: tuple[int, int],
+        answer_prefix: str = "",
+    ):
+        """image_pixels, cue_pixels: fewest and most pixels of the resized image and cue. answer_prefix: text that every reply begins with; it is
+        part of the prompt, so it is neither sampled nor trained on, and `opening` has its ids for the reader."""
         self.family, self.frame, self.spec = family_of(config), frame_of(config), spec
         self.pixels = (image_pixels, cue_pixels)
         self.placeholder: int = getattr(config, self.family.placeholder)
         self.pieces = question_pieces(tokenizer, question, self.frame, self.placeholder)
         opened = tokenizer.decode(self.pieces[2]).rstrip().endswith(self.family.thinking)  # a thinking model's template may begin the reply itself
         self.opening: list[int] = tokenizer.encode(self.family.thinking, add_special_tokens=False) if opened else []
+        given = tokenizer.encode(answer_prefix, add_special_tokens=False)
+        self.pieces = (*self.pieces[:2], [*self.pieces[2], *given])
+        self.opening += given
 
     def __call__(self, example: Example) -> Prompt:
         """The prompt of an example."""

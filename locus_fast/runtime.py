@@ -18,14 +18,20 @@ from tqdm import tqdm
 
 from locus_fast.checkpoint import check_folder, is_hub_id, load_model, model_folder
 from locus_fast.config import Config
+from locus_fast.cost.flops import group_cost
+from locus_fast.cost.shapes import ModelShape
 from locus_fast.cues import CueRecipe, FileCues
 from locus_fast.data import read_boxes
 from locus_fast.errors import UserError
+from locus_fast.packing import PromptBatch, pack
+from locus_fast.policy import use_attention
 from locus_fast.preprocess import PatchSpec
 from locus_fast.prompts import GRAMMAR, WHICH_BOX, Prompter
-from locus_fast.rollout import Vocabulary
+from locus_fast.rollout import Decoder, Vocabulary
 from locus_fast.tiny.scenes import SceneCues
-from locus_fast.types import CueSource, Prompt, PromptBatch, Rollout
+from locus_fast.types import CueSource, Prompt, Rollout
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,9 @@ class Setup:
     device: torch.device
     folder: Path  # where the base model lies
     model: Any
+    shape: ModelShape
     tokenizer: Any
-    vocabulary: Vocabulary
+    decoder: Decoder
     table: TokenTable
     cues: CueSource
     prompter: Prompter
@@ -53,6 +60,11 @@ class Setup:
         opening = torch.tensor(self.prompter.opening, dtype=torch.int64, device=rollout.ids.device)
         return torch.cat([opening.expand(len(rollout.ids), -1), rollout.ids], 1), rollout.lengths + len(opening)
 
+    def cost(self, prompt: Prompt, replies: int) -> float:
+        """What a group costs a microbatch at most, in language-token equivalents."""
+        grids = [(h, w) for _, h, w in prompt.grids.tolist()]
+        return group_cost(self.shape, grids, len(prompt.ids), replies * self.config.max_tokens)
+
 
 def set_up(config: Config) -> Setup:
     """Load everything a run needs; raises UserError for what cannot be used."""
@@ -62,7 +74,11 @@ def set_up(config: Config) -> Setup:
         check_folder(model_folder(config.model))
     cues = cue_source(config)  # before a model is fetched or loaded: it is the quicker one to be wrong
     folder = model_folder(config.model)
-    model, tokenizer = load_model(folder, device)
+    model, tokenizer = load_model(folder, device, DTYPES[config.dtype])
+    try:
+        use_attention(model, backend=config.attention)
+    except ValueError as error:
+        raise UserError(f"--attention {config.attention}: {error}.") from None
     prompter = Prompter(
         tokenizer,
         model.config,
@@ -70,9 +86,12 @@ def set_up(config: Config) -> Setup:
         question=config.question,
         image_pixels=config.image_pixels,
         cue_pixels=config.cue_pixels,
+        answer_prefix=config.answer_prefix,
     )
     table = build_token_table(tokenizer, model.lm_head.weight.shape[0]).to(device)
-    return Setup(config, device, folder, model, tokenizer, Vocabulary.of(model, tokenizer), table, cues, prompter, Skipped())
+    vocabulary = Vocabulary.of(model, tokenizer, table, WHICH_BOX[config.question], prompter.opening)
+    shape = ModelShape.of(model.config)
+    return Setup(config, device, folder, model, shape, tokenizer, Decoder(model, vocabulary), table, cues, prompter, Skipped())
 
 
 def choose_device(name: str) -> torch.device:
@@ -111,36 +130,10 @@ def prefetch(make: Callable[[int], Prompt], indices: Iterable[int], workers: int
                 future.cancel()
 
 
-def pack(prompts: list[Prompt], first: int, reply_tokens: int, budget: int) -> Iterator[tuple[list[int], list[Prompt]]]:
-    """Microbatches of whole groups, in order: (the prompts' indices, counted from `first`; the prompts).
-
-    A group costs its prompt's tokens plus `reply_tokens`, the most its replies can have.
-    """
-    indices: list[int] = []
-    bin_: list[Prompt] = []
-    used = 0
-    for index, prompt in enumerate(prompts, first):
-        cost = len(prompt.ids) + reply_tokens
-        if cost > budget:
-            raise UserError(
-                f"{prompt.source}: its prompt of {len(prompt.ids)} tokens and its replies ({reply_tokens}) exceed a microbatch of {budget} tokens; "
-                "raise --tokens, or lower the most of --image-pixels, --replies or --max-tokens."
-            )
-        if bin_ and used + cost > budget:
-            yield indices, bin_
-            indices, bin_, used = [], [], 0
-        indices.append(index)
-        bin_.append(prompt)
-        used += cost
-    if bin_:
-        yield indices, bin_
-
-
-def batches(setup: Setup, prompts: list[Prompt], first: int, replies: int) -> Iterator[tuple[list[int], PromptBatch]]:
-    """`pack` on the device."""
-    config = setup.config
-    for indices, bin_ in pack(prompts, first, replies * config.max_tokens, config.tokens):
-        yield indices, PromptBatch.of(bin_, setup.device)
+def batches(setup: Setup, prompts: list[Prompt], first: int, replies: int, budget: float) -> Iterator[tuple[list[int], PromptBatch]]:
+    """Packed microbatches on the device, with their prompts' indices counted from `first`."""
+    for chosen in pack(prompts, lambda prompt: setup.cost(prompt, replies), budget):
+        yield [first + i for i in chosen], PromptBatch.of([prompts[i] for i in chosen], setup.model.config, setup.device)
 
 
 class Skipped:

@@ -31,21 +31,25 @@ from tqdm import tqdm
 
 from locus_fast.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model
 from locus_fast.config import Config, parse
+from locus_fast.cost.flops import COLUMNS, PROMPT_ROWS, rates, step_flops, total
+from locus_fast.cost.shapes import Group
 from locus_fast.errors import UserError
 from locus_fast.evaluate import evaluate
 from locus_fast.grpo import MEANS, grpo_loss
-from locus_fast.policy import Replies, checkpoint_activations, prefill, reply_logprob
+from locus_fast.optim import PARTS, clip_and_step, make_optimizer, parameter_groups, rate_factor
+from locus_fast.packing import PromptBatch, Replies
+from locus_fast.policy import Prefix, checkpoint_activations, prefill, reply_logprob, trains_vision
 from locus_fast.report import Metrics, draw_curve, draw_samples
-from locus_fast.rollout import Sampling, generate
+from locus_fast.rollout import Sampling
 from locus_fast.runtime import Interrupt, Setup, batches, prefetch, set_up
-from locus_fast.types import Prompt, PromptBatch, Rollout
+from locus_fast.types import Prompt, Rollout
 
 DROPPED_STEPS = 5  # steps in a row without a finite gradient that end the run
 
 
 @dataclass(frozen=True)
 class Experience:
-    """A microbatch's rollouts and all that a further update on them needs. T tokens of the live groups: those whose rewards differ."""
+    """A microbatch's rollouts and all that training on them needs. R replies, T tokens of the live groups: those whose rewards differ."""
 
     batch: PromptBatch
     rollout: Rollout
@@ -53,8 +57,8 @@ class Experience:
     live: list[int]  # groups with a gradient
     advantage: Tensor  # float32 [R]
     weight: Tensor  # float32 [R], of each token of a reply
-    old: Tensor  # float32 [T]
-    reference: Tensor | None  # float32 [T]
+    old: Tensor | None = None  # float32 [T], once known
+    reference: Tensor | None = None  # float32 [T]
 
 
 class Totals:
@@ -72,8 +76,12 @@ class Totals:
         for name, value in values.items():
             self.peaks[name] = torch.maximum(self.peaks[name], value) if name in self.peaks else value
 
-    def read(self) -> dict[str, float]:
-        return {name: float(value) for name, value in {**self.sums, **self.peaks}.items()}
+    def read(self, **more: Tensor) -> dict[str, float]:
+        """Everything as numbers, `more` included: one readback."""
+        values = {**self.sums, **self.peaks, **more}
+        on_device = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        numbers = torch.stack([value.double() for value in on_device.values()]).tolist()
+        return {**{name: float(value) for name, value in values.items() if name not in on_device}, **dict(zip(on_device, numbers, strict=True))}
 
 
 def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]:
@@ -81,7 +89,8 @@ def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]
     started = time.perf_counter()
     setup = set_up(config)
     model = setup.model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    lr_of = {part: config.lr * share for part, share in zip(PARTS, config.rates, strict=True)}
+    optimizer = make_optimizer(config.optimizer, parameter_groups(model, lr_of), config.weight_decay)
     checkpoint, done = latest_checkpoint(out) if config.resume else (None, 0)
     if done >= config.steps:
         raise UserError(f"--resume {out}: it has done {done} steps, and --steps is {config.steps}; ask for more.")
@@ -145,7 +154,7 @@ def train_step(
     setup: Setup, reference: Any, optimizer: torch.optim.Optimizer, prompts: Iterator[Prompt], step: int, stop: Callable[[], bool]
 ) -> dict[str, Any] | None:
     """Rollouts of one batch of prompts and its updates; the step's metrics, or None if `stop` said so before the first update."""
-    config, model = setup.config, setup.model
+    config = setup.config
     clock = time.perf_counter()
     chunk = [next(prompts) for _ in range(config.prompts)]
     setup.skipped.add(chunk)
@@ -153,39 +162,84 @@ def train_step(
     totals, experiences = Totals(), []
     denominator = 0
     optimizer.zero_grad(set_to_none=True)
-    for indices, batch in batches(setup, chunk, step * config.prompts, config.replies):
+    for indices, batch in batches(setup, chunk, step * config.prompts, config.replies, max(config.tokens, config.rollout_tokens)):
         if stop():
             return None
-        prefix = prefill(model, batch)  # the sampler's prefill is the training forward's prefix
-        rollout = generate(model, prefix, setup.vocabulary, sampling_of(config), seed=config.seed, groups=indices)
+        kept = sum(setup.cost(prompt, config.replies) for prompt in batch.prompts) <= config.tokens
+        with torch.set_grad_enabled(kept):
+            prefix = prefill(setup.model, batch)  # the sampler's prefill is the training forward's prefix
+        rollout = setup.decoder.generate(prefix, sampling_of(config), seed=config.seed, groups=indices)
         scored = score(setup, batch, rollout, step / config.steps)
         host = torch.cat([rollout.lengths, scored.zero_variance.long()]).tolist()  # the one readback of a microbatch
         lengths, live = host[: len(rollout.ids)], [group for group, flat in enumerate(host[len(rollout.ids) :]) if not flat]
         weight, share = MEANS[config.mean](rollout.lengths, lengths)
         denominator += share
         count(totals, batch, rollout, scored, lengths, live)
-        if live:
-            replies = Replies.of(prefix, rollout, lengths, live)
-            logprob, entropy = reply_logprob(model, prefix, replies, config.temperature)
-            anchor = None
-            if reference is not None:
-                with torch.no_grad():
-                    anchor, _ = reply_logprob(reference, prefill(reference, batch), replies, config.temperature)
-            experiences.append(Experience(batch, rollout, lengths, live, scored.advantage, weight, logprob.detach(), anchor))
-            backward(config, experiences[-1], replies, logprob, totals)
-            compare_with_sampler(totals, rollout, replies, logprob.detach(), entropy)
-    rate = config.lr * min(1.0, (step + 1) / max(1.0, config.warmup * config.steps))
-    finite = totals.sums["not_finite"] == 0  # a policy whose own log-probs are not numbers earns no reward, so it has no gradient to show it
-    norm = update(model, optimizer, denominator, rate, config.grad_clip) if finite else None
-    for _ in range(config.updates - 1):  # further updates on the same rollouts: the prefix again, against the stored old log-probs
+        whole = Experience(batch, rollout, lengths, live, scored.advantage, weight)
+        for part in [whole] if kept else parts(setup, whole):
+            spend(setup, totals, part, again=not kept)
+            if part.live:
+                experiences.append(learn(setup, reference, part, prefix if kept else prefill(setup.model, part.batch), totals))
+    # a policy whose own log-probs are not numbers earns no reward, so it has no gradient to show it: the step is dropped as if its norm were none
+    gone = torch.where(torch.as_tensor(totals.sums["not_finite"]) > 0, torch.nan, float(denominator))
+    factor = rate_factor(step, config.steps, config.warmup, config.schedule)
+    number = step * config.updates
+    norm = clip_and_step(optimizer, denominator=gone, factor=factor, clip=config.grad_clip, seed=config.seed + number)
+    for again in range(1, config.updates):  # further updates on the same rollouts: the prefix again, against the stored old log-probs
         optimizer.zero_grad(set_to_none=True)
         for experience in experiences:
-            prefix = prefill(model, experience.batch)
-            replies = Replies.of(prefix, experience.rollout, experience.lengths, experience.live)
-            logprob, _ = reply_logprob(model, prefix, replies, config.temperature)
+            prefix = prefill(setup.model, experience.batch)
+            replies = Replies.of(experience.batch, experience.rollout, experience.lengths, experience.live)
+            logprob, _ = reply_logprob(setup.model, prefix, replies, config.temperature)
             backward(config, experience, replies, logprob, totals)
-        norm = update(model, optimizer, denominator, rate, config.grad_clip)
-    return summarise(totals, chunk, step, norm, rate, time.perf_counter() - clock, waited)
+            spend(setup, totals, experience, again=True, rollout=False)
+        norm = clip_and_step(optimizer, denominator=gone, factor=factor, clip=config.grad_clip, seed=config.seed + number + again)
+    return summarise(totals, chunk, step, norm, config.lr * factor, time.perf_counter() - clock, waited)
+
+
+def parts(setup: Setup, whole: Experience) -> Iterator[Experience]:
+    """The microbatches to train on of a rollout that is wider than one."""
+    G = setup.config.replies
+    for chosen, batch in batches(setup, list(whole.batch.prompts), 0, G, setup.config.tokens):
+        row = [b * G + g for b in chosen for g in range(G)]
+        rows = torch.tensor(row, device=setup.device)
+        rollout = Rollout(whole.rollout.ids[rows], whole.rollout.lengths[rows], whole.rollout.logprob[rows])
+        live = [place for place, b in enumerate(chosen) if b in whole.live]
+        yield Experience(batch, rollout, [whole.lengths[r] for r in row], live, whole.advantage[rows], whole.weight[rows])
+
+
+def learn(setup: Setup, reference: Any, experience: Experience, prefix: Prefix, totals: Totals) -> Experience:
+    """Forward over the live groups' replies on the prefix, and the backward of the summed loss; the experience with what further updates need."""
+    config = setup.config
+    replies = Replies.of(experience.batch, experience.rollout, experience.lengths, experience.live)
+    logprob, entropy = reply_logprob(setup.model, prefix, replies, config.temperature)
+    anchor = None
+    if reference is not None:
+        with torch.no_grad():
+            shared = None if trains_vision(setup.model) else prefix.features  # a frozen tower sees for both
+            anchor, _ = reply_logprob(reference, prefill(reference, experience.batch, shared), replies, config.temperature)
+    experience = replace(experience, old=logprob.detach(), reference=anchor)
+    backward(config, experience, replies, logprob, totals)
+    compare_with_sampler(totals, experience.rollout, replies, logprob.detach(), entropy)
+    return experience
+
+
+def spend(setup: Setup, totals: Totals, experience: Experience, *, again: bool, rollout: bool = True) -> None:
+    """Counts a microbatch's FLOPs from its shapes: the model's, those of the floor, and those spent. again: the prompts were prefilled once more;
+    rollout: the first update, with rollout and reference."""
+    G, config = setup.config.replies, setup.config
+    groups = [
+        Group(tuple((h, w) for _, h, w in prompt.grids.tolist()), len(prompt.ids), tuple(experience.lengths[b * G : b * G + G]), b in experience.live)
+        for b, prompt in enumerate(experience.batch.prompts)
+    ]
+    passes: dict[str, Any] = {"checkpointing": config.checkpointing, "reference": config.kl > 0, "train_vision": trains_vision(setup.model)}
+    spent, floor = (step_flops(setup.shape, groups, executed=executed, **passes) for executed in (True, False))
+    columns = COLUMNS if rollout else ("forward", "recompute", "backward")
+    prompts = sum(spent[row]["forward"] for row in PROMPT_ROWS) if again and rollout else 0
+    model = [column for column in columns if column != "recompute"]
+    cost = sum(setup.cost(prompt, G) for prompt in experience.batch.prompts)
+    totals.add(cost=cost, room=float(config.tokens))
+    totals.add(model_flops=total(floor, model), floor_flops=total(floor, columns), spent_flops=total(spent, columns) + prompts)
 
 
 def sampling_of(config: Config) -> Sampling:
@@ -234,7 +288,7 @@ def backward(config: Config, experience: Experience, replies: Replies, logprob: 
     """Adds the gradient of the microbatch's summed loss."""
     loss, sums = grpo_loss(
         logprob,
-        old=experience.old,
+        old=logprob if experience.old is None else experience.old,
         reference=experience.reference,
         advantage=experience.advantage[replies.row],
         weight=experience.weight[replies.row],
@@ -247,25 +301,11 @@ def backward(config: Config, experience: Experience, replies: Replies, logprob: 
     totals.add(loss=loss.detach(), updated_tokens=float(len(logprob)), **sums)
 
 
-def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, denominator: int, rate: float, clip: float) -> float | None:
-    """Divides the summed gradient by the batch's denominator, clips its norm and steps. Returns the norm before clipping: 0.0 where no group had
-    a gradient, None where it is not finite; neither moves a weight."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if not gradients:
-        return 0.0
-    norm = torch.nn.utils.get_total_norm(gradients).item() / denominator
-    if not math.isfinite(norm):
-        return None
-    torch._foreach_mul_(gradients, min(1.0, clip / max(norm, 1e-12)) / denominator)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    return norm
-
-
-def summarise(totals: Totals, chunk: list[Prompt], step: int, norm: float | None, rate: float, seconds: float, waited: float) -> dict[str, Any]:
-    """The step's metrics. Those that depend on time: seconds, wait_seconds and the ones that end in _per_s."""
-    sums = totals.read()
+def summarise(totals: Totals, chunk: list[Prompt], step: int, norm: Tensor, rate: float, seconds: float, waited: float) -> dict[str, Any]:
+    """The step's metrics. Those that depend on time: seconds, wait_seconds, mfu and the ones that end in _per_s."""
+    began = time.perf_counter()
+    sums = totals.read(norm=norm)
+    seconds += time.perf_counter() - began  # until the device had done the step
     replies, live, updated = sums["replies"], max(1.0, sums.get("live_tokens", 0.0)), max(1.0, sums.get("updated_tokens", 0.0))
     return {
         "step": step + 1,
@@ -280,14 +320,18 @@ def summarise(totals: Totals, chunk: list[Prompt], step: int, norm: float | None
         "ratio_max": sums.get("ratio_max", 1.0),
         "sampler_gap": sums.get("sampler_gap", 0.0) / live,
         "sampler_gap_max": sums.get("sampler_gap_max", 0.0),
-        "grad_norm": norm if norm is not None else 0.0,
-        "dropped_step": norm is None,
+        "grad_norm": sums["norm"] if math.isfinite(sums["norm"]) else 0.0,
+        "dropped_step": sums["not_finite"] > 0 or not math.isfinite(sums["norm"]),
         "lr": rate,
         "skipped_images": sum(len(prompt.skipped) for prompt in chunk),
         "seconds": seconds,
         "wait_seconds": waited,
         "unique_tokens_per_s": (sums["prompt_tokens"] + sums["reply_tokens"]) / seconds,
         "rollouts_per_s": replies / seconds,
+        "fill": sums["cost"] / sums["room"],
+        "flops": sums["spent_flops"],
+        "flops_over_floor": sums["spent_flops"] / sums["floor_flops"],
+        **rates(sums["model_flops"], seconds, torch.cuda.get_device_name() if norm.is_cuda else "cpu"),
     }
 
 

@@ -1,6 +1,6 @@
 """What flows between the modules, with shapes. Boxes are xyxy in pixels of the image they belong to unless a name says `frame`.
 
-B prompts (groups) in a microbatch, G replies a group, R = B * G rows, L longest reply, N packed prompt tokens, T packed reply tokens.
+B prompts (groups) in a microbatch, G replies a group, R = B * G rows, L longest reply.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 
@@ -56,29 +55,9 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class PromptBatch:
-    """B prompts packed into one row."""
-
-    ids: Tensor  # int64 [N]
-    position: Tensor  # int64 [3, N]
-    patches: Tensor  # float32 [patches, ...]
-    grids: Tensor  # int64 [images, 3]
-    target: Tensor  # float32 [B, 4]
-    lengths: tuple[int, ...]  # tokens of each prompt
-    prompts: tuple[Prompt, ...]
-
-    @staticmethod
-    def of(prompts: list[Prompt], device: torch.device | str) -> PromptBatch:
-        ids, patches, grids = (torch.cat([getattr(p, name) for p in prompts]).to(device) for name in ("ids", "patches", "grids"))
-        position = torch.cat([p.position for p in prompts], 1).to(device)
-        target = torch.stack([p.target for p in prompts]).to(device)
-        return PromptBatch(ids, position, patches, grids, target, tuple(len(p.ids) for p in prompts), tuple(prompts))
-
-
-@dataclass(frozen=True)
 class Rollout:
     """What was sampled for B prompts, G replies each; row r belongs to prompt r // G."""
 
-    ids: Tensor  # int64 [R, L]; past a reply's length the end-of-sequence id
-    lengths: Tensor  # int64 [R], the end-of-sequence token included
+    ids: Tensor  # int64 [R, L]; past a reply's length a stop id
+    lengths: Tensor  # int64 [R], the stop token included
     logprob: Tensor  # float32 [R, L], the sampler's; 0 past the length

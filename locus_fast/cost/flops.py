@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from locus_fast.cost.shapes import Group, ModelShape, VisionShape
 
 COLUMNS = ("rollout", "forward", "recompute", "backward", "reference")
+PROMPT_ROWS = ("vision", "vision attention", "prompt", "prompt attention")
 Table = dict[str, dict[str, float]]  # row (a part of the model) -> column (a pass) -> FLOPs
 
 # Dense bfloat16 FLOP/s by the device's name; the first that occurs in it holds. From the makers' data sheets.
@@ -138,7 +139,7 @@ def repeated_flops(shape: ModelShape, groups: Sequence[Group], *, checkpointing:
     """
     one_each = [Group(group.grids, group.prompt, (n,)) for group in groups for n in group.replies]
     table = step_flops(shape, one_each, checkpointing=checkpointing, reference=reference)
-    for part in ("vision", "vision attention", "prompt", "prompt attention"):
+    for part in PROMPT_ROWS:
         table[part]["rollout"] = table[part]["forward"]
     return table
 

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from locus_fast.policy import use_attention
+from locus_fast.packing import VisionLayout
+from locus_fast.policy import see, use_attention
 from locus_fast.tiny.branches import DIGITS, REPLY_LENGTH, SPEC, Branches, Task, draw_branches
 from locus_fast.tiny.model import EXTENT, build_model
 from locus_fast.tiny.scenes import OBJECTS
@@ -54,15 +55,15 @@ def recording_attention(module, q, k, v, attention_mask=None, scaling=None, drop
 def forward(model: Any, batch: Branches, record: dict) -> Tensor:
     """Logits of the reply tokens, [S, K * REPLY_LENGTH, vocabulary]; attention probabilities and the third layer's states go into `record`."""
     core = model.model
-    features = core.visual(batch.patches, grid_thw=batch.grids, return_dict=True)
-    embeds = core.language_model.embed_tokens(batch.ids).masked_scatter(batch.is_image[..., None], features.pooler_output)
+    features = see(model, batch.patches, batch.grids, VisionLayout.of(batch.grids, model.config.vision_config, "cpu"))
+    embeds = core.language_model.embed_tokens(batch.ids).masked_scatter(batch.is_image[..., None], features.image)
     hook = core.language_model.layers[READ_LAYER].register_forward_hook(lambda _module, _inputs, out: record.__setitem__("read", out))
     hidden = core.language_model(
         inputs_embeds=embeds,
         attention_mask=batch.mask,
         position_ids=batch.position,
         visual_pos_masks=batch.is_image,
-        deepstack_visual_embeds=list(features.deepstack_features),
+        deepstack_visual_embeds=features.deep,
         use_cache=False,
         record=record,
     ).last_hidden_state
@@ -164,7 +165,8 @@ def main() -> None:
     task = Task.of(tokenizer)
     model = build_model({token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL})
     ALL_ATTENTION_FUNCTIONS.register("recording", recording_attention)
-    use_attention(model)  # the vision tower's
+    use_attention(model)  # the vision tower's; the language model records its own, and takes masks
+    del model.model.language_model._deepstack_process
     model.model.language_model.config._attn_implementation = "recording"
     if chosen.found and chosen.found.exists():
         model.load_state_dict(load_file(chosen.found))

@@ -17,12 +17,15 @@ from locus_fast import checkpoint, layout, train
 from locus_fast.checkpoint import load_checkpoint, load_model, save_checkpoint, save_model
 from locus_fast.errors import UserError
 from locus_fast.families import interleave
+from locus_fast.optim import PARTS, make_optimizer, parameter_groups
+from locus_fast.packing import PromptBatch
 from locus_fast.policy import prefill
 from locus_fast.rollout import Vocabulary
-from locus_fast.types import Prompt, PromptBatch
+from locus_fast.types import Prompt
 from tests.published import FAMILIES, draw_photographs, write_checkpoint, write_shards
 
 CPU = torch.device("cpu")
+RATES = dict.fromkeys(PARTS, 1e-3)
 INDEX = "model.safetensors.index.json"
 
 
@@ -99,7 +102,7 @@ def compare_logits(plain, ours) -> None:
     ids, position = interleave([[5, 6, 7], [8], [9, 10, 11]], [(2, 3), (1, 2)], image)
     prompt = Prompt(ids, position, patches, grids, torch.zeros(4), torch.ones(4), "small", "random")
     with torch.no_grad():
-        mine = ours.lm_head(prefill(ours, PromptBatch.of([prompt], "cpu")).last_hidden)[0]
+        mine = ours.lm_head(prefill(ours, PromptBatch.of([prompt], ours.config, "cpu")).last_hidden)[0]
         inputs = {"input_ids": ids[None], "pixel_values": patches, "image_grid_thw": grids}
         theirs = plain(**inputs, mm_token_type_ids=(ids[None] == image).int()).logits[0, -1]
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
@@ -129,14 +132,14 @@ def test_another_dtype(source: Path, tmp_path: Path) -> None:
 def test_a_run_resumes_from_the_bits_it_left(source: Path, tmp_path: Path) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         model, _ = load_model(source, CPU, dtype)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer = make_optimizer("adamw-master", parameter_groups(model, RATES), weight_decay=0.0)
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()
         save_checkpoint(tmp_path, model, source, optimizer, 1)
         folder = tmp_path / "checkpoints" / "step-000001"
         other, _ = load_model(source, CPU, dtype)
-        load_checkpoint(folder, other, torch.optim.AdamW(other.parameters(), lr=1e-3))
+        load_checkpoint(folder, other, make_optimizer("adamw-master", parameter_groups(other, RATES), weight_decay=0.0))
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
         assert AutoConfig.from_pretrained(folder).get_text_config().dtype == dtype
     tensors = load_file(folder / "model-00002-of-00003.safetensors")

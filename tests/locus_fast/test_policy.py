@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
-from locus_fast.policy import Replies, checkpoint_activations, prefill, reply_logprob, use_attention
-from locus_fast.rollout import Sampling, Vocabulary, generate
-from locus_fast.types import PromptBatch, Rollout
+from locus_fast.packing import PromptBatch, Replies
+from locus_fast.policy import checkpoint_activations, prefill, reply_logprob, use_attention
+from locus_fast.rollout import Decoder, Sampling, Vocabulary
+from locus_fast.types import Rollout
 from tests.small_models import IMAGE, VOCABULARY, naive_logprob, small_model, small_prompt
 
 GRIDS = [[(8, 12), (4, 4)], [(4, 4), (6, 4)], [(10, 4), (4, 8)]]  # patches of image and cue: three prompts of different sizes
@@ -49,8 +50,8 @@ def test_one_prefill_equals_the_naive_loop(family: str, checkpointing: bool) -> 
     if checkpointing:
         checkpoint_activations(model)
     rollout, lengths = rollout_of(replies)
-    prefix = prefill(model, PromptBatch.of(prompts, "cpu"))
-    logprob, entropy = reply_logprob(model, prefix, Replies.of(prefix, rollout, lengths, range(3)), temperature=1.0)
+    prefix = prefill(model, PromptBatch.of(prompts, model.config, "cpu"))
+    logprob, entropy = reply_logprob(model, prefix, Replies.of(prefix.batch, rollout, lengths, range(3)), temperature=1.0)
     gradient = gradients(model, (logprob * weight).sum())
 
     torch.testing.assert_close(logprob, expected, rtol=0, atol=1e-5)
@@ -78,21 +79,21 @@ def test_some_groups(family: str, grids, lengths, groups) -> None:
     G = len(lengths[0])
     with torch.no_grad():
         expected = naive_logprob(model, prompts, replies)
-        prefix = prefill(model, PromptBatch.of(prompts, "cpu"))
-        logprob, _ = reply_logprob(model, prefix, Replies.of(prefix, rollout, flat, groups), temperature=1.0)
+        prefix = prefill(model, PromptBatch.of(prompts, model.config, "cpu"))
+        logprob, _ = reply_logprob(model, prefix, Replies.of(prefix.batch, rollout, flat, groups), temperature=1.0)
     torch.testing.assert_close(logprob, torch.cat([expected[r] for b in groups for r in range(b * G, b * G + G)]), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_sampler_logprob_equals_the_training_forward(family: str) -> None:
     model, prompts, _ = case(family)
-    batch = PromptBatch.of(prompts, "cpu")
+    batch = PromptBatch.of(prompts, model.config, "cpu")
     vocabulary = Vocabulary(torch.arange(VOCABULARY) < IMAGE, torch.arange(2, 40))  # many stop tokens, so that lengths differ
     prefix = prefill(model, batch)
-    rollout = generate(model, prefix, vocabulary, Sampling(6, 12, 0.7, 1.0), seed=3, groups=[0, 1, 2])
+    rollout = Decoder(model, vocabulary).generate(prefix, Sampling(6, 12, 0.7, 1.0), seed=3, groups=[0, 1, 2])
     lengths = rollout.lengths.tolist()
     assert len(set(lengths)) > 2
-    logprob, _ = reply_logprob(model, prefix, Replies.of(prefix, rollout, lengths, range(3)), temperature=0.7)
+    logprob, _ = reply_logprob(model, prefix, Replies.of(prefix.batch, rollout, lengths, range(3)), temperature=0.7)
     sampled = torch.cat([rollout.logprob[r, :n] for r, n in enumerate(lengths)])
     torch.testing.assert_close(logprob, sampled, rtol=0, atol=1e-5)
     for row, n in zip(rollout.ids.tolist(), lengths, strict=True):
@@ -105,8 +106,12 @@ def test_a_prompts_replies_do_not_depend_on_its_microbatch() -> None:
     model, prompts, _ = case("qwen3_vl")
     vocabulary = Vocabulary(torch.arange(VOCABULARY) < IMAGE, torch.tensor([2]))
     with torch.no_grad():
-        together = generate(model, prefill(model, PromptBatch.of(prompts, "cpu")), vocabulary, Sampling(4, 10, 1.0, 1.0), seed=3, groups=[5, 6, 7])
-        alone = generate(model, prefill(model, PromptBatch.of(prompts[1:2], "cpu")), vocabulary, Sampling(4, 10, 1.0, 1.0), seed=3, groups=[6])
+        together = Decoder(model, vocabulary).generate(
+            prefill(model, PromptBatch.of(prompts, model.config, "cpu")), Sampling(4, 10, 1.0, 1.0), seed=3, groups=[5, 6, 7]
+        )
+        alone = Decoder(model, vocabulary).generate(
+            prefill(model, PromptBatch.of(prompts[1:2], model.config, "cpu")), Sampling(4, 10, 1.0, 1.0), seed=3, groups=[6]
+        )
     width = min(together.ids.shape[1], alone.ids.shape[1])
     assert torch.equal(together.ids[4:8, :width], alone.ids[:, :width])
 
@@ -116,7 +121,9 @@ def test_greedy_equals_transformers_generate() -> None:
     assert isinstance(model, Qwen3VLForConditionalGeneration)
     vocabulary = Vocabulary(torch.ones(VOCABULARY, dtype=torch.bool), torch.tensor([2]))
     with torch.no_grad():
-        rollout = generate(model, prefill(model, PromptBatch.of(prompts, "cpu")), vocabulary, Sampling(1, 8, 0.0, 1.0), seed=0, groups=range(3))
+        rollout = Decoder(model, vocabulary).generate(
+            prefill(model, PromptBatch.of(prompts, model.config, "cpu")), Sampling(1, 8, 0.0, 1.0), seed=0, groups=range(3)
+        )
     use_attention(model, "sdpa")
     for prompt, row, length in zip(prompts, rollout.ids, rollout.lengths.tolist(), strict=True):
         expected = model.generate(

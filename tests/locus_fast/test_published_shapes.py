@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from locus_fast.checkpoint import load_model
 from locus_fast.layout import held_name
-from locus_fast.policy import Replies, checkpoint_activations, prefill, reply_logprob
-from locus_fast.types import PromptBatch, Rollout
+from locus_fast.packing import PromptBatch, Replies
+from locus_fast.policy import checkpoint_activations, prefill, reply_logprob
+from locus_fast.types import Rollout
 from tests.published import config_of, write_checkpoint
 from tests.small_models import small_prompt
 
@@ -145,10 +146,10 @@ def test_training_reaches_every_parameter(full, tmp_path: Path) -> None:
     model, _ = load_model(write_checkpoint(tmp_path / family, family), torch.device("cpu"), torch.float32)
     checkpoint_activations(model)
     prompt = small_prompt(model, [(8, 12), (4, 6)], 9, seed=0, image=model.config.image_token_id)
-    prefix = prefill(model, PromptBatch.of([prompt], "cpu"))
+    prefix = prefill(model, PromptBatch.of([prompt], model.config, "cpu"))
     ids = torch.randint(3, 200, (3, 6), generator=torch.Generator().manual_seed(1))
     rollout = Rollout(ids, torch.tensor([6, 4, 5]), torch.zeros(3, 6))
-    logprob, _ = reply_logprob(model, prefix, Replies.of(prefix, rollout, [6, 4, 5], [0]), 1.0)
+    logprob, _ = reply_logprob(model, prefix, Replies.of(prefix.batch, rollout, [6, 4, 5], [0]), 1.0)
     (logprob * torch.linspace(-1, 1, len(logprob))).sum().backward()
     small = dict(model.named_parameters())
     assert [name for name, p in small.items() if p.grad is None or not p.grad.any()] == []

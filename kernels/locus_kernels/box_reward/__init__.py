@@ -2,15 +2,19 @@
 
 from locus_kernels.box_reward.op import box_reward, read_boxes
 from locus_kernels.box_reward.reference import REWARD_SHAPES, BoxReading, BoxReward, giou, group_advantage, iou
+from locus_kernels.box_reward.stopping import CLOSED, START, closing_table
 from locus_kernels.box_reward.table import TokenTable, build_token_table
 
 __all__ = [
+    "CLOSED",
     "REWARD_SHAPES",
+    "START",
     "BoxReading",
     "BoxReward",
     "TokenTable",
     "box_reward",
     "build_token_table",
+    "closing_table",
     "giou",
     "group_advantage",
     "iou",
