@@ -1,4 +1,4 @@
-"""The fused GRPO loss against float64 truth, the trainer's objective and Liger's fused loss. Its kernels: interpret_head.py."""
+"""The fused GRPO loss against float64 truth and the trainer's objective. Its kernels: interpret_head.py; Liger and TRL: test_grpo_loss_peers.py."""
 
 from __future__ import annotations
 
@@ -91,33 +91,6 @@ def test_same_bits_twice_and_compiled() -> None:
     for a, b, c in zip(first, second, compiled, strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c)
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.05])
-def test_equals_liger(beta) -> None:
-    chunked = pytest.importorskip("liger_kernel.chunked_loss")
-    B, L, D, V = 3, 7, 24, 131
-    head, vectors = case(B * L, D, V)
-    advantages = torch.tensor([1.3, -0.4, 0.6])
-    old, reference = vectors[1], vectors[2]
-    assert old is not None
-    assert reference is not None
-    leaves = [t.contiguous().clone().requires_grad_() for t in head[:2]]
-    liger = chunked.LigerFusedLinearGRPOLoss(
-        beta=beta, compiled=False, use_ref_model=True, epsilon_low=0.2, epsilon_high=0.28, loss_type="bnpo", temperature=0.9
-    )
-    loss, _ = liger(
-        leaves[0].view(B, L, D), leaves[1], head[2].view(B, L), torch.ones(B, L), advantages,
-        ref_per_token_logps=reference.view(B, L), old_per_token_logps=old.view(B, L),
-    )  # fmt: skip
-    loss.backward()
-    numbers = {"clip_low": 0.2, "clip_high": 0.28, "kl_coefficient": beta, "temperature": 0.9}
-    ours = [t.clone().requires_grad_() for t in head[:2]]
-    total, _, _ = grpo_loss(*ours, head[2], advantages.repeat_interleave(L), old, reference, **numbers)
-    (total / (B * L)).backward()
-    torch.testing.assert_close(total / (B * L), loss, rtol=1e-5, atol=1e-5)
-    for a, b in zip(ours, leaves, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
