@@ -53,6 +53,12 @@ def test_edges_of_the_tiles_in_several_chunks(V, descriptors, monkeypatch) -> No
         assert_as_good_as_eager(linear_logprob, (T, 72, V), torch.float16, DEVICE)
 
 
+@pytest.mark.parametrize(("V", "dtype"), [(151_669, torch.float16), (32_001, torch.float32)])
+def test_real_vocabularies(V, dtype) -> None:
+    """Few rows, so that there are only the vocabulary's programs; several chunks in backward."""
+    assert_as_good_as_eager(linear_logprob, (3, 8, V), dtype, DEVICE, draws=1)
+
+
 def test_same_bits_twice(descriptors) -> None:
     inputs = head_inputs(37, 40, 523, torch.float16, DEVICE)
     results = []
