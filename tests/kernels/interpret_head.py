@@ -1,4 +1,4 @@
-"""Cases of the head's kernels; test_linear_logprob.py runs them under the interpreter (float32, float16) and on the GPU (bfloat16 too)."""
+"""Cases of the head's kernels; test_linear_logprob.py runs them under the interpreter and on the GPU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tests.kernels.head_cases import SHAPES, assert_as_good_as_eager, head_inputs
 from tests.kernels.interpreter import device, poisoned_empty
+from tests.kernels.test_grpo_loss import assert_grpo_as_good_as_eager
 
 DEVICE = device()
-FLOATS = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +96,13 @@ def test_ids_outside_the_vocabulary(bad) -> None:
     assert logprob[5].isnan()
     assert entropy.isfinite().all()
     logprob.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("shape", [(5, 24, 7), (37, 40, 131)], ids=str)
+def test_grpo_as_good_as_eager(shape, optional, dtype) -> None:
+    assert_grpo_as_good_as_eager(*shape, dtype, optional, draws=4, device=DEVICE)
 
 
 @pytest.mark.parametrize("bad", [-1, 523, -100, 2**40])

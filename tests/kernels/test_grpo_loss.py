@@ -17,13 +17,13 @@ NUMBERS = {"clip_low": 0.2, "clip_high": 0.28, "kl_coefficient": 0.05}
 
 
 def case(
-    T: int, D: int, V: int, dtype: torch.dtype = torch.float32, optional: bool = True, seed: int = 0
+    T: int, D: int, V: int, dtype: torch.dtype = torch.float32, optional: bool = True, seed: int = 0, device: str = "cpu"
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """([hidden, weight, ids], [advantages, old, reference, token weight]): ratios on both sides of both bounds, zero advantages and zero weights."""
-    hidden, weight, ids = head_inputs(T, D, V, dtype, seed=seed)
-    draw = torch.randn(4, T, generator=torch.Generator().manual_seed(T + D + V + 1000 * seed))
+    hidden, weight, ids = head_inputs(T, D, V, dtype, device, seed)
+    draw = torch.randn(4, T, generator=torch.Generator().manual_seed(T + D + V + 1000 * seed)).to(device)
     logprob = dense(hidden.float(), weight.float(), ids)[0]
-    keep = (torch.arange(T) % 5 != 4).float()
+    keep = (torch.arange(T, device=device) % 5 != 4).float()
     advantages, share = draw[0] * keep, draw[3].abs() * keep.flip(0)
     return [hidden, weight, ids], [advantages, *([logprob + 0.4 * draw[1], logprob + 0.5 * draw[2], share] if optional else [None, None, None])]
 
@@ -73,11 +73,11 @@ def test_as_good_as_eager(T, D, V, dtype, optional) -> None:
     assert_grpo_as_good_as_eager(T, D, V, dtype, optional, draws=6)
 
 
-def assert_grpo_as_good_as_eager(T: int, D: int, V: int, dtype: torch.dtype, optional: bool, draws: int) -> None:
+def assert_grpo_as_good_as_eager(T: int, D: int, V: int, dtype: torch.dtype, optional: bool, draws: int, device: str = "cpu") -> None:
     """Loss, log-prob and both gradients against the trainer's objective on dense log-probs; see `assert_errors`."""
 
     def draw(seed: int) -> list[list[Tensor]]:
-        head, vectors = case(T, D, V, dtype, optional, seed)
+        head, vectors = case(T, D, V, dtype, optional, seed, device)
         exact = [head[0].double(), head[1].double(), head[2]], [t if t is None else t.double() for t in vectors]
         return [results(grpo_loss, head, vectors)[0], results(by_trainer, head, vectors)[0], results(by_trainer, *exact)[0]]
 

@@ -321,7 +321,8 @@ def backward(
     if T == 0:
         return grad_states.to(hidden.dtype), grad_weight.zero_()
     width = chunk_columns(T, V, head.tiles.columns)
-    chunk = torch.empty((T, width), dtype=hidden.dtype, device=hidden.device)
+    cut_off = INTERPRETED and hidden.dtype == torch.bfloat16  # where the interpreter stores bfloat16, it does not round
+    chunk = torch.empty((T, width), dtype=torch.float32 if cut_off else hidden.dtype, device=hidden.device)
     tiles = (*head.matrices(), head.described(chunk, head.tiles.rows, head.tiles.columns))
     vectors = [t if t is None else t.contiguous() for t in (ids, lse, entropy, grad_logprob, grad_entropy)]
     vectors[4] = vectors[3] if grad_entropy is None else vectors[4]
@@ -333,7 +334,7 @@ def backward(
         numbers = (T, first, stop, D, *strides, *head.scalars)
         with torch.cuda.device_of(hidden):
             logit_gradient_kernel[grid](*tiles[:2], *vectors, tiles[2], *numbers, **flags, **head.constants)
-        gradient = chunk[:, : stop - first]
+        gradient = chunk[:, : stop - first].to(hidden.dtype)
         if want_hidden:
             grad_states += _product(gradient, head.weight[first:stop])
         if want_weight:
