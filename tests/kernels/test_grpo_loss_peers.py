@@ -15,6 +15,7 @@ from locus_kernels.grpo_loss import grpo_loss
 from torch import Tensor, nn
 
 from tests.kernels.test_grpo_loss import case
+from tests.kernels.test_readme import examples
 
 ROWS, L, D, V = 3, 7, 24, 131
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -88,7 +89,8 @@ def test_equals_trl(beta: float, on_policy: bool, lengths: list[int]) -> None:
         gather=lambda t: t, reduce=lambda t, reduction: t, num_processes=1, is_main_process=True, autocast=contextlib.nullcontext
     )
     trainer = SimpleNamespace(
-        model=model, accelerator=accelerator, beta=beta, epsilon_low=0.2, epsilon_high=0.28, loss_type="bnpo", importance_sampling_level="token",
+        model=model, accelerator=accelerator, temperature=0.9,
+        beta=beta, epsilon_low=0.2, epsilon_high=0.28, loss_type="bnpo", importance_sampling_level="token",
         args=SimpleNamespace(delta=None, use_bias_correction_kl=False), top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
         aux_loss_enabled=False, _entropy_bonus_enabled=False, current_gradient_accumulation_steps=1, _metrics={"train": defaultdict(list)},
     )  # fmt: skip
@@ -101,6 +103,9 @@ def test_equals_trl(beta: float, on_policy: bool, lengths: list[int]) -> None:
     }  # fmt: skip
     loss = trl.GRPOTrainer._compute_loss(trainer, model, batch)
     loss.backward()
+    names: dict = {"torch": torch, "grpo_loss": grpo_loss}
+    exec(next(code for code in examples() if "import GRPOTrainer" in code), names)  # the README's subclass
+    torch.testing.assert_close(names["FusedGRPOTrainer"]._compute_loss(trainer, model, batch), loss, **CLOSE)
     ours, metrics, gradients = by_us(head, advantages, None if on_policy else old, reference if beta else None, mask.float(), beta)
     torch.testing.assert_close(ours, loss, **CLOSE)
     assert model.hidden.grad is not None
