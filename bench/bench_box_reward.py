@@ -14,7 +14,7 @@ from locus_kernels.box_reward import box_reward, build_token_table, group_advant
 from bench.roofline import DEVICE, timed
 from locus_fast.tiny.tokenizer import VOCABULARY, build_tokenizer
 
-GROUPS, GROUP, TOKENS = (128, 8, 256) if DEVICE == "cuda" else (64, 8, 24)
+GROUPS, GROUP, TOKENS, SETS = (128, 8, 256, 32) if DEVICE == "cuda" else (64, 8, 24, 4)  # on CUDA all ids together fill more than a cache
 BOX = re.compile(r"\s*\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]\s*")
 READING = {"which": "first", "grammar": "direct"}
 
@@ -25,7 +25,7 @@ def tasks():
     table = build_token_table(tokenizer, VOCABULARY).to(DEVICE)
     special = tokenizer.eos_token_id
     made = []
-    for n in range(4):
+    for n in range(SETS):
         numbers = torch.randint(0, 100, (GROUPS * GROUP, 4), generator=torch.Generator().manual_seed(n)).tolist()
         ids = torch.tensor([tokenizer.encode(f"[{a:02d}, {b:02d}, {c:02d}, {d:02d}]") for a, b, c, d in numbers])
         ids = torch.nn.functional.pad(ids, (TOKENS - ids.shape[1], 0), value=special).to(DEVICE)

@@ -28,11 +28,11 @@ def matrix_kernel(
 
     arguments: dict[str, Any] = {"hidden": matrix(tiles.rows, tiles.depth), "weight": matrix(tiles.columns, tiles.depth), "ids": "*i64"}
     names = ("lse", "entropy", "grad_logprob", "grad_entropy") if backward else ("maximum", "total", "weighted", "target")
-    arguments |= dict.fromkeys(names, "*fp32") | ({"out": matrix(tiles.rows, tiles.columns)} if backward else {})
+    arguments |= dict.fromkeys(names, "*fp32") | ({"lse": "*fp64", "out": matrix(tiles.rows, tiles.columns)} if backward else {})
     sizes = ("T", "first", "stop", "D") if backward else ("T", "V", "D")
     arguments |= dict.fromkeys((*sizes, "hidden_stride", "weight_stride", *(["out_stride"] if backward else [])), "i32")
     arguments |= dict.fromkeys(("inverse_temperature", "softcap", "inverse_softcap"), "fp32") | {"CAPPED": capped}
-    arguments |= {"WITH_ENTROPY": entropy} if backward else {}
+    arguments |= {"WITH_ENTROPY": entropy, "EXACT": pointer == "*fp32"} if backward else {}
     arguments |= {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "EVEN": aligned, "DESCRIPTORS": descriptors, "UPCAST": False}
     kernel = head.logit_gradient_kernel if backward else head.partial_kernel
     divisible = ("D", "hidden_stride", "weight_stride") if aligned else ()
@@ -42,10 +42,10 @@ def matrix_kernel(
 def small_kernels(target: str) -> dict[str, dict[str, int]]:
     partials = dict.fromkeys(("maximum", "total", "weighted", "target"), "*fp32")
     block = {"ROWS": head.FINAL_ROWS, "TILES": head.FINAL_TILES}
-    finish = partials | dict.fromkeys(("logprob", "entropy", "lse"), "*fp32") | {"T": "i32", "N": "i32"} | block
+    finish = partials | dict.fromkeys(("logprob", "entropy", "lse"), "*fp32") | {"lse": "*fp64", "T": "i32", "N": "i32"} | block
     vectors = ("advantages", "old", "reference", "token_weight", "logprob", "lse", "entropy", "slope", "sums")
     objective = partials | dict.fromkeys(vectors, "*fp32") | dict.fromkeys(("T", "N", "P"), "i32")
-    objective |= dict.fromkeys(("lowest", "highest", "kl_coefficient"), "fp32")
+    objective |= {"lse": "*fp64"} | dict.fromkeys(("lowest", "highest", "kl_coefficient"), "fp32")
     objective |= dict.fromkeys(("HAS_OLD", "HAS_REFERENCE", "HAS_WEIGHT"), True) | block
     sums = {"sums": "*fp32", "out": "*fp32", "P": "i32", "BLOCK": grpo.SUM_BLOCK}
     kernels = {"finish": (head.finish_kernel, finish), "objective": (grpo.objective_kernel, objective), "sum": (grpo.sum_kernel, sums)}

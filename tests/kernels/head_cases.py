@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from locus_kernels.linear_logprob.reference import dense
 from torch import Tensor
@@ -37,19 +39,29 @@ def loss_gradients(function, hidden: Tensor, weight: Tensor, ids: Tensor, *optio
     return [t.detach().double() for t in (logprob, entropy, hidden.grad, weight.grad)]
 
 
-def assert_as_good_as_eager(function, shape: tuple[int, int, int], dtype: torch.dtype, device: str, *options) -> None:
-    """The largest error of `function` against float64 truth is at most twice that of the dense computation in `dtype`, plus 1e-6.
+def assert_as_good_as_eager(function, shape: tuple[int, int, int], dtype: torch.dtype, device: str, *options, draws: int = 6) -> None:
+    """`function` against `dense` on `shape`; see `assert_errors`."""
 
-    Over six draws where a shape is small: the largest error of a handful of roundings is luck.
-    """
-    ours, theirs = torch.zeros(4), torch.zeros(4)
-    for seed in range(6 if shape[0] * shape[1] < 1000 else 1):
+    def draw(seed: int) -> list[list[Tensor]]:
         inputs = head_inputs(*shape, dtype, device, seed)
         truth = loss_gradients(dense, inputs[0].double(), inputs[1].double(), inputs[2], *options)
-        for errors, results in ((ours, loss_gradients(function, *inputs, *options)), (theirs, loss_gradients(dense, *inputs, *options))):
-            assert [t.shape for t in results] == [t.shape for t in truth]
-            found = [float((a - b).abs().max()) if b.numel() else 0.0 for a, b in zip(results, truth, strict=True)]
-            errors.copy_(torch.tensor(found).maximum(errors))  # maximum keeps a NaN
+        return [loss_gradients(function, *inputs, *options), loss_gradients(dense, *inputs, *options), truth]
+
+    assert_errors(draw, draws=draws if shape[0] * shape[1] < 1000 else 1)
+
+
+def assert_errors(draw: Callable[[int], list[list[Tensor]]], draws: int) -> None:
+    """draw(seed) gives (our, eager and true) results in float64. Our largest error is at most twice eager's, plus 1e-6.
+
+    The largest over several draws where a shape is small: the largest error of a handful of roundings is luck.
+    """
+    ours, theirs = torch.zeros(0), torch.zeros(0)
+    for seed in range(draws):
+        mine, eager, truth = draw(seed)
+        for t in (mine, eager):
+            assert [x.shape for x in t] == [x.shape for x in truth]
+        found = [torch.tensor([float((a - b).abs().max()) if b.numel() else 0.0 for a, b in zip(t, truth, strict=True)]) for t in (mine, eager)]
+        ours, theirs = (found[0], found[1]) if seed == 0 else (ours.maximum(found[0]), theirs.maximum(found[1]))  # maximum keeps a NaN
     assert (ours <= 2 * theirs + 1e-6).all(), (ours, theirs)
 
 

@@ -103,7 +103,7 @@ def test_any_number_of_rows_and_any_group(groups: int, size: int, lanes: int, se
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8, torch.uint16, torch.uint64])
 def test_integer_types_and_strides(dtype: torch.dtype) -> None:
     table = table_of(byte_level())
     ids, lengths = batch([byte_level().spell(text, random.Random(1)) for text in ("[1,2,3,4]", "[5, 6.5,70,80]", "x")])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from locus_kernels.sample import reference
-from locus_kernels.sample.triton import sample_triton
+from locus_kernels.sample.triton import TILE, sample_triton
 from torch import Tensor
 
 from tests.kernels.interpreter import device, poisoned_empty
@@ -76,6 +76,12 @@ def test_draws_as_the_reference_does(choices: dict, dtype: torch.dtype) -> None:
 )
 def test_any_size(rows: int, vocab: int, tile: int, top_k: int, top_p: float) -> None:
     draws(some_logits(rows, vocab), tile, top_k=top_k, top_p=top_p, position=vocab)
+
+
+@pytest.mark.parametrize("choices", [{}, {"temperature": 0.0}])
+@pytest.mark.parametrize("vocab", [151_936, 151_669])
+def test_real_vocabularies(vocab: int, choices: dict) -> None:
+    draws(some_logits(2, vocab), TILE, **choices)
 
 
 def test_rows_with_strides() -> None:

@@ -299,7 +299,7 @@ def test_every_length_is_read_up_to_exactly_there(vocabulary: Vocabulary) -> Non
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint32, torch.uint64])
 def test_empty_batches_strides_and_integer_types(dtype: torch.dtype) -> None:
     table = table_of(byte_level())
     for rows, tokens in ((0, 0), (0, 5), (3, 0)):
@@ -309,7 +309,7 @@ def test_empty_batches_strides_and_integer_types(dtype: torch.dtype) -> None:
         assert not earned.reward.any()
     ids, lengths = batch([byte_level().spell("[1,2,3,4]", random.Random(0))] * 2)
     turned = ids.to(dtype).t().contiguous().t()
-    assert read_boxes(turned, lengths.to(dtype), table, which="first").valid.all()
+    assert read_boxes(turned, lengths.to(dtype), table, which="first", validate=True).valid.all()
 
 
 def test_nothing_is_read_back_from_the_device() -> None:
@@ -334,11 +334,13 @@ def test_nothing_is_read_back_from_the_device() -> None:
         ({"target_boxes": torch.zeros(4, 4, dtype=torch.float64)}, "got torch.float64"),
         ({"target_boxes": torch.zeros(4, 4, device="meta")}, "target_boxes: expected the device of ids, cpu, got meta"),
         ({"group_size": 3}, "group_size: expected a positive divisor of the 4 rows, got 3"),
+        ({"group_size": 2.0}, "group_size: expected a positive divisor of the 4 rows, got 2.0"),
         ({"group_size": 0}, "group_size: expected a positive divisor of the 4 rows, got 0"),
         ({"which": "best"}, "which: expected one of .*'answer'.*, got 'best'"),
         ({"grammar": "json"}, "grammar: expected one of .*'direct'.*, got 'json'"),
         ({"shape": "diou"}, "shape: expected one of .*'giou'.*, got 'diou'"),
         ({"format_weight": 1.5}, r"in \[0, 1\], got 1.5 and 0.0"),
+        ({"vocab_size": 7}, r"table: expected one for a vocabulary of 7 ids, got one for \d+"),
         ({"progress": -0.1}, r"in \[0, 1\], got 0.1 and -0.1"),
     ],
 )

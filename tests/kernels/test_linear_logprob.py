@@ -33,6 +33,14 @@ def test_property(T, D, V, dtype, temperature, chunk) -> None:
         reference.CHUNK_ELEMENTS = before
 
 
+@pytest.mark.parametrize("V", [32_001, 151_669, 151_936])
+@pytest.mark.parametrize("chunk", [reference.CHUNK_ELEMENTS, 2**15])
+def test_real_vocabularies(V, chunk, monkeypatch) -> None:
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", chunk)
+    for dtype in FLOATS:
+        assert_as_good_as_eager(linear_logprob, (5, 8, V), dtype, "cpu", 0.9)
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_gradcheck(softcap, monkeypatch) -> None:
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 1)  # chunks of 128 columns

@@ -61,7 +61,14 @@ def _shapes(ids, lengths, offsets, classes, transitions, final, width, target_bo
 
 
 def read_boxes(
-    ids: Tensor, lengths: Tensor, table: TokenTable, *, which: str = "answer", grammar: str = "think_answer", validate: bool = False
+    ids: Tensor,
+    lengths: Tensor,
+    table: TokenTable,
+    *,
+    which: str = "answer",
+    grammar: str = "think_answer",
+    vocab_size: int | None = None,
+    validate: bool = False,
 ) -> BoxReading:
     """Read a box out of each reply: as decoding the tokens and searching the text with a regular expression would, without any text.
 
@@ -74,11 +81,12 @@ def read_boxes(
       before, after, and between `</think>` and `<answer>`; "direct": one box with white space around.
     - Numbers are cut, not rounded, after the sixth digit behind the point; a magnitude above 1,000,000 then makes the box read as none.
     - valid compares the float32 coordinates returned. Nothing is clamped to an image.
+    - vocab_size: how many ids the model can produce (the rows of its head). Given, it must be the table's: a table of another vocabulary raises.
     - An id outside [0, V) counts as one character that fits nowhere. With validate=True it raises ValueError, as does a length outside [0, L];
       that check waits for the device, and nothing else here does.
     On CUDA this is one launch, which a CUDA graph can capture. Raises ValueError for a wrong dtype, shape or device, or an unknown which or grammar.
     """
-    reference.check_reading(ids, lengths, table, which, grammar, validate)
+    reference.check_reading(ids, lengths, table, which, grammar, vocab_size, validate)
     if ids.is_meta:
         return reference.read_boxes(ids, lengths, table, which=which, grammar=grammar)
     parts = (table.offsets, table.classes, table.transitions, table.final, table.width)
@@ -98,23 +106,24 @@ def box_reward(
     format_weight: float = 0.1,
     normalize_std: bool = True,
     progress: float = 0.0,
+    vocab_size: int | None = None,
     validate: bool = False,
 ) -> BoxReward:
     """Token ids in, rewards and group advantages out.
 
     reward = (1 - format_weight) * shape + format_weight * format, where the shape (a name in `REWARD_SHAPES`) is 0 for a box that is not valid;
     advantage = `group_advantage(reward, group_size, normalize_std)`. target_boxes, float32 [R, 4], one a row and in the frame that the model speaks:
-    see `iou` for why no conversion is needed. ids, lengths, which, grammar and validate are as in `read_boxes`; progress, in [0, 1], is the share of
-    training done.
+    see `iou` for why no conversion is needed. ids, lengths, which, grammar, vocab_size and validate are as in `read_boxes`; progress, in [0, 1], is
+    the share of training done.
     On CUDA this is one launch, without waiting for the device, which a CUDA graph can capture; a group may there have at most 512 replies.
     Raises ValueError for a wrong dtype, shape or device, for rows that are not whole groups, and for an unknown name or a value out of range.
     """
     reference.check_reward(ids, target_boxes, group_size, shape, format_weight, progress)
-    reference.check_reading(ids, lengths, table, which, grammar, validate)
+    reference.check_reading(ids, lengths, table, which, grammar, vocab_size, validate)
     choices = (which, grammar, shape)
     if ids.is_meta:
         names = dict(zip(("which", "grammar", "shape"), choices, strict=True))
         weights = {"format_weight": format_weight, "normalize_std": normalize_std, "progress": progress}
         return reference.box_reward(ids, lengths, table, target_boxes, group_size, **names, **weights)  # type: ignore[arg-type]
     parts = (table.offsets, table.classes, table.transitions, table.final, table.width)
-    return BoxReward(*_operator(ids, lengths, *parts, target_boxes, group_size, *choices, format_weight, normalize_std, progress))
+    return BoxReward(*_operator(ids, lengths, *parts, target_boxes.detach(), group_size, *choices, format_weight, normalize_std, progress))

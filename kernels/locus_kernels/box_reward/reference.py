@@ -130,7 +130,7 @@ def _check_values(ids: Tensor, lengths: Tensor, table: TokenTable) -> None:
         raise ValueError(f"ids: expected values in [0, {table.vocab_size}), got {ids[wrong].unique().tolist()}")
 
 
-def check_reading(ids: Tensor, lengths: Tensor, table: TokenTable, which: str, grammar: str, validate: bool) -> None:
+def check_reading(ids: Tensor, lengths: Tensor, table: TokenTable, which: str, grammar: str, vocab_size: int | None, validate: bool) -> None:
     """Raise the ValueErrors of `read_boxes`."""
     for name, tensor in (("ids", ids), ("lengths", lengths)):
         if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
@@ -143,15 +143,18 @@ def check_reading(ids: Tensor, lengths: Tensor, table: TokenTable, which: str, g
         raise ValueError(f"which: expected one of {list(WHICH)}, got {which!r}")
     if grammar not in GRAMMARS:
         raise ValueError(f"grammar: expected one of {list(GRAMMARS)}, got {grammar!r}")
+    if vocab_size is not None and vocab_size != table.vocab_size:
+        raise ValueError(f"table: expected one for a vocabulary of {vocab_size} ids, got one for {table.vocab_size}: build it with that vocab_size")
     if validate:
-        _check_values(ids, lengths, table)
+        _check_values(ids.long(), lengths.long(), table)
 
 
 def read_boxes(
     ids: Tensor, lengths: Tensor, table: TokenTable, *, which: str = "answer", grammar: str = "think_answer", validate: bool = False
 ) -> BoxReading:
     """What `op.read_boxes` documents. A tensor of N * R actions is kept, and its reading is a few operations on all of it at once."""
-    check_reading(ids, lengths, table, which, grammar, validate)
+    check_reading(ids, lengths, table, which, grammar, None, validate)
+    lengths = lengths.long()  # unsigned types compare with nothing
     if ids.shape[1] == 0:
         ids, lengths = ids.new_zeros(ids.shape[0], 1), torch.zeros_like(lengths)
     symbol_NR = _expand(ids, lengths, table)
@@ -257,7 +260,7 @@ REWARD_SHAPES: dict[str, RewardShape] = {
 
 # ----------------------------------------------------------------------------------------------------------------- reward
 def _check_groups(rows: int, group_size: int) -> None:
-    if group_size < 1 or rows % group_size:
+    if not isinstance(group_size, int) or group_size < 1 or rows % group_size:
         raise ValueError(f"group_size: expected a positive divisor of the {rows} rows, got {group_size}")
 
 

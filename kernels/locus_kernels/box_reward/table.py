@@ -181,7 +181,7 @@ def automaton() -> Automaton:
 
 
 # -------------------------------------------------------------------------------------------------------- shorter strings
-def _effect(classes: tuple[int, ...]) -> bytes:
+def _effect(classes: tuple[int, ...]) -> tuple[int, ...]:
     """All that a string of one or two classes does, from every state: the state it leads to and the actions that still matter.
 
     An action matters if it completes a box, or if the box that it belongs to is complete or still open at the end; what was read of an abandoned box
@@ -200,7 +200,7 @@ def _effect(classes: tuple[int, ...]) -> bytes:
         trace = [*kept, torch.where(completes | alive, code, 0)]
     first, second = trace if len(trace) == 2 else (trace[0], torch.zeros_like(state))
     first, second = torch.where(first == 0, second, first), torch.where(first == 0, 0, second)
-    return torch.stack([state, first, second]).to(torch.int16).numpy().tobytes()
+    return tuple(torch.cat([state, first, second]).tolist())
 
 
 @lru_cache(maxsize=1)
@@ -211,7 +211,7 @@ def rewrites() -> dict[tuple[int, int], tuple[int, ...]]:
     found by comparing effects from every state, so it holds in any surroundings, and so does any sequence of rules.
     """
     symbols = (OTHER, *range(OTHER))
-    shortest: dict[bytes, tuple[int, ...]] = {}
+    shortest: dict[tuple[int, ...], tuple[int, ...]] = {}
     for short in [(a,) for a in symbols] + [(OTHER, a) for a in symbols] + [(a, OTHER) for a in symbols]:
         shortest.setdefault(_effect(short), short)
 

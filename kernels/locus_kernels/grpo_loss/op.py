@@ -49,7 +49,8 @@ def _forward(
 @_forward.register_fake
 def _(hidden, weight, ids, advantages, old_logprob, reference_logprob, token_weight, clip_low, clip_high, kl_coefficient, temperature, softcap):
     T, dtype = hidden.shape[0], compute_dtype(hidden.dtype)
-    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in ((), (T,), (T,), (T,), (T,), (len(reference.METRICS),)))
+    loss, logprob, entropy, slope, metrics = (hidden.new_empty(s, dtype=dtype) for s in ((), (T,), (T,), (T,), (len(reference.METRICS),)))
+    return loss, logprob, hidden.new_empty(T, dtype=torch.float64), entropy, slope, metrics
 
 
 def _setup(ctx, inputs, output) -> None:

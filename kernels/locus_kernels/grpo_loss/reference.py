@@ -42,13 +42,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss [], log-prob [T], log-sum-exp [T], entropy [T], d loss / d log-prob [T], metrics [6] in the order of `METRICS`).
 
-    float32, or float64 for float64 inputs.
+    float32, or float64 for float64 inputs; the log-sum-exp always float64, and so is the arithmetic between.
     """
-    logprob, entropy, lse = head.forward(hidden, weight, ids, temperature, softcap)
-    old, anchor, share = (t if t is None else t.to(logprob.dtype) for t in (old_logprob, reference_logprob, token_weight))
-    loss, slope, ratio, k3 = objective(logprob, advantages.to(logprob.dtype), old, anchor, share, clip_low, clip_high, kl_coefficient)
+    logprob, entropy, lse = head.unrounded(hidden, weight, ids, temperature, softcap)
+    old, anchor, share = (t if t is None else t.double() for t in (old_logprob, reference_logprob, token_weight))
+    loss, slope, ratio, k3 = objective(logprob, advantages.double(), old, anchor, share, clip_low, clip_high, kl_coefficient)
     low = (ratio < 1 - clip_low) & (advantages < 0)
     high = (ratio > 1 + clip_high) & (advantages > 0)
     extremes = (ratio.amax(), ratio.amin()) if len(ratio) else (ratio.sum(), ratio.sum())
-    metrics = torch.stack([low.sum().to(ratio.dtype), high.sum().to(ratio.dtype), k3.sum(), entropy.sum(), *extremes])
-    return loss.sum(), logprob, lse, entropy, slope, metrics
+    metrics = torch.stack([low.sum().double(), high.sum().double(), k3.sum(), entropy.sum(), *extremes])
+    loss, logprob, entropy, slope, metrics = (t.to(head.compute_dtype(hidden.dtype)) for t in (loss.sum(), logprob, entropy, slope, metrics))
+    return loss, logprob, lse, entropy, slope, metrics

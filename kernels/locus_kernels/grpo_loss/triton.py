@@ -23,14 +23,15 @@ def objective_kernel(
     lowest, highest, kl_coefficient,
     HAS_OLD: tl.constexpr, HAS_REFERENCE: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """logprob, lse, entropy, slope (d loss / d log-prob) float32 [T]; sums float32 [7, P] in the order of `SUMS`."""
+    """logprob, entropy, slope (d loss / d log-prob) float32 [T], lse float64 [T]; sums float32 [7, P] in the order of `SUMS`. Between, a row's
+    arithmetic is float64: there is little of it."""
     program = tl.program_id(0)
     rows = program * ROWS + tl.arange(0, ROWS)
     real = rows < T
     row_lse, row_entropy = merge(maximum, total, weighted, rows, T, N, TILES)
-    row_logprob = tl.load(target + rows, mask=real, other=0.0) - row_lse
-    advantage = tl.load(advantages + rows, mask=real, other=0.0)
-    ratio = tl.full((ROWS,), 1.0, tl.float32)
+    row_logprob = tl.load(target + rows, mask=real, other=0.0).to(tl.float64) - row_lse
+    advantage = tl.load(advantages + rows, mask=real, other=0.0).to(tl.float64)
+    ratio = tl.full((ROWS,), 1.0, tl.float64)
     if HAS_OLD:
         ratio = tl.exp(row_logprob - tl.load(old + rows, mask=real, other=0.0))
     clipped = tl.minimum(tl.maximum(ratio, lowest), highest)
@@ -39,7 +40,7 @@ def objective_kernel(
     low = (ratio < lowest) & (advantage < 0)
     high = (ratio > highest) & (advantage > 0)
     row_slope = tl.where(low | high, 0.0, -ratio * advantage)
-    k3 = tl.zeros((ROWS,), tl.float32)
+    k3 = tl.zeros((ROWS,), tl.float64)
     if HAS_REFERENCE:
         log_ratio = tl.load(reference + rows, mask=real, other=0.0) - row_logprob
         inverse = tl.exp(log_ratio)
@@ -50,17 +51,17 @@ def objective_kernel(
         share = tl.load(token_weight + rows, mask=real, other=0.0)
         loss *= share
         row_slope *= share
-    tl.store(logprob + rows, row_logprob, mask=real)
+    tl.store(logprob + rows, row_logprob.to(tl.float32), mask=real)
     tl.store(lse + rows, row_lse, mask=real)
     tl.store(entropy + rows, row_entropy, mask=real)
-    tl.store(slope + rows, row_slope, mask=real)
-    tl.store(sums + program, tl.sum(tl.where(real, loss, 0.0), 0))
+    tl.store(slope + rows, row_slope.to(tl.float32), mask=real)
+    tl.store(sums + program, tl.sum(tl.where(real, loss, 0.0), 0).to(tl.float32))
     tl.store(sums + P + program, tl.sum((low & real).to(tl.float32), 0))
     tl.store(sums + 2 * P + program, tl.sum((high & real).to(tl.float32), 0))
-    tl.store(sums + 3 * P + program, tl.sum(tl.where(real, k3, 0.0), 0))
+    tl.store(sums + 3 * P + program, tl.sum(tl.where(real, k3, 0.0), 0).to(tl.float32))
     tl.store(sums + 4 * P + program, tl.sum(tl.where(real, row_entropy, 0.0), 0))
-    tl.store(sums + 5 * P + program, tl.max(tl.where(real, ratio, float("-inf")), 0))
-    tl.store(sums + 6 * P + program, tl.min(tl.where(real, ratio, float("inf")), 0))
+    tl.store(sums + 5 * P + program, tl.max(tl.where(real, ratio, float("-inf")), 0).to(tl.float32))
+    tl.store(sums + 6 * P + program, tl.min(tl.where(real, ratio, float("inf")), 0).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -86,10 +87,11 @@ def forward(
     token_weight: Tensor | None, clip_low: float, clip_high: float, kl_coefficient: float, temperature: float, softcap: float | None,
     descriptors: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `reference.forward`, in float32; four launches. `descriptors`: as in the head's `forward`."""
+    """As `reference.forward`, for float32 and narrower; three launches. `descriptors`: as in the head's `forward`."""
     _check_device(hidden)
     T = len(hidden)
-    logprob, lse, entropy, slope = (torch.empty(T, dtype=torch.float32, device=hidden.device) for _ in range(4))
+    logprob, entropy, slope = (torch.empty(T, dtype=torch.float32, device=hidden.device) for _ in range(3))
+    lse = torch.empty(T, dtype=torch.float64, device=hidden.device)
     if T == 0:
         return hidden.new_zeros((), dtype=torch.float32), logprob, lse, entropy, slope, hidden.new_zeros(SUMS - 1, dtype=torch.float32)
     P = triton.cdiv(T, FINAL_ROWS)

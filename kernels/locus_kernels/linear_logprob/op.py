@@ -30,7 +30,8 @@ def _forward(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, so
 
 @_forward.register_fake
 def _(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    logprob, entropy, lse = (hidden.new_empty(hidden.shape[0], dtype=reference.compute_dtype(hidden.dtype)) for _ in range(3))
+    dtype = reference.compute_dtype(hidden.dtype)
+    logprob, entropy, lse = (hidden.new_empty(hidden.shape[0], dtype=kind) for kind in (dtype, dtype, torch.float64))
     return logprob, entropy, lse
 
 
@@ -67,7 +68,7 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, grad_logprob: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None):
     hidden, weight, ids, lse, entropy = ctx.saved_tensors
     if grad_logprob is None:
-        grad_logprob = torch.zeros_like(lse)
+        grad_logprob = torch.zeros_like(entropy)
     wanted = ctx.needs_input_grad[:2]
     both = gradients(grad_logprob, grad_entropy, hidden, weight, ids, lse, entropy, ctx.temperature, ctx.softcap, *wanted)
     return *(gradient if want else None for gradient, want in zip(both, wanted, strict=True)), None, None, None

@@ -51,7 +51,15 @@ def chunks(rows: int, vocabulary: int) -> Iterator[tuple[int, int]]:
 
 
 def forward(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-prob [T], entropy [T], log-sum-exp of y [T]) in `compute_dtype`. An id outside [0, V) has log-prob NaN."""
+    """(log-prob [T], entropy [T], both in `compute_dtype`; log-sum-exp of y float64 [T]). An id outside [0, V) has log-prob NaN."""
+    logprob, entropy, lse = unrounded(hidden, weight, ids, temperature, softcap)
+    dtype = compute_dtype(hidden.dtype)
+    return logprob.to(dtype), entropy.to(dtype), lse
+
+
+def unrounded(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward`'s three vectors in float64. Products, exponentials and their sums over a chunk run in `compute_dtype`, but what is left of a row does
+    not: a log-sum-exp rounded to float32 would shift all of its probabilities alike."""
     dtype = compute_dtype(hidden.dtype)
     states_TD, ids = hidden.to(dtype), ids.long()
     target_T = hidden.new_full((len(hidden),), torch.nan, dtype=dtype)
@@ -64,7 +72,7 @@ def forward(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, sof
         maximum_T = y_TC.amax(-1)
         y_TC -= maximum_T[:, None]
         exponential_TC = y_TC.exp()
-        partials.append((maximum_T, exponential_TC.sum(-1), y_TC.mul_(exponential_TC).sum(-1)))
+        partials.append((maximum_T.double(), exponential_TC.sum(-1).double(), y_TC.mul_(exponential_TC).sum(-1).double()))
     maximum_NT, total_NT, weighted_NT = (torch.stack(part) for part in zip(*partials, strict=True))
     maximum_T = maximum_NT.amax(0)
     shift_NT = maximum_NT - maximum_T
@@ -124,13 +132,20 @@ def logit_gradient(
     temperature: float,
     softcap: float | None,
 ) -> Tensor:
-    """d loss / d logits of the columns [start, start + C): logits [T, C] are raw, before soft-cap and temperature; all else [T]."""
-    logp_TC = scale_logits(logits, temperature, softcap) - lse[:, None]
+    """d loss / d logits of the columns [start, start + C): logits [T, C] are raw, before soft-cap and temperature; all else [T].
+
+    lse is float64; what it loses in the dtype of the logits is made up for by a factor a row.
+    """
+    rounded_T = lse.to(logits.dtype)
+    rest_T = (lse - rounded_T).to(logits.dtype)
+    logp_TC = scale_logits(logits, temperature, softcap) - rounded_T[:, None]
     gradient_TC = logp_TC.exp()
+    g_T1 = (grad_logprob * (-rest_T).exp())[:, None]
     if grad_entropy is None:
-        gradient_TC *= -grad_logprob[:, None]
+        gradient_TC *= -g_T1
     else:
-        gradient_TC *= logp_TC.add_(entropy[:, None]).mul_(-grad_entropy[:, None]).sub_(grad_logprob[:, None])
+        h_T1, shift_T1 = (grad_entropy * (-rest_T).exp())[:, None], (entropy - rest_T)[:, None]
+        gradient_TC *= logp_TC.add_(shift_T1).mul_(-h_T1).sub_(g_T1)
     inside_T = (ids >= start) & (ids < start + logits.shape[1])
     column_T = (ids - start).clamp(0, logits.shape[1] - 1)
     gradient_TC.scatter_add_(1, column_T[:, None], (inside_T * grad_logprob)[:, None])

@@ -127,7 +127,8 @@ def partial_kernel(
 
 @triton.jit
 def merge(maximum, total, weighted, rows, T, N, TILES: tl.constexpr):
-    """(log-sum-exp, entropy) of `rows` from the partials of all N tiles; rows past T repeat the last."""
+    """(log-sum-exp float64, entropy float32) of `rows` from the partials of all N tiles; rows past T repeat the last. Rounded to float32, the
+    log-sum-exp would shift all of a row's probabilities alike."""
     rows = tl.minimum(rows, T - 1)
     m = tl.full(rows.shape, float("-inf"), tl.float32)
     for start in range(0, N, TILES):
@@ -145,16 +146,17 @@ def merge(maximum, total, weighted, rows, T, N, TILES: tl.constexpr):
         factor = tl.exp(shift)
         s += tl.sum(part * factor, 0)
         u += tl.sum((tl.load(weighted + offset, mask=inside, other=0.0) + shift * part) * factor, 0)
-    return m + tl.log(s), tl.log(s) - u / s
+    log_s = tl.log(s.to(tl.float64))
+    return m.to(tl.float64) + log_s, (log_s - (u / s).to(tl.float64)).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
 def finish_kernel(maximum, total, weighted, target, logprob, entropy, lse, T, N, ROWS: tl.constexpr, TILES: tl.constexpr):
-    """logprob, entropy, lse float32 [T] from the partials [N, T] and target [T]."""
+    """logprob, entropy float32 [T] and lse float64 [T] from the partials [N, T] and target [T]."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = rows < T
     row_lse, row_entropy = merge(maximum, total, weighted, rows, T, N, TILES)
-    tl.store(logprob + rows, tl.load(target + rows, mask=real, other=0.0) - row_lse, mask=real)
+    tl.store(logprob + rows, (tl.load(target + rows, mask=real, other=0.0).to(tl.float64) - row_lse).to(tl.float32), mask=real)
     tl.store(entropy + rows, row_entropy, mask=real)
     tl.store(lse + rows, row_lse, mask=real)
 
@@ -173,10 +175,11 @@ def _store_tile(out, tile, first_row, first_column, T, stride, DESCRIPTORS: tl.c
 @triton.jit(do_not_specialize=["T", "first", "stop"])
 def logit_gradient_kernel(
     hidden, weight, ids, lse, entropy, grad_logprob, grad_entropy, out, T, first, stop, D, hidden_stride, weight_stride, out_stride,
-    inverse_temperature, softcap, inverse_softcap, CAPPED: tl.constexpr, WITH_ENTROPY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
+    inverse_temperature, softcap, inverse_softcap, CAPPED: tl.constexpr, WITH_ENTROPY: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """out [T, C]: d loss / d logits of the columns [first, stop), before soft-cap and temperature; the vectors are [T]."""
+    """out [T, C]: d loss / d logits of the columns [first, stop), before soft-cap and temperature; the vectors are [T], lse float64. For float32
+    inputs, what lse loses in float32 is made up for by a factor a row; narrower ones could not tell, and registers are scarce."""
     row_tiles = tl.cdiv(T, ROWS)
     first_row = (tl.program_id(0) % row_tiles) * ROWS
     first_column = first + (tl.program_id(0) // row_tiles) * COLUMNS
@@ -199,8 +202,14 @@ def logit_gradient_kernel(
             bent = _tanh(y * inverse_softcap)
             slope = (1.0 - bent * bent) * inverse_temperature
             y = softcap * bent
-        y = y * inverse_temperature - tl.load(lse + rows, mask=real, other=0.0)[:, None]
+        row_lse = tl.load(lse + rows, mask=real, other=0.0)
+        rounded = row_lse.to(tl.float32)
+        y = y * inverse_temperature - rounded[:, None]
         p = tl.exp(y)
+        if EXACT:
+            rest = (row_lse - rounded.to(tl.float64)).to(tl.float32)
+            y -= rest[:, None]
+            p *= tl.exp(-rest)[:, None]
         gradient = g[:, None] * (tl.where(columns[None, :] == tl.load(ids + rows, mask=real, other=-1)[:, None], 1.0, 0.0) - p)
         if WITH_ENTROPY:
             gradient -= h[:, None] * p * (y + tl.load(entropy + rows, mask=real, other=0.0)[:, None])
@@ -275,10 +284,11 @@ def partials(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, so
 def forward(
     hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None, descriptors: bool | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-prob, entropy, log-sum-exp) float32 [T]. As `reference.forward`; `descriptors` forces or forbids the bulk copy engine (None: by chip)."""
+    """(log-prob, entropy float32 [T]; log-sum-exp float64 [T]). As `reference.forward`; `descriptors` forces or forbids the bulk copy engine (None:
+    by chip)."""
     _check_device(hidden)
     T = len(hidden)
-    logprob, entropy, lse = (torch.empty(T, dtype=torch.float32, device=hidden.device) for _ in range(3))
+    logprob, entropy, lse = (torch.empty(T, dtype=dtype, device=hidden.device) for dtype in (torch.float32, torch.float32, torch.float64))
     if T:
         parts = partials(hidden, weight, ids, temperature, softcap, descriptors)
         with torch.cuda.device_of(hidden):
@@ -311,18 +321,20 @@ def backward(
     if T == 0:
         return grad_states.to(hidden.dtype), grad_weight.zero_()
     width = chunk_columns(T, V, head.tiles.columns)
-    chunk = torch.empty((T, width), dtype=hidden.dtype, device=hidden.device)
+    cut_off = INTERPRETED and hidden.dtype == torch.bfloat16  # where the interpreter stores bfloat16, it does not round
+    chunk = torch.empty((T, width), dtype=torch.float32 if cut_off else hidden.dtype, device=hidden.device)
     tiles = (*head.matrices(), head.described(chunk, head.tiles.rows, head.tiles.columns))
     vectors = [t if t is None else t.contiguous() for t in (ids, lse, entropy, grad_logprob, grad_entropy)]
     vectors[4] = vectors[3] if grad_entropy is None else vectors[4]
+    flags = {"WITH_ENTROPY": grad_entropy is not None, "EXACT": hidden.dtype == torch.float32}
     for first in range(0, V, width):
         stop = min(first + width, V)
         grid = (triton.cdiv(T, head.tiles.rows) * triton.cdiv(stop - first, head.tiles.columns),)
         strides = head.hidden.stride(0), head.weight.stride(0), width
         numbers = (T, first, stop, D, *strides, *head.scalars)
         with torch.cuda.device_of(hidden):
-            logit_gradient_kernel[grid](*tiles[:2], *vectors, tiles[2], *numbers, WITH_ENTROPY=grad_entropy is not None, **head.constants)
-        gradient = chunk[:, : stop - first]
+            logit_gradient_kernel[grid](*tiles[:2], *vectors, tiles[2], *numbers, **flags, **head.constants)
+        gradient = chunk[:, : stop - first].to(hidden.dtype)
         if want_hidden:
             grad_states += _product(gradient, head.weight[first:stop])
         if want_weight:

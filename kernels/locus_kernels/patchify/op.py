@@ -52,6 +52,10 @@ def _check_constants(patch: int, frames: int, merge: int, mean: Sequence[float],
 
 
 def _check_images(images: Sequence[Tensor], sizes: Sequence[Size], boxes: Sequence[Box], block: int) -> None:
+    for name, width, rows in (("size", 2, sizes), ("box", 4, boxes)):
+        for row in rows:
+            if len(row) != width or not all(hasattr(number, "__index__") for number in row):
+                raise ValueError(f"expected each {name} to be {width} whole numbers, got {row}")
     for image, (height, width), (x1, y1, x2, y2) in zip(images, sizes, boxes, strict=True):
         reference.check_image(image)
         reference.check_size(height, width, block)
@@ -100,10 +104,10 @@ def patchify_images(
     Raises ValueError for another dtype, shape or device, a size that is no multiple, or a box that is empty or not inside its image.
     """
     whole = [(0, 0, image.shape[1], image.shape[0]) if image.ndim == 3 else (0, 0, 0, 0) for image in images]
-    if not len(images) == len(sizes) == len(whole if boxes is None else boxes) or not images:
+    if not len(images) == len(sizes) == len(whole if boxes is None else boxes) or len(images) == 0:
         count = f"{len(images)} images, {len(sizes)} sizes and {len(whole if boxes is None else boxes)} boxes"
         raise ValueError(f"expected at least one image, and as many sizes and boxes as images, got {count}")
-    taken = whole if boxes is None else [box or all_of_it for box, all_of_it in zip(boxes, whole, strict=True)]
+    taken = whole if boxes is None else [all_of_it if box is None else box for box, all_of_it in zip(boxes, whole, strict=True)]
     _check_constants(patch, frames, merge, mean, std)
     _check_images(images, sizes, taken, patch * merge)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):

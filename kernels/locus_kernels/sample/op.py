@@ -94,5 +94,5 @@ def sample(
     _check(logits, row, position, temperature, top_p, allowed, top_k)
     if validate:
         _check_values(logits, allowed)
-    positions, number = (position, 0) if isinstance(position, Tensor) else (None, position)
+    positions, number = (position, 0) if isinstance(position, Tensor) else (None, reference.wrap(position))
     return _operator(logits.detach(), reference.wrap(seed), row, positions, number, float(temperature), float(top_p), allowed, top_k)
