@@ -10,6 +10,7 @@ Legend: B prompts, G replies of each, L tokens of each reply, R = B * G rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from locus_fast.preprocess import PatchSpec
 from locus_fast.prompts import Prompter
 from locus_fast.rollout import Vocabulary
 from locus_fast.tiny.tokenizer import build_tokenizer
-from locus_fast.types import Example
+from locus_fast.types import Example, Prompt
 
 PROMPTS, GROUP, LENGTH = 2, 8, 32
 VOCABULARY = 4_000
@@ -66,7 +67,12 @@ def race_model(family: str, tokenizer: Any) -> Any:
         "pad_token_id": tokenizer.pad_token_id,
     }
     vision = vision | {"hidden_size": 64, "intermediate_size": 192, "num_heads": 2, "out_hidden_size": 256}
-    names = {"image_token_id": "image_pad", "video_token_id": "video_pad", "vision_start_token_id": "vision_start", "vision_end_token_id": "vision_end"}
+    names = {
+        "image_token_id": "image_pad",
+        "video_token_id": "video_pad",
+        "vision_start_token_id": "vision_start",
+        "vision_end_token_id": "vision_end",
+    }
     tokens = {name: tokenizer.convert_tokens_to_ids(f"<|{text}|>") for name, text in names.items()}
     torch.manual_seed(0)
     return model_class(config_class(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)).float()
@@ -124,3 +130,23 @@ def count_flops(step: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
         step()
     return counter.get_total_flops()
+
+
+def floor_flops(model: Any, prompts: Sequence[Prompt], kl: bool) -> tuple[int, int]:
+    """What a step cannot do without: (vision tower, prompts and replies once forward and twice backward, and once more for a reference; the one pass
+    over the replies that decoding them is).
+
+    As the counter has it, attention costs all of its rectangle, masked or not; a reply's is L queries by P + L keys.
+    model: plain transformers, as `Case.load` gives it.
+    """
+    core, text, prefix, suffix = model.model, model.config.text_config, 0, 0
+    weights = sum(p.numel() for p in core.language_model.layers.parameters() if p.ndim == 2)
+    width = text.num_attention_heads * text.head_dim
+    for prompt in prompts:
+        is_image = (prompt.ids[None] == model.config.image_token_id).int()
+        images = {"pixel_values": prompt.patches, "image_grid_thw": prompt.grids}
+        with torch.no_grad():
+            prefix += count_flops(partial(core, input_ids=prompt.ids[None], mm_token_type_ids=is_image, use_cache=False, **images))
+        suffix += GROUP * LENGTH * 2 * (weights + model.lm_head.weight.numel())
+        suffix += GROUP * LENGTH * 4 * (len(prompt.ids) + LENGTH) * width * text.num_hidden_layers
+    return (prefix + suffix) * (4 if kl else 3), suffix

@@ -93,11 +93,9 @@ def plain_logprob(model: Any, batch: PromptBatch, rollout: Rollout, row: int) ->
     return logits[len(prompt.ids) - 1 : -1].log_softmax(-1).gather(-1, reply[:, None])[:, 0]
 
 
-def check(case: Case) -> None:
-    """Raises AssertionError unless a step's log-probs are plain transformers' on the same weights and tokens, for the first and last reply of each
-    group, and unless every reply has its full length."""
-    batch, rollout, logprob = Ours(case, kl=False).step()
+def check(plain: Any, batch: PromptBatch, rollout: Rollout, logprob: Tensor) -> None:
+    """Raises AssertionError unless every reply has its full length and a step's log-probs [T] are plain transformers' (`plain`, which has the weights
+    that the step began with) for the first and the last reply of each group."""
     assert (rollout.lengths == LENGTH).all()
-    plain = case.load()
     for row in (r for b in range(len(batch.lengths)) for r in (b * GROUP, b * GROUP + GROUP - 1)):
         torch.testing.assert_close(logprob.view(-1, LENGTH)[row], plain_logprob(plain, batch, rollout, row), rtol=0, atol=2e-5)
