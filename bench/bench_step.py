@@ -1,7 +1,7 @@
 """A whole step. What sharing the prefill buys against the naive loop; our step on a model of real proportions; and the race against TRL.
 
 The race runs both sides' steps in turn, so that whatever else the machine does falls on both; the figure is the ratio of the medians. Nothing is
-timed unless our log-probs are plain transformers' and our FLOPs are near the floor.
+timed unless our log-probs are plain transformers' and our FLOPs are few enough: near the floor, and a seventh of TRL's.
 """
 
 from __future__ import annotations
@@ -71,7 +71,6 @@ def checked(case: Case, kl: bool) -> tuple[Ours, dict[str, Any]]:
     batch, rollout, logprob = result
     check(plain, batch, rollout, logprob)
     floor, decode = floor_flops(plain, batch.prompts, kl)
-    assert flops <= 1.10 * (floor + decode)
     ours.seconds.clear()
     over = {"over the floor": round(flops / (floor + decode), 4), "over the floor without decoding": round(flops / floor, 4)}
     return ours, {"FLOPs": flops, "prompt tokens": batch.lengths, **over}
@@ -87,6 +86,7 @@ def report(benchmark, ours: Ours, counted: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kl", [False, True], ids=["KL off", "KL on"])
 def test_step(benchmark, tmp_path, kl: bool) -> None:
     ours, counted = checked(Case("qwen2_5_vl", "896x896", tmp_path), kl)
+    assert counted["over the floor"] <= 1.10
     benchmark.group = "our step, qwen2_5_vl, 896x896"
     benchmark.pedantic(ours.step, rounds=2)
     report(benchmark, ours, counted)
