@@ -16,8 +16,9 @@ import torch
 
 from bench.race_case import GROUP, PROMPTS, Case, count_flops, floor_flops
 from bench.race_ours import Ours, check
-from locus_fast.policy import Replies, prefill, reply_logprob
-from locus_fast.types import PromptBatch, Rollout
+from locus_fast.packing import PromptBatch, Replies
+from locus_fast.policy import prefill, reply_logprob
+from locus_fast.types import Rollout
 from tests.small_models import naive_logprob, small_model, small_prompt
 
 LENGTH = 16  # of a reply in the comparison with the naive loop
@@ -40,8 +41,8 @@ def task(request):
 
 def one_prefill(model, prompts, ids) -> torch.Tensor:
     rollout = Rollout(ids, torch.full((len(ids),), LENGTH), torch.zeros(ids.shape))
-    prefix = prefill(model, PromptBatch.of(prompts, "cpu"))
-    return reply_logprob(model, prefix, Replies.of(prefix, rollout, [LENGTH] * len(ids), range(2)), temperature=1.0)[0]
+    prefix = prefill(model, PromptBatch.of(prompts, model.config, "cpu"))
+    return reply_logprob(model, prefix, Replies.of(prefix.batch, rollout, [LENGTH] * len(ids), range(2)), temperature=1.0)[0]
 
 
 def naive(model, prompts, ids) -> torch.Tensor:

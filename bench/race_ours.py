@@ -15,10 +15,11 @@ from torch import Tensor
 
 from bench.race_case import GROUP, KL, LEARNING_RATE, LENGTH, Case, luck
 from locus_fast.grpo import grpo_loss
-from locus_fast.policy import Replies, prefill, reply_logprob, use_attention
-from locus_fast.rollout import Sampling, Vocabulary, generate
-from locus_fast.train import update
-from locus_fast.types import PromptBatch, Rollout
+from locus_fast.optim import PARTS, clip_and_step, make_optimizer, parameter_groups
+from locus_fast.packing import PromptBatch, Replies
+from locus_fast.policy import prefill, reply_logprob, use_attention
+from locus_fast.rollout import Decoder, Sampling, Vocabulary
+from locus_fast.types import Rollout
 
 SAMPLING = Sampling(GROUP, LENGTH, temperature=1.0, top_p=1.0)
 
@@ -30,8 +31,8 @@ class Ours:
         self.case, self.model = case, case.load()
         use_attention(self.model)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if kl else None
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-        self.vocabulary = Vocabulary(case.allowed, torch.tensor([case.tokenizer.eos_token_id]))
+        self.optimizer = make_optimizer("adamw", parameter_groups(self.model, dict.fromkeys(PARTS, LEARNING_RATE)), weight_decay=0.0)
+        self.decoder = Decoder(self.model, Vocabulary(case.allowed, torch.tensor([case.tokenizer.eos_token_id])))
         self.table = build_token_table(case.tokenizer, self.model.lm_head.weight.shape[0])
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.seed = 0
@@ -47,12 +48,12 @@ class Ours:
         self.seed += 1
         self.optimizer.zero_grad(set_to_none=True)
         with self.phase("preprocess"):
-            batch = PromptBatch.of([self.case.prompter(example) for example in self.case.examples], "cpu")
+            batch = PromptBatch.of([self.case.prompter(example) for example in self.case.examples], self.model.config, "cpu")
         with self.phase("prefill"):
             prefix = prefill(self.model, batch)
         groups = range(len(batch.lengths))
         with self.phase("decode"):
-            rollout = generate(self.model, prefix, self.vocabulary, SAMPLING, seed=self.seed, groups=groups)
+            rollout = self.decoder.generate(prefix, SAMPLING, seed=self.seed, groups=groups)
         with self.phase("reward"):
             scored = box_reward(
                 rollout.ids, rollout.lengths, self.table, batch.target.repeat_interleave(GROUP, 0), GROUP, which="first", grammar="direct"
@@ -60,7 +61,7 @@ class Ours:
             advantage, _ = group_advantage(scored.reward + luck(len(rollout.ids)), GROUP)
             lengths = rollout.lengths.tolist()
         with self.phase("suffix"):
-            replies = Replies.of(prefix, rollout, lengths, groups)
+            replies = Replies.of(batch, rollout, lengths, groups)
             logprob, _ = reply_logprob(self.model, prefix, replies, temperature=1.0)
         anchor = None
         if self.reference is not None:
@@ -79,7 +80,7 @@ class Ours:
             )
             loss.backward()
         with self.phase("optimizer"):
-            update(self.model, self.optimizer, sum(lengths), LEARNING_RATE, clip=1.0)
+            clip_and_step(self.optimizer, denominator=sum(lengths), factor=1.0, clip=1.0, seed=self.seed)
         return batch, rollout, logprob.detach()
 
 
