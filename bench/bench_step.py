@@ -42,7 +42,7 @@ def task(request):
 def one_prefill(model, prompts, ids) -> torch.Tensor:
     rollout = Rollout(ids, torch.full((len(ids),), LENGTH), torch.zeros(ids.shape))
     prefix = prefill(model, PromptBatch.of(prompts, model.config, "cpu"))
-    return reply_logprob(model, prefix, Replies.of(prefix.batch, rollout, [LENGTH] * len(ids), range(2)), temperature=1.0)[0]
+    return reply_logprob(model, prefix, Replies.of(prefix.batch, rollout, [[LENGTH] * GROUP] * 2, range(2)), temperature=1.0)[0]
 
 
 def naive(model, prompts, ids) -> torch.Tensor:

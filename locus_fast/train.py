@@ -53,7 +53,7 @@ class Experience:
 
     batch: PromptBatch
     rollout: Rollout
-    lengths: list[int]  # of all R replies, on the host
+    lengths: list[list[int]]  # of each group's replies, on the host
     live: list[int]  # groups with a gradient
     advantage: Tensor  # float32 [R]
     weight: Tensor  # float32 [R], of each token of a reply
@@ -171,10 +171,11 @@ def train_step(
         rollout = setup.decoder.generate(prefix, sampling_of(config), seed=config.seed, groups=indices)
         scored = score(setup, batch, rollout, step / config.steps)
         host = torch.cat([rollout.lengths, scored.zero_variance.long()]).tolist()  # the one readback of a microbatch
-        lengths, live = host[: len(rollout.ids)], [group for group, flat in enumerate(host[len(rollout.ids) :]) if not flat]
-        weight, share = MEANS[config.mean](rollout.lengths, lengths)
+        flat, live = host[: len(rollout.ids)], [group for group, flat in enumerate(host[len(rollout.ids) :]) if not flat]
+        lengths = [flat[r : r + config.replies] for r in range(0, len(flat), config.replies)]
+        weight, share = MEANS[config.mean](rollout.lengths, flat)
         denominator += share
-        count(totals, batch, rollout, scored, lengths, live)
+        count(totals, batch, rollout, scored, flat, live)
         whole = Experience(batch, rollout, lengths, live, scored.advantage, weight)
         for part in [whole] if kept else parts(setup, whole):
             spend(setup, totals, part, again=not kept)
@@ -205,7 +206,7 @@ def parts(setup: Setup, whole: Experience) -> Iterator[Experience]:
         rows = torch.tensor(row, device=setup.device)
         rollout = Rollout(whole.rollout.ids[rows], whole.rollout.lengths[rows], whole.rollout.logprob[rows])
         live = [place for place, b in enumerate(chosen) if b in whole.live]
-        yield Experience(batch, rollout, [whole.lengths[r] for r in row], live, whole.advantage[rows], whole.weight[rows])
+        yield Experience(batch, rollout, [whole.lengths[b] for b in chosen], live, whole.advantage[rows], whole.weight[rows])
 
 
 def learn(setup: Setup, reference: Any, experience: Experience, prefix: Prefix, totals: Totals) -> Experience:
@@ -229,7 +230,7 @@ def spend(setup: Setup, totals: Totals, experience: Experience, *, again: bool, 
     rollout: the first update, with rollout and reference."""
     G, config = setup.config.replies, setup.config
     groups = [
-        Group(tuple((h, w) for _, h, w in prompt.grids.tolist()), len(prompt.ids), tuple(experience.lengths[b * G : b * G + G]), b in experience.live)
+        Group(tuple((h, w) for _, h, w in prompt.grids.tolist()), len(prompt.ids), tuple(experience.lengths[b]), b in experience.live)
         for b, prompt in enumerate(experience.batch.prompts)
     ]
     passes: dict[str, Any] = {"checkpointing": config.checkpointing, "reference": config.kl > 0, "train_vision": trains_vision(setup.model)}
