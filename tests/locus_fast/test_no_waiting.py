@@ -56,7 +56,7 @@ def test_rollout(task, monkeypatch) -> None:
     model, batch = task
     told = iter([6, 6, 3, 2, 1])
     monkeypatch.setattr(rollout, "Count", lambda running: types.SimpleNamespace(latest=lambda: next(told), ask=lambda running: None))
-    monkeypatch.setattr(rollout, "Graph", lambda function: function)
+    monkeypatch.setattr(rollout, "Graph", lambda function, other: function)
     words = rollout.Vocabulary(
         torch.ones(VOCABULARY, dtype=torch.bool, device="meta"),
         torch.zeros(2, dtype=torch.int64, device="meta"),
