@@ -177,10 +177,13 @@ def train_step(
         denominator += share
         count(totals, batch, rollout, scored, flat, live)
         whole = Experience(batch, rollout, lengths, live, scored.advantage, weight)
+        kept_prefix = prefix if kept else None
+        del prefix  # a wide rollout's keys and values make room
         for part in [whole] if kept else parts(setup, whole):
             spend(setup, totals, part, again=not kept)
             if part.live:
-                experiences.append(learn(setup, reference, part, prefix if kept else prefill(setup.model, part.batch), totals))
+                experience = learn(setup, reference, part, kept_prefix, totals)
+                experiences += [experience] if config.updates > 1 else []
     # a policy whose own log-probs are not numbers earns no reward, so it has no gradient to show it: the step is dropped as if its norm were none
     gone = torch.where(torch.as_tensor(totals.sums["not_finite"]) > 0, torch.nan, float(denominator))
     factor = rate_factor(step, config.steps, config.warmup, config.schedule)
@@ -209,9 +212,11 @@ def parts(setup: Setup, whole: Experience) -> Iterator[Experience]:
         yield Experience(batch, rollout, [whole.lengths[b] for b in chosen], live, whole.advantage[rows], whole.weight[rows])
 
 
-def learn(setup: Setup, reference: Any, experience: Experience, prefix: Prefix, totals: Totals) -> Experience:
-    """Forward over the live groups' replies on the prefix, and the backward of the summed loss; the experience with what further updates need."""
+def learn(setup: Setup, reference: Any, experience: Experience, prefix: Prefix | None, totals: Totals) -> Experience:
+    """Forward over the live groups' replies on the prefix (made here if there is none), and the backward of the summed loss; the experience with what
+    further updates need."""
     config = setup.config
+    prefix = prefill(setup.model, experience.batch) if prefix is None else prefix
     replies = Replies.of(experience.batch, experience.rollout, experience.lengths, experience.live)
     logprob, entropy = reply_logprob(setup.model, prefix, replies, config.temperature)
     anchor = None
