@@ -17,6 +17,8 @@ from torch import Tensor
 
 from locus_fast.errors import UserError
 
+BAND = 8  # rows of language tokens that the CPU makes patches of at a time: their floats stay in its cache
+
 
 @dataclass(frozen=True)
 class PatchSpec:
@@ -80,12 +82,14 @@ def patches_of(pixels: Tensor, grids: Tensor, spec: PatchSpec) -> Tensor:
     shape = (pixels.numel() // (3 * spec.patch**2), 3 * spec.frames * spec.patch**2)
     patches = torch.from_numpy(np.empty(shape, np.float32))  # NumPy asks for huge pages: fresh small ones can cost more than filling them
     for image, part in zip(images, patches.split([h * w // spec.patch**2 for h, w in sizes]), strict=True):
-        _write_patches(image, part, spec)
+        lines = BAND * spec.factor
+        for band, there in zip(image.split(lines), part.split(lines * image.shape[1] // spec.patch**2), strict=True):
+            _write_patches(band, there, spec)
     return patches
 
 
 def _write_patches(image: Tensor, patches: Tensor, spec: PatchSpec) -> None:
-    """The plain way, with one pass over the floats: bytes to planes, each normalised in place, then straight to their patches, once a frame."""
+    """On the CPU: bytes to planes of floats, each normalised in place, then each value to its place in its patch, once a frame."""
     planes = image.permute(2, 0, 1).contiguous().float()
     for plane, scale, shift in zip(planes, *normalization(spec.mean, spec.std), strict=True):
         plane.mul_(scale).sub_(shift)

@@ -60,7 +60,7 @@ def test_pixels_and_grids_equal_the_image_processor(width: int, height: int) -> 
 def test_patches_are_the_references_to_the_bit(patch: int, frames: int, merge: int) -> None:
     """On the CPU; and what CUDA is asked for, images at their own sizes, is the same."""
     spec, rng = PatchSpec(patch, frames, merge, (0.48, 0.45, 0.4), (0.27, 0.26, 0.28)), torch.Generator().manual_seed(patch)
-    grids = torch.tensor([(1, 3 * merge, 5 * merge), (1, merge, merge), (1, 4 * merge, 2 * merge)])
+    grids = torch.tensor([(1, 3 * merge, 5 * merge), (1, merge, merge), (1, 19 * merge, 2 * merge)])  # the last in several bands
     images = [torch.randint(0, 256, (h * patch, w * patch, 3), generator=rng, dtype=torch.uint8) for _, h, w in grids.tolist()]
     layout = {"patch": patch, "frames": frames, "merge": merge, "mean": spec.mean, "std": spec.std}
     patches = patches_of(torch.cat([image.flatten() for image in images]), grids, spec)
