@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids, get_vision_window_index
 
 from locus_fast.errors import UserError
+from locus_fast.preprocess import patches_of
 from locus_fast.types import Prompt, Rollout
 
 
@@ -98,7 +99,7 @@ class PromptBatch:
     position: Tensor  # int64 [3, N]
     last: Tensor  # int64 [B], the place of each prompt's last token
     image_place: Tensor  # int64 [M], the places of image tokens
-    patches: Tensor  # [patches, channels * frames * patch**2]
+    patches: Tensor  # float32 [patches, 3 * frames * patch**2], made on the device
     grids: Tensor  # int64 [images, 3], on the host
     target: Tensor  # float32 [B, 4]
     vision: VisionLayout | None  # None without images
@@ -112,7 +113,7 @@ class PromptBatch:
 
     @staticmethod
     def of(prompts: Sequence[Prompt], config: Any, device: torch.device | str) -> PromptBatch:
-        """config: the model's."""
+        """config: the model's. All prompts are one Prompter's. Images travel as bytes, once, and become patches on the device."""
         packed = Packed.of([len(p.ids) for p in prompts], device)
         ids, grids = (torch.cat([getattr(p, name) for p in prompts]) for name in ("ids", "grids"))
         return PromptBatch(
@@ -120,7 +121,7 @@ class PromptBatch:
             position=send(torch.cat([p.position for p in prompts], 1), device),
             last=send(torch.tensor(packed.starts[1:]) - 1, device),
             image_place=send(torch.from_numpy(np.flatnonzero(ids.numpy() == config.image_token_id)), device),
-            patches=send(torch.cat([p.patches for p in prompts]), device),
+            patches=patches_of(send(torch.cat([p.pixels for p in prompts]), device), grids, prompts[0].spec),
             grids=grids,
             target=send(torch.stack([p.target for p in prompts]), device),
             vision=VisionLayout.of(grids, config.vision_config, device) if len(grids) else None,
