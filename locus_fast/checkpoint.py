@@ -66,8 +66,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = N
     try:
         config = AutoConfig.from_pretrained(folder)
         family = family_of(config)
-        stored = stored_dtype(folder)
-        wanted = dtype or config.dtype or config.get_text_config().dtype or stored
+        wanted = weight_dtype(folder, config, dtype)
         load: Any = AutoModelForImageTextToText.from_pretrained
         model, found = load(folder, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True)  # so that the sentence below names them
     except UserError as error:
@@ -80,6 +79,11 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = N
     _stop_at_turns(model, tokenizer, family.stop)
     use_attention(model)
     return model.to(device).eval(), tokenizer
+
+
+def weight_dtype(folder: Path, config: Any, dtype: torch.dtype | None) -> torch.dtype:
+    """What the weights of a folder are loaded in: `dtype`, else what its config states, else what its tensors have."""
+    return dtype or config.dtype or config.get_text_config().dtype or stored_dtype(folder)
 
 
 def _stop_at_turns(model: Any, tokenizer: Any, stop: str) -> None:

@@ -20,12 +20,10 @@ from locus_kernels.shared_prefix_attention import send
 from locus_kernels.shared_prefix_decode import shared_prefix_decode
 from torch import Tensor
 
+from locus_fast.cost.shapes import LADDER, PROMPT_STEP
 from locus_fast.errors import UserError
 from locus_fast.policy import Prefix
 from locus_fast.types import Rollout
-
-LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-PROMPT_STEP = 1024  # the tokens that static prompt buffers grow by
 
 
 def rung(rows: int) -> int:
@@ -133,6 +131,12 @@ class Decoder:
         self.graphs: dict[int, Graph] = {}  # by the number of slots
         self.slots: Slots | None = None
         self.static: tuple = ()
+        self.prompt_kv: dict[int, tuple[Tensor, ...]] = {}
+
+    def release(self) -> None:
+        """Gives back its buffers and graphs; the next rollout makes them anew."""
+        self.graphs.clear()
+        self.slots, self.static, self.prompt_kv = None, (), {}
 
     @torch.no_grad()
     def generate(self, prefix: Prefix, sampling: Sampling, *, seed: int, groups: Sequence[int]) -> Rollout:
@@ -177,9 +181,7 @@ class Decoder:
                 self.graphs.clear()
                 _, _, capacity, prompts, tokens, self.longest_prompt = self.static
                 self.slots = Slots(prefix, capacity, capacity, sampling, max(prompts, B))
-                self.prompt_kv: dict[int, tuple[Tensor, ...]] = {
-                    i: tuple(k.new_empty(k.shape[1], tokens, k.shape[2]).transpose(0, 1) for k in pair) for i, pair in kv.items()
-                }
+                self.prompt_kv = {i: tuple(k.new_empty(k.shape[1], tokens, k.shape[2]).transpose(0, 1) for k in pair) for i, pair in kv.items()}
                 self.cu_prompts = torch.zeros(self.slots.prompts + 1, dtype=torch.int32, device=identity.device)
             slots = self.slots
             assert slots is not None

@@ -16,9 +16,11 @@ from locus_kernels.box_reward import TokenTable, build_token_table
 from torch import Tensor
 from tqdm import tqdm
 
+from locus_fast.budget import Budget, plan_for
 from locus_fast.checkpoint import check_folder, is_hub_id, load_model, model_folder
 from locus_fast.config import Config
 from locus_fast.cost.flops import group_cost
+from locus_fast.cost.plan import Plan, unplanned
 from locus_fast.cost.shapes import ModelShape
 from locus_fast.cues import CueRecipe, FileCues
 from locus_fast.data import read_boxes
@@ -49,6 +51,8 @@ class Setup:
     cues: CueSource
     prompter: Prompter
     skipped: Skipped
+    plan: Plan
+    budget: Budget
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -66,15 +70,17 @@ class Setup:
         return group_cost(self.shape, grids, len(prompt.ids), replies * self.config.max_tokens)
 
 
-def set_up(config: Config) -> Setup:
-    """Load everything a run needs; raises UserError for what cannot be used."""
+def set_up(config: Config, training: bool = False) -> Setup:
+    """Load everything a run needs; raises UserError for what cannot be used, with `training` for a model that the device cannot train."""
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
     if not is_hub_id(config.model):
         check_folder(model_folder(config.model))
     cues = cue_source(config)  # before a model is fetched or loaded: it is the quicker one to be wrong
     folder = model_folder(config.model)
-    model, tokenizer = load_model(folder, device, DTYPES[config.dtype])
+    dtype = DTYPES[config.dtype]
+    plan = plan_for(config, folder, dtype, device) if training else unplanned(config.tokens, config.checkpointing)
+    model, tokenizer = load_model(folder, device, dtype)
     try:
         use_attention(model, backend=config.attention)
     except ValueError as error:
@@ -91,7 +97,8 @@ def set_up(config: Config) -> Setup:
     table = build_token_table(tokenizer, model.lm_head.weight.shape[0]).to(device)
     vocabulary = Vocabulary.of(model, tokenizer, table, WHICH_BOX[config.question], prompter.opening)
     shape = ModelShape.of(model.config)
-    return Setup(config, device, folder, model, shape, tokenizer, Decoder(model, vocabulary), table, cues, prompter, Skipped())
+    budget = Budget(plan.tokens, config.rollout_tokens)
+    return Setup(config, device, folder, model, shape, tokenizer, Decoder(model, vocabulary), table, cues, prompter, Skipped(), plan, budget)
 
 
 def choose_device(name: str) -> torch.device:

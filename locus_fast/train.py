@@ -87,7 +87,7 @@ class Totals:
 def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]:
     """One run into the folder `out`; returns the summary. `stop` is asked between microbatches. Whatever ends the run, what was done is saved."""
     started = time.perf_counter()
-    setup = set_up(config)
+    setup = set_up(config, training=True)
     model = setup.model
     lr_of = {part: config.lr * share for part, share in zip(PARTS, config.rates, strict=True)}
     optimizer = make_optimizer(config.optimizer, parameter_groups(model, lr_of), config.weight_decay)
@@ -96,19 +96,21 @@ def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]
         raise UserError(f"--resume {out}: it has done {done} steps, and --steps is {config.steps}; ask for more.")
     metrics = Metrics(out, config.tensorboard, done)
     (out / "config.json").write_text(json.dumps(asdict(replace(config, resume="")), indent=2))
-    print(f"{setup.cues.describe()}; {out}", file=sys.stderr)
+    print(f"{setup.cues.describe()}; {out}\n{setup.plan.reason}", file=sys.stderr)
     before = evaluate(setup, "held-out cues, before", stop)
     reference = copy.deepcopy(model).requires_grad_(False) if config.kl > 0 else None
     if checkpoint:
         load_checkpoint(checkpoint, model, optimizer)
-    if config.checkpointing:
-        checkpoint_activations(model)
+    if setup.plan.checkpointing:
+        checkpoint_activations(model, setup.plan.checkpointing)
     try:
         for numbers in steps(setup, reference, optimizer, done, stop):
             done = numbers["step"]
             metrics.write(numbers)
             if config.save_every and done % config.save_every == 0 and done < config.steps:
                 save_checkpoint(out, model, setup.folder, optimizer, done)
+    except torch.OutOfMemoryError:
+        raise UserError(setup.budget.too_small(setup.plan.checkpointing)) from None
     finally:
         save_checkpoint(out, model, setup.folder, optimizer, done)
         save_model(model, setup.folder, out / "final")
@@ -119,6 +121,7 @@ def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]
         "steps": done,
         "interrupted": stop(),
         "skipped_images": len(setup.skipped.sentences),
+        "plan": {**asdict(setup.plan), "halved": setup.budget.halved},
         **metrics.throughput(),
         "total_seconds": time.perf_counter() - started,
     }
@@ -159,13 +162,41 @@ def train_step(
     chunk = [next(prompts) for _ in range(config.prompts)]
     setup.skipped.add(chunk)
     waited = time.perf_counter() - clock
+    largest = max(setup.cost(prompt, config.replies) for prompt in chunk)
+    done = setup.budget.retry(lambda: first_update(setup, reference, optimizer, chunk, step, stop), largest, setup.decoder)
+    if done is None:
+        return None
+    totals, experiences, denominator = done
+    # a policy whose own log-probs are not numbers earns no reward, so it has no gradient to show it: the step is dropped as if its norm were none
+    gone = torch.where(torch.as_tensor(totals.sums["not_finite"]) > 0, torch.nan, float(denominator))
+    factor = rate_factor(step, config.steps, config.warmup, config.schedule)
+    number = step * config.updates
+    norm = clip_and_step(optimizer, denominator=gone, factor=factor, clip=config.grad_clip, seed=config.seed + number)
+    for again in range(1, config.updates):  # further updates on the same rollouts: the prefix again, against the stored old log-probs
+        optimizer.zero_grad(set_to_none=True)
+        for experience in experiences:
+            prefix = prefill(setup.model, experience.batch)
+            replies = Replies.of(experience.batch, experience.rollout, experience.lengths, experience.live)
+            logprob, _ = reply_logprob(setup.model, prefix, replies, config.temperature)
+            backward(config, experience, replies, logprob, totals)
+            spend(setup, totals, experience, again=True, rollout=False)
+        norm = clip_and_step(optimizer, denominator=gone, factor=factor, clip=config.grad_clip, seed=config.seed + number + again)
+    return summarise(totals, chunk, step, norm, config.lr * factor, time.perf_counter() - clock, waited)
+
+
+def first_update(
+    setup: Setup, reference: Any, optimizer: torch.optim.Optimizer, chunk: list[Prompt], step: int, stop: Callable[[], bool]
+) -> tuple[Totals, list[Experience], int] | None:
+    """Rollouts of one batch of prompts and the gradient of their summed loss: (sums for the metrics, what further updates need, the denominator),
+    or None if `stop` said so. Rollouts follow from the seed and the weights alone, so it can be done again."""
+    config = setup.config
     totals, experiences = Totals(), []
     denominator = 0
     optimizer.zero_grad(set_to_none=True)
-    for indices, batch in batches(setup, chunk, step * config.prompts, config.replies, max(config.tokens, config.rollout_tokens)):
+    for indices, batch in batches(setup, chunk, step * config.prompts, config.replies, setup.budget.rollout):
         if stop():
             return None
-        kept = sum(setup.cost(prompt, config.replies) for prompt in batch.prompts) <= config.tokens
+        kept = sum(setup.cost(prompt, config.replies) for prompt in batch.prompts) <= setup.budget.tokens
         with torch.set_grad_enabled(kept):
             prefix = prefill(setup.model, batch)  # the sampler's prefill is the training forward's prefix
         rollout = setup.decoder.generate(prefix, sampling_of(config), seed=config.seed, groups=indices)
@@ -184,27 +215,13 @@ def train_step(
             if part.live:
                 experience = learn(setup, reference, part, kept_prefix, totals)
                 experiences += [experience] if config.updates > 1 else []
-    # a policy whose own log-probs are not numbers earns no reward, so it has no gradient to show it: the step is dropped as if its norm were none
-    gone = torch.where(torch.as_tensor(totals.sums["not_finite"]) > 0, torch.nan, float(denominator))
-    factor = rate_factor(step, config.steps, config.warmup, config.schedule)
-    number = step * config.updates
-    norm = clip_and_step(optimizer, denominator=gone, factor=factor, clip=config.grad_clip, seed=config.seed + number)
-    for again in range(1, config.updates):  # further updates on the same rollouts: the prefix again, against the stored old log-probs
-        optimizer.zero_grad(set_to_none=True)
-        for experience in experiences:
-            prefix = prefill(setup.model, experience.batch)
-            replies = Replies.of(experience.batch, experience.rollout, experience.lengths, experience.live)
-            logprob, _ = reply_logprob(setup.model, prefix, replies, config.temperature)
-            backward(config, experience, replies, logprob, totals)
-            spend(setup, totals, experience, again=True, rollout=False)
-        norm = clip_and_step(optimizer, denominator=gone, factor=factor, clip=config.grad_clip, seed=config.seed + number + again)
-    return summarise(totals, chunk, step, norm, config.lr * factor, time.perf_counter() - clock, waited)
+    return totals, experiences, denominator
 
 
 def parts(setup: Setup, whole: Experience) -> Iterator[Experience]:
     """The microbatches to train on of a rollout that is wider than one."""
     G = setup.config.replies
-    for chosen, batch in batches(setup, list(whole.batch.prompts), 0, G, setup.config.tokens):
+    for chosen, batch in batches(setup, list(whole.batch.prompts), 0, G, setup.budget.tokens):
         row = [b * G + g for b in chosen for g in range(G)]
         rows = torch.tensor(row, device=setup.device)
         rollout = Rollout(whole.rollout.ids[rows], whole.rollout.lengths[rows], whole.rollout.logprob[rows])
@@ -238,13 +255,13 @@ def spend(setup: Setup, totals: Totals, experience: Experience, *, again: bool, 
         Group(tuple((h, w) for _, h, w in prompt.grids.tolist()), len(prompt.ids), tuple(experience.lengths[b]), b in experience.live)
         for b, prompt in enumerate(experience.batch.prompts)
     ]
-    passes: dict[str, Any] = {"checkpointing": config.checkpointing, "reference": config.kl > 0, "train_vision": trains_vision(setup.model)}
+    passes: dict[str, Any] = {"checkpointing": setup.plan.checkpointing, "reference": config.kl > 0, "train_vision": trains_vision(setup.model)}
     spent, floor = (step_flops(setup.shape, groups, executed=executed, **passes) for executed in (True, False))
     columns = COLUMNS if rollout else ("forward", "recompute", "backward")
     prompts = sum(spent[row]["forward"] for row in PROMPT_ROWS) if again and rollout else 0
     model = [column for column in columns if column != "recompute"]
     cost = sum(setup.cost(prompt, G) for prompt in experience.batch.prompts)
-    totals.add(cost=cost, room=float(config.tokens))
+    totals.add(cost=cost, room=float(setup.budget.tokens))
     totals.add(model_flops=total(floor, model), floor_flops=total(floor, columns), spent_flops=total(spent, columns) + prompts)
 
 

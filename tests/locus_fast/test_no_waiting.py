@@ -36,11 +36,11 @@ def test_meta_tensors_refuse_to_be_read() -> None:
             read()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_training(task, checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [0, 1, 2])
+def test_training(task, checkpointing: int) -> None:
     model, batch = task
     if checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, checkpointing)
     prefix = prefill(model, batch)
     played = Rollout(*(torch.zeros(6, 5, device="meta", dtype=dtype) for dtype in (torch.int64, torch.int64, torch.float32)))
     replies = Replies.of(batch, played, LENGTHS, [0, 1])

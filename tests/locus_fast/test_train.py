@@ -229,7 +229,7 @@ def test_steps_that_are_not_finite_are_dropped_and_end_the_run(tmp_path: Path, m
     "options",
     [
         ["--kl", "0", "--mean", "sequence", "--normalize-std", "false", "--reward", "giou_plus_one"],
-        ["--updates", "3", "--checkpointing", "true", "--lr", "1e-3", "--reward", "rising"],
+        ["--updates", "3", "--checkpointing", "2", "--lr", "1e-3", "--reward", "rising"],
         ["--question", "think", "--max-tokens", "24", "--temperature", "0.8", "--top-p", "0.9"],
         ["--answer-prefix", "[", "--schedule", "cosine", "--attention", "plain", "--updates", "2", "--rollout-tokens", "9999"],
     ],
