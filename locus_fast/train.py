@@ -12,7 +12,6 @@ partial groups, and any correction for a sampler that differs from the trainer.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
@@ -29,7 +28,7 @@ from locus_kernels.box_reward import BoxReward, box_reward
 from torch import Tensor
 from tqdm import tqdm
 
-from locus_fast.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model
+from locus_fast.checkpoint import is_hub_id, latest_checkpoint, load_checkpoint, save_adapters, save_checkpoint, save_model
 from locus_fast.config import Config, parse
 from locus_fast.cost.flops import COLUMNS, PROMPT_ROWS, rates, step_flops, total
 from locus_fast.cost.shapes import Group
@@ -39,6 +38,7 @@ from locus_fast.grpo import MEANS, grpo_loss
 from locus_fast.optim import PARTS, clip_and_step, make_optimizer, parameter_groups, rate_factor
 from locus_fast.packing import PromptBatch, Replies
 from locus_fast.policy import Prefix, checkpoint_activations, prefill, reply_logprob, trains_vision
+from locus_fast.reference import Reference, make_reference
 from locus_fast.report import Metrics, draw_curve, draw_samples
 from locus_fast.rollout import Sampling
 from locus_fast.runtime import Interrupt, Setup, batches, prefetch, set_up
@@ -98,7 +98,7 @@ def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]
     (out / "config.json").write_text(json.dumps(asdict(replace(config, resume="")), indent=2))
     print(f"{setup.cues.describe()}; {out}", file=sys.stderr)
     before = evaluate(setup, "held-out cues, before", stop)
-    reference = copy.deepcopy(model).requires_grad_(False) if config.kl > 0 else None
+    reference = make_reference(model, config.reference) if config.kl > 0 else None
     if checkpoint:
         load_checkpoint(checkpoint, model, optimizer)
     if config.checkpointing:
@@ -111,7 +111,10 @@ def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]
                 save_checkpoint(out, model, setup.folder, optimizer, done)
     finally:
         save_checkpoint(out, model, setup.folder, optimizer, done)
-        save_model(model, setup.folder, out / "final")
+        if config.export == "adapter":
+            save_adapters(model, config.model if is_hub_id(config.model) else str(setup.folder.resolve()), out / "final")
+        else:
+            save_model(model, setup.folder, out / "final")
         metrics.close()
     after = None if stop() else evaluate(setup, "held-out cues, after", stop)
     summary = {
@@ -129,7 +132,9 @@ def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]
     return summary
 
 
-def steps(setup: Setup, reference: Any, optimizer: torch.optim.Optimizer, done: int, stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+def steps(
+    setup: Setup, reference: Reference | None, optimizer: torch.optim.Optimizer, done: int, stop: Callable[[], bool]
+) -> Iterator[dict[str, Any]]:
     """Runs the steps after the first `done` and yields each one's metrics, until the last one or until `stop` says so."""
     config = setup.config
     indices = range(done * config.prompts, config.steps * config.prompts)
@@ -151,7 +156,7 @@ def steps(setup: Setup, reference: Any, optimizer: torch.optim.Optimizer, done: 
 
 
 def train_step(
-    setup: Setup, reference: Any, optimizer: torch.optim.Optimizer, prompts: Iterator[Prompt], step: int, stop: Callable[[], bool]
+    setup: Setup, reference: Reference | None, optimizer: torch.optim.Optimizer, prompts: Iterator[Prompt], step: int, stop: Callable[[], bool]
 ) -> dict[str, Any] | None:
     """Rollouts of one batch of prompts and its updates; the step's metrics, or None if `stop` said so before the first update."""
     config = setup.config
@@ -208,16 +213,16 @@ def parts(setup: Setup, whole: Experience) -> Iterator[Experience]:
         yield Experience(batch, rollout, [whole.lengths[r] for r in row], live, whole.advantage[rows], whole.weight[rows])
 
 
-def learn(setup: Setup, reference: Any, experience: Experience, prefix: Prefix, totals: Totals) -> Experience:
+def learn(setup: Setup, reference: Reference | None, experience: Experience, prefix: Prefix, totals: Totals) -> Experience:
     """Forward over the live groups' replies on the prefix, and the backward of the summed loss; the experience with what further updates need."""
     config = setup.config
     replies = Replies.of(experience.batch, experience.rollout, experience.lengths, experience.live)
     logprob, entropy = reply_logprob(setup.model, prefix, replies, config.temperature)
     anchor = None
     if reference is not None:
-        with torch.no_grad():
+        with torch.no_grad(), reference.model() as base:
             shared = None if trains_vision(setup.model) else prefix.features  # a frozen tower sees for both
-            anchor, _ = reply_logprob(reference, prefill(reference, experience.batch, shared), replies, config.temperature)
+            anchor, _ = reply_logprob(base, prefill(base, experience.batch, shared), replies, config.temperature)
     experience = replace(experience, old=logprob.detach(), reference=anchor)
     backward(config, experience, replies, logprob, totals)
     compare_with_sampler(totals, experience.rollout, replies, logprob.detach(), entropy)
