@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from locus_fast import evaluate, train
-from locus_fast.adapters import adapter_tensors, adapters_off, add_adapters, merged_state
+from locus_fast.adapters import adapter_tensors, adapters_off, add_adapters, merge_adapters, merged_state
 from locus_fast.checkpoint import TINY_BASE, load_model, save_adapters, save_model
 from locus_fast.config import parse
 from locus_fast.errors import UserError
@@ -23,6 +23,7 @@ from locus_fast.packing import PromptBatch, Replies
 from locus_fast.policy import checkpoint_activations, prefill, reply_logprob
 from locus_fast.quantize import quantize
 from locus_fast.types import Prompt, Rollout
+from tests.published import FAMILIES, write_checkpoint
 
 CPU = torch.device("cpu")
 GROUP, REPLY = 3, 7
@@ -190,6 +191,36 @@ def test_adapter_export_is_pefts(tmp_path: Path) -> None:
     opened = train.set_up(parse(["--preset", "tiny", "--model", str(tmp_path / "out"), "--device", "cpu"]))
     assert opened.folder == TINY_BASE
     assert (last_logits(opened.model) - last_logits(model)).abs().max() <= 1e-4
+
+
+@needs_peft
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_layouts(family: str, tmp_path: Path) -> None:
+    """Shards, biases and bfloat16: what was not adapted is the source's to the byte, and both exports compute what the policy does."""
+    source = write_checkpoint(tmp_path / "source", family)
+    model, _ = load_model(source, CPU)
+    add_adapters(model, 4, 8.0)
+    scatter(model)
+    save_model(model, source, tmp_path / "bfloat16")
+    assert {file.name for file in (tmp_path / "bfloat16").iterdir()} == {file.name for file in source.iterdir()}
+    before, after = (
+        {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()} for folder in (source, tmp_path / "bfloat16")
+    )
+    adapted = {name for name in before if "visual" not in name and name.endswith("_proj.weight")}
+    assert before.keys() == after.keys()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == adapted
+    assert all(after[name].dtype == before[name].dtype for name in before)
+
+    model, _ = load_model(source, CPU, torch.float32)
+    add_adapters(model, 4, 8.0)
+    scatter(model)
+    save_model(model, source, tmp_path / "merged", torch.float32)
+    save_adapters(model, str(source), tmp_path / "adapter")
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert (logits_by_transformers(stock)[-1] - last_logits(model)).abs().max() <= 1e-4
+    opened, _ = load_model(source, CPU, torch.float32)
+    merge_adapters(tmp_path / "adapter", opened)
+    assert (last_logits(opened) - last_logits(model)).abs().max() <= 1e-4
 
 
 def spoiled(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> Path:

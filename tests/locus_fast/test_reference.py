@@ -79,7 +79,7 @@ def test_int8_layer(rows: int, out: int, within: int, bias: bool, dtype: torch.d
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_quantised_weights(kind: str) -> None:
-    """Every one of the language model's linear layers, in 8 bits within half a code (and what float16 adds on the way), in 4 within 15% on average."""
+    """Every one of the language model's linear layers, in 8 bits to half a code (and float16's rounding), in 4 to 15% on average."""
     pytest.importorskip("bitsandbytes")
     plain, model = tiny(), tiny()
     quantize(model, kind, CPU)
@@ -191,4 +191,4 @@ def test_kinds_on_cuda(kind: str) -> None:
         reference = make_reference(model, kind)
         move(model)
         with reference.model() as held:
-            assert (logprobs(held) - base).abs().mean() < (1e-6 if kind == "copy" else 0.5)
+            assert (logprobs(held) - base).abs().mean() < {"copy": 1e-6, "int8": 0.3, "nf4": 2.0}[kind]
