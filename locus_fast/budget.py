@@ -36,7 +36,7 @@ def plan_for(config: Config, folder: Path, dtype: torch.dtype | None, device: to
     UserError if one does not fit.
     """
     memory = free_memory(device)
-    if memory is None:
+    if memory is None or config.lora:  # adapters leave most of a card free, and the ledger counts training of whole weights
         return unplanned(config.tokens, config.checkpointing)
     try:
         described = AutoConfig.from_pretrained(folder)
@@ -64,7 +64,7 @@ def plan_for(config: Config, folder: Path, dtype: torch.dtype | None, device: to
         tokens=config.tokens,
         checkpointing=config.checkpointing,
         rollout_tokens=config.rollout_tokens,
-        reference="copy" if config.kl > 0 else "none",
+        reference="none" if config.kl == 0 else "copy" if config.reference == "auto" else config.reference,
         train_vision=train_vision,
         trained=shape.vision.parameters * train_vision + shape.text.parameters * (config.rates[2] > 0),
         max_tokens=config.max_tokens,

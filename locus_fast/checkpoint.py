@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from locus_fast.adapters import has_adapters, load_adapters, write_adapters
 from locus_fast.errors import UserError
 from locus_fast.families import family_of
-from locus_fast.layout import load_weights, stored_dtype, write_model
 from locus_fast.optim import load_state_tensors, state_tensors
 from locus_fast.policy import use_attention
+from locus_fast.shards import load_weights, stored_dtype, write_model
 
 transformers_logging.disable_progress_bar()
 
@@ -111,9 +112,15 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def save_model(model: Any, source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """The model in the layout it came in, as `source` has it (see `layout.write_model`). Written beside and renamed: whole or absent."""
+    """The model in the layout it came in, as `source` has it (see `shards.write_model`). Written beside and renamed: whole or absent."""
     with whole_or_absent(folder) as partial:
         write_model(model, source, partial, dtype)
+
+
+def save_adapters(model: Any, base: str, folder: Path) -> None:
+    """The adapters of the model `base`, a folder or hub id, in peft's layout. Whole or absent."""
+    with whole_or_absent(folder) as partial:
+        write_adapters(model, base, partial)
 
 
 @contextmanager
@@ -132,9 +139,13 @@ def whole_or_absent(folder: Path) -> Iterator[Path]:
 
 
 def save_checkpoint(run: Path, model: Any, source: Path, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """`checkpoints/step-N` of a run folder: the model in the dtype it is trained in, and what `load_checkpoint` needs besides."""
+    """`checkpoints/step-N` of a run folder: the model in the dtype it is trained in, or of one with adapters these alone, and what `load_checkpoint`
+    needs besides."""
     with whole_or_absent(run / "checkpoints" / f"step-{step:06d}") as partial:
-        write_model(model, source, partial, model.dtype)
+        if has_adapters(model):
+            write_adapters(model, str(source.resolve()), partial)
+        else:
+            write_model(model, source, partial, model.dtype)
         (partial / "optimizer").mkdir()
         save_file(state_tensors(optimizer), partial / "optimizer" / "state.safetensors")
         (partial / "optimizer" / "step.json").write_text(json.dumps({"step": step}))
@@ -154,7 +165,7 @@ def latest_checkpoint(run: Path) -> tuple[Path, int]:
 def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
     """Put the saved weights and optimizer state in place."""
     try:
-        load_weights(folder, model)
+        (load_adapters if has_adapters(model) else load_weights)(folder, model)
         load_state_tensors(optimizer, load_file(folder / "optimizer" / "state.safetensors"))
     except (UserError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _not_whole(folder, error) from None

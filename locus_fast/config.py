@@ -18,6 +18,7 @@ from locus_fast.errors import UserError
 from locus_fast.grpo import MEANS
 from locus_fast.optim import OPTIMIZERS, SCHEDULES
 from locus_fast.prompts import QUESTIONS
+from locus_fast.reference import REFERENCES
 
 
 def option(default: Any, help: str, choices: typing.Iterable[str] = ()) -> Any:
@@ -60,6 +61,12 @@ class Config:
     clip_high: float = option(0.3, "how far the ratio may rise above 1")
     kl: float = option(0.01, "coefficient of the KL to the base; 0 loads no reference")
     updates: int = option(1, "optimizer updates a batch of rollouts")
+    reference: str = option("auto", "how the KL's base is held; auto: copy, or with --lora the policy without its adapters", REFERENCES)
+
+    lora: int = option(0, "rank of the adapters that are trained in the language model's stead; 0: none, all weights are trained")
+    lora_alpha: float = option(32.0, "the adapters' product counts alpha / rank times")
+    quantize: str = option("off", "nf4: the language model's linear layers in 4 bits under the adapters (QLoRA)", ("off", "nf4"))
+    export: str = option("merged", "what final/ holds: the model with the adapters merged, or the adapters in peft's layout", ("merged", "adapter"))
 
     optimizer: str = option("auto", "auto: adamw8bit for bfloat16 weights, adamw for float32", OPTIMIZERS)
     lr: float = option(1e-6, "learning rate after warm-up")
@@ -107,8 +114,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 # What a value must satisfy: a test and the words that complete "--name must be ...".
 RULES: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
     **{name: (lambda v: v >= 1, "at least 1") for name in ("steps", "prompts", "max_tokens", "updates", "min_side", "workers", "eval_cues")},
-    **{name: (lambda v: v >= 0, "0 or more") for name in ("kl", "weight_decay", "clip_low", "clip_high", "save_every", "tokens", "rollout_tokens")},
-    **{name: (lambda v: v > 0, "above 0") for name in ("lr", "grad_clip", "temperature")},
+    **{
+        name: (lambda v: v >= 0, "0 or more")
+        for name in ("kl", "weight_decay", "clip_low", "clip_high", "save_every", "tokens", "rollout_tokens", "lora")
+    },
+    **{name: (lambda v: v > 0, "above 0") for name in ("lr", "grad_clip", "temperature", "lora_alpha")},
     **{name: (lambda v: 0 <= v <= 1, "between 0 and 1") for name in ("format_weight", "warmup")},
     **{name: (lambda v: 0 < v[0] <= v[1], "two values, above 0 and the smaller first") for name in ("scale", "image_pixels", "cue_pixels")},
     "checkpointing": (lambda v: v >= -1, "-1, 0 or more"),
@@ -135,7 +145,7 @@ def parse(arguments: list[str], prog: str = "python -m locus_fast.train", settin
         parser.add_argument(f"--{f.name.replace('_', '-')}", **_argument(f, hints[f.name]))
     given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(arguments)).items()}
     if given.get("resume"):
-        if fixed := given.keys() & {"out", "preset", "model", "seed", "prompts"}:
+        if fixed := given.keys() & {"out", "preset", "model", "seed", "prompts", "lora", "lora_alpha", "quantize"}:
             raise UserError(f"--{sorted(fixed)[0]} cannot be changed with --resume: a resumed run goes on as it began.")
         settings = of_run(Path(given["resume"]))
     preset = given.get("preset") or default_preset(given.get("model", ""))
@@ -210,6 +220,10 @@ def check(config: Config) -> Config:
         holds, words = RULES.get(f.name, (lambda _: True, ""))
         if not holds(value):
             raise UserError(f"{option_name} must be {words}; {value} was given.")
+    if not config.lora and (needy := [name for name in ("quantize", "export") if getattr(config, name) != Config.__dataclass_fields__[name].default]):
+        raise UserError(f"--{needy[0]} {getattr(config, needy[0])} needs --lora: give the rank of the adapters, such as 16.")
+    if config.lora and config.reference != "auto":
+        raise UserError(f"--reference {config.reference}: with --lora the reference is the policy without its adapters, at no cost; leave it away.")
     return config
 
 

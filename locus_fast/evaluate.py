@@ -86,7 +86,8 @@ def settings_of(model: str) -> dict[str, Any] | None:
     folder = Path(model)
     if folder.name != "final" or not (folder.parent / "metrics.jsonl").is_file():
         return None
-    return {name: value for name, value in of_run(folder.parent).items() if name not in ("model", "out", "resume")}
+    done = ("model", "out", "resume", "lora", "quantize", "export")  # what there is of these is in the folder
+    return {name: value for name, value in of_run(folder.parent).items() if name not in done}
 
 
 def main(arguments: list[str]) -> int:

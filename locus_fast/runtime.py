@@ -16,6 +16,7 @@ from locus_kernels.box_reward import TokenTable, build_token_table
 from torch import Tensor
 from tqdm import tqdm
 
+from locus_fast.adapters import add_adapters, base_of, is_adapter_folder, merge_adapters
 from locus_fast.budget import Budget, plan_for
 from locus_fast.checkpoint import check_folder, is_hub_id, load_model, model_folder
 from locus_fast.config import Config
@@ -29,6 +30,7 @@ from locus_fast.packing import PromptBatch, pack
 from locus_fast.policy import use_attention
 from locus_fast.preprocess import PatchSpec
 from locus_fast.prompts import GRAMMAR, WHICH_BOX, Prompter
+from locus_fast.quantize import quantize
 from locus_fast.rollout import Decoder, Vocabulary
 from locus_fast.tiny.scenes import SceneCues
 from locus_fast.types import CueSource, Prompt, Rollout
@@ -75,12 +77,22 @@ def set_up(config: Config, training: bool = False) -> Setup:
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
     if not is_hub_id(config.model):
-        check_folder(model_folder(config.model))
+        chosen = model_folder(config.model)
+        check_folder(model_folder(base_of(chosen)) if is_adapter_folder(chosen) else chosen)
     cues = cue_source(config)  # before a model is fetched or loaded: it is the quicker one to be wrong
     folder = model_folder(config.model)
     dtype = DTYPES[config.dtype]
+    adapters = folder if is_adapter_folder(folder) else None
+    folder = model_folder(base_of(adapters)) if adapters else folder
     plan = plan_for(config, folder, dtype, device) if training else unplanned(config.tokens, config.checkpointing)
-    model, tokenizer = load_model(folder, device, dtype)
+    model, tokenizer = load_model(folder, torch.device("cpu") if config.quantize != "off" else device, dtype)
+    if adapters:
+        merge_adapters(adapters, model)
+    if config.quantize != "off":
+        quantize(model, config.quantize, device)  # straight from the mapped files: the device never holds the whole layers
+        model.to(device)
+    if config.lora:
+        add_adapters(model, config.lora, config.lora_alpha)
     try:
         use_attention(model, backend=config.attention)
     except ValueError as error:

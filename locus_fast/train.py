@@ -12,9 +12,7 @@ partial groups, and any correction for a sampler that differs from the trainer.
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import shutil
 import sys
 import time
@@ -29,9 +27,9 @@ from locus_kernels.box_reward import BoxReward, box_reward
 from torch import Tensor
 from tqdm import tqdm
 
-from locus_fast.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model
+from locus_fast.checkpoint import is_hub_id, latest_checkpoint, load_checkpoint, save_adapters, save_checkpoint, save_model
 from locus_fast.config import Config, parse
-from locus_fast.cost.flops import COLUMNS, PROMPT_ROWS, rates, step_flops, total
+from locus_fast.cost.flops import COLUMNS, PROMPT_ROWS, step_flops, total
 from locus_fast.cost.shapes import Group
 from locus_fast.errors import UserError
 from locus_fast.evaluate import evaluate
@@ -39,9 +37,11 @@ from locus_fast.grpo import MEANS, grpo_loss
 from locus_fast.optim import PARTS, clip_and_step, make_optimizer, parameter_groups, rate_factor
 from locus_fast.packing import PromptBatch, Replies
 from locus_fast.policy import Prefix, checkpoint_activations, prefill, reply_logprob, trains_vision
+from locus_fast.reference import Reference, make_reference
 from locus_fast.report import Metrics, draw_curve, draw_samples
 from locus_fast.rollout import Sampling
 from locus_fast.runtime import Interrupt, Setup, batches, prefetch, set_up
+from locus_fast.totals import Totals, summarise
 from locus_fast.types import Prompt, Rollout
 
 DROPPED_STEPS = 5  # steps in a row without a finite gradient that end the run
@@ -61,29 +61,6 @@ class Experience:
     reference: Tensor | None = None  # float32 [T]
 
 
-class Totals:
-    """Sums over a step's microbatches, read back once at its end."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor | float] = {}
-        self.peaks: dict[str, Tensor] = {}
-
-    def add(self, **values: Tensor | float) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def peak(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            self.peaks[name] = torch.maximum(self.peaks[name], value) if name in self.peaks else value
-
-    def read(self, **more: Tensor) -> dict[str, float]:
-        """Everything as numbers, `more` included: one readback."""
-        values = {**self.sums, **self.peaks, **more}
-        on_device = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        numbers = torch.stack([value.double() for value in on_device.values()]).tolist()
-        return {**{name: float(value) for name, value in values.items() if name not in on_device}, **dict(zip(on_device, numbers, strict=True))}
-
-
 def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]:
     """One run into the folder `out`; returns the summary. `stop` is asked between microbatches. Whatever ends the run, what was done is saved."""
     started = time.perf_counter()
@@ -98,7 +75,7 @@ def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]
     (out / "config.json").write_text(json.dumps(asdict(replace(config, resume="")), indent=2))
     print(f"{setup.cues.describe()}; {out}\n{setup.plan.reason}", file=sys.stderr)
     before = evaluate(setup, "held-out cues, before", stop)
-    reference = copy.deepcopy(model).requires_grad_(False) if config.kl > 0 else None
+    reference = make_reference(model, config.reference) if config.kl > 0 else None
     if checkpoint:
         load_checkpoint(checkpoint, model, optimizer)
     if setup.plan.checkpointing:
@@ -113,7 +90,10 @@ def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]
         raise UserError(setup.budget.too_small(setup.plan.checkpointing)) from None
     finally:
         save_checkpoint(out, model, setup.folder, optimizer, done)
-        save_model(model, setup.folder, out / "final")
+        if config.export == "adapter":
+            save_adapters(model, config.model if is_hub_id(config.model) else str(setup.folder.resolve()), out / "final")
+        else:
+            save_model(model, setup.folder, out / "final")
         metrics.close()
     after = None if stop() else evaluate(setup, "held-out cues, after", stop)
     summary = {
@@ -132,7 +112,9 @@ def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]
     return summary
 
 
-def steps(setup: Setup, reference: Any, optimizer: torch.optim.Optimizer, done: int, stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+def steps(
+    setup: Setup, reference: Reference | None, optimizer: torch.optim.Optimizer, done: int, stop: Callable[[], bool]
+) -> Iterator[dict[str, Any]]:
     """Runs the steps after the first `done` and yields each one's metrics, until the last one or until `stop` says so."""
     config = setup.config
     indices = range(done * config.prompts, config.steps * config.prompts)
@@ -154,7 +136,7 @@ def steps(setup: Setup, reference: Any, optimizer: torch.optim.Optimizer, done: 
 
 
 def train_step(
-    setup: Setup, reference: Any, optimizer: torch.optim.Optimizer, prompts: Iterator[Prompt], step: int, stop: Callable[[], bool]
+    setup: Setup, reference: Reference | None, optimizer: torch.optim.Optimizer, prompts: Iterator[Prompt], step: int, stop: Callable[[], bool]
 ) -> dict[str, Any] | None:
     """Rollouts of one batch of prompts and its updates; the step's metrics, or None if `stop` said so before the first update."""
     config = setup.config
@@ -229,7 +211,7 @@ def parts(setup: Setup, whole: Experience) -> Iterator[Experience]:
         yield Experience(batch, rollout, [whole.lengths[b] for b in chosen], live, whole.advantage[rows], whole.weight[rows])
 
 
-def learn(setup: Setup, reference: Any, experience: Experience, prefix: Prefix | None, totals: Totals) -> Experience:
+def learn(setup: Setup, reference: Reference | None, experience: Experience, prefix: Prefix | None, totals: Totals) -> Experience:
     """Forward over the live groups' replies on the prefix (made here if there is none), and the backward of the summed loss; the experience with what
     further updates need."""
     config = setup.config
@@ -238,9 +220,9 @@ def learn(setup: Setup, reference: Any, experience: Experience, prefix: Prefix |
     logprob, entropy = reply_logprob(setup.model, prefix, replies, config.temperature)
     anchor = None
     if reference is not None:
-        with torch.no_grad():
+        with torch.no_grad(), reference.model() as base:
             shared = None if trains_vision(setup.model) else prefix.features  # a frozen tower sees for both
-            anchor, _ = reply_logprob(reference, prefill(reference, experience.batch, shared), replies, config.temperature)
+            anchor, _ = reply_logprob(base, prefill(base, experience.batch, shared), replies, config.temperature)
     experience = replace(experience, old=logprob.detach(), reference=anchor)
     backward(config, experience, replies, logprob, totals)
     compare_with_sampler(totals, experience.rollout, replies, logprob.detach(), entropy)
@@ -322,40 +304,6 @@ def backward(config: Config, experience: Experience, replies: Replies, logprob: 
     loss.backward()
     totals.peak(ratio_max=sums.pop("ratio_max"))
     totals.add(loss=loss.detach(), updated_tokens=float(len(logprob)), **sums)
-
-
-def summarise(totals: Totals, chunk: list[Prompt], step: int, norm: Tensor, rate: float, seconds: float, waited: float) -> dict[str, Any]:
-    """The step's metrics. Those that depend on time: seconds, wait_seconds, mfu and the ones that end in _per_s."""
-    began = time.perf_counter()
-    sums = totals.read(norm=norm)
-    seconds += time.perf_counter() - began  # until the device had done the step
-    replies, live, updated = sums["replies"], max(1.0, sums.get("live_tokens", 0.0)), max(1.0, sums.get("updated_tokens", 0.0))
-    return {
-        "step": step + 1,
-        **{name: sums[name] / replies for name in ("reward", "iou", "valid", "format")},
-        "reply_tokens": sums["reply_tokens"] / replies,
-        "zero_variance_groups": int(sums["zero_variance"]),
-        "loss": sums.get("loss", 0.0) / updated,
-        "kl": sums.get("kl", 0.0) / updated,
-        "entropy": sums.get("entropy", 0.0) / live,
-        "clip_low": sums.get("clip_low", 0.0) / updated,
-        "clip_high": sums.get("clip_high", 0.0) / updated,
-        "ratio_max": sums.get("ratio_max", 1.0),
-        "sampler_gap": sums.get("sampler_gap", 0.0) / live,
-        "sampler_gap_max": sums.get("sampler_gap_max", 0.0),
-        "grad_norm": sums["norm"] if math.isfinite(sums["norm"]) else 0.0,
-        "dropped_step": sums["not_finite"] > 0 or not math.isfinite(sums["norm"]),
-        "lr": rate,
-        "skipped_images": sum(len(prompt.skipped) for prompt in chunk),
-        "seconds": seconds,
-        "wait_seconds": waited,
-        "unique_tokens_per_s": (sums["prompt_tokens"] + sums["reply_tokens"]) / seconds,
-        "rollouts_per_s": replies / seconds,
-        "fill": sums["cost"] / sums["room"],
-        "flops": sums["spent_flops"],
-        "flops_over_floor": sums["spent_flops"] / sums["floor_flops"],
-        **rates(sums["model_flops"], seconds, torch.cuda.get_device_name() if norm.is_cuda else "cpu"),
-    }
 
 
 def show(bar: tqdm, numbers: dict[str, Any]) -> None:

@@ -18,9 +18,9 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from locus_fast.checkpoint import load_model
-from locus_fast.layout import held_name
 from locus_fast.packing import PromptBatch, Replies
 from locus_fast.policy import checkpoint_activations, prefill, reply_logprob
+from locus_fast.shards import held_name
 from locus_fast.types import Rollout
 from tests.published import config_of, write_checkpoint
 from tests.small_models import small_prompt

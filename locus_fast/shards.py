@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from locus_fast.adapters import merged_state
 from locus_fast.errors import UserError
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -64,7 +66,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return DTYPES[next(iter(entries.values()))["dtype"]]
 
 
-def held_name(stored: str, state: dict[str, Tensor]) -> str | None:
+def held_name(stored: str, state: Mapping[str, Tensor]) -> str | None:
     """The model's name of a stored tensor, None if it holds none: `transformers` put the vision tower and the language model under `model` after
     the Qwen2.5-VL checkpoints were published."""
     for name in (stored, f"model.{stored}", f"model.language_model.{stored.removeprefix('model.')}"):
@@ -102,9 +104,9 @@ def write_model(model: Any, source: Path, folder: Path, dtype: torch.dtype | Non
     """The model into the existing folder as `source` lies: its files, names and shards, everything but the weights copied as it stands.
 
     dtype: of the written tensors; None for those they have in `source`. Where they differ, config.json and the index say so. A stored tensor that
-    the model does not hold is copied; of tied weights each that is stored gets the common value.
+    the model does not hold is copied; of tied weights each that is stored gets the common value. Adapters are merged into what they adapt.
     """
-    state, files = model.state_dict(), weight_files(source)
+    state, files = merged_state(model), weight_files(source)
     sizes, changed = zip(*(_write_weights(state, file, folder / file.name, dtype) for file in files), strict=True)
     for file in source.iterdir():
         unused_index = file.name == INDEX and files == [source / WHOLE]
@@ -119,7 +121,7 @@ def write_model(model: Any, source: Path, folder: Path, dtype: torch.dtype | Non
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_weights(state: dict[str, Tensor], source: Path, target: Path, dtype: torch.dtype | None) -> tuple[int, bool]:
+def _write_weights(state: Mapping[str, Tensor], source: Path, target: Path, dtype: torch.dtype | None) -> tuple[int, bool]:
     """One safetensors file; returns the bytes of its tensors, and whether any has another dtype than in the source."""
     header, raw = read_header(source)
     entries = {name: header[name] for name in sorted(header.keys() - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])}
