@@ -84,9 +84,13 @@ def group_like(prompt: Prompt, replies: list[int]) -> Group:
     return Group(tuple((h, w) for _, h, w in prompt.grids.tolist()), len(prompt.ids), tuple(replies))
 
 
-def see(model, prompts: list[Prompt]):
-    """The vision tower's output for these prompts."""
-    patches, grids = (torch.cat([getattr(p, name) for p in prompts]) for name in ("patches", "grids"))
+def images_of(prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
+    """(patches, grids) of these prompts' images."""
+    return torch.cat([p.patches for p in prompts]), torch.cat([p.grids for p in prompts])
+
+
+def see(model, patches: Tensor, grids: Tensor):
+    """The vision tower's output."""
     return model.model.visual(patches, grid_thw=grids, return_dict=True)
 
 
@@ -134,5 +138,5 @@ def score(model, last: Tensor, hidden: Tensor, groups: list[Group]) -> Tensor:
 def step(model, prompts: list[Prompt], groups: list[Group]) -> None:
     """Prompts, replies and their backward; decoding apart."""
     use_attention(model, PLAIN)
-    keys, last = read(model, prompts, see(model, prompts))
+    keys, last = read(model, prompts, see(model, *images_of(prompts)))
     score(model, last, answer(model, keys, groups), groups).sum().backward()

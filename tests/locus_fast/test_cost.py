@@ -84,7 +84,8 @@ def test_flops_are_the_counted_ones(family: str, checkpointing: bool, train_visi
     ways = {"checkpointing": checkpointing, "reference": True, "train_vision": train_vision, "executed": True, "causal": "square"}
     table = cost.step_flops(ModelShape.of(model.config), groups, **ways)
 
-    vision, features = counted(lambda: cost_step.see(model, prompts))
+    images = cost_step.images_of(prompts)
+    vision, features = counted(lambda: cost_step.see(model, *images))
     prompt, (keys, last) = counted(lambda: cost_step.read(model, prompts, features))
     replies, hidden = counted(lambda: cost_step.answer(model, keys, groups))
     head, logprob = counted(lambda: cost_step.score(model, last, hidden, groups))
@@ -102,7 +103,7 @@ def test_decoding_flops_are_the_counted_ones(family: str) -> None:
     model, prompts, _ = work(family)
     groups = [cost_step.group_like(prompts[0], [6] * 3)]
     with torch.no_grad():
-        keys, last = cost_step.read(model, prompts[:1], cost_step.see(model, prompts[:1]))
+        keys, last = cost_step.read(model, prompts[:1], cost_step.see(model, *cost_step.images_of(prompts[:1])))
     flops, _ = counted(lambda: cost_step.decode(model, keys, last, 3, 6))
     table = cost.step_flops(ModelShape.of(model.config), groups, checkpointing=False, reference=False)
     assert spent(table, ("decode", "decode attention", "decode head"), "rollout") == flops
@@ -252,8 +253,9 @@ def test_launches_of_a_pass(family: str, checkpointing: bool) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     depth, layers, law = model.config.vision_config.depth, model.config.text_config.num_hidden_layers, LAUNCHES[family]
+    images = cost_step.images_of(prompts)
     with Operators() as seeing:
-        features = cost_step.see(model, prompts)
+        features = cost_step.see(model, *images)
     total = features.pooler_output.sum() + sum(f.sum() for f in getattr(features, "deepstack_features", None) or [])
     with Operators() as unseeing:
         total.backward()
@@ -277,10 +279,10 @@ def test_launches_of_a_pass(family: str, checkpointing: bool) -> None:
 def test_syncs_of_the_vision_tower(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts, _ = work(family)
     use_attention(model, "flash_as_one")
-    read_back, tolist = [], torch.Tensor.tolist
+    images, read_back, tolist = cost_step.images_of(prompts), [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: read_back.append(tensor) or tolist(tensor))
     with Operators() as seeing:
-        cost_step.see(model, prompts)
+        cost_step.see(model, *images)
     on_host = sum(map(len, GRIDS)) * (family == "qwen2_5_vl")  # each image's window lengths are made, and listed, on the CPU
     assert abs(seeing.waits + len(read_back) - on_host - TOWER_SYNCS[family]) <= 1
 
