@@ -8,7 +8,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from locus_kernels.shared_prefix_attention import decode_attention
 from locus_kernels.shared_prefix_decode import shared_prefix_decode
 
 from bench.roofline import DEVICE, timed
@@ -46,8 +45,13 @@ def sdpa(c):
 
 
 def eager(c):
-    own = c["own_k"][:, :, :OWN], c["own_v"][:, :, :OWN]
-    return decode_attention(c["q"][:, :, None], *own, c["padded_k"], c["padded_v"], c["real"], c["q"].shape[-1] ** -0.5)[:, :, 0]
+    """Padded prompts and einsum, the rows of a group against one copy of its keys."""
+    q = (c["q"] * c["q"].shape[-1] ** -0.5).unflatten(0, (PROMPTS, REPLIES)).unflatten(2, (c["own_k"].shape[1], -1))
+    own_k, own_v = (c[name][:, :, :OWN].unflatten(0, (PROMPTS, REPLIES)) for name in ("own_k", "own_v"))
+    to_prompt = torch.einsum("bgkhd,bkpd->bgkhp", q, c["padded_k"]).masked_fill(~c["real"][:, None, None, None], -torch.inf)
+    weight = torch.cat([to_prompt, torch.einsum("bgkhd,bgktd->bgkht", q, own_k)], -1).softmax(-1)
+    out = torch.einsum("bgkhp,bkpd->bgkhd", weight[..., :LENGTH], c["padded_v"])
+    return (out + torch.einsum("bgkht,bgktd->bgkhd", weight[..., LENGTH:], own_v)).flatten(0, 1).flatten(1, 2)
 
 
 def ours(c):

@@ -42,7 +42,7 @@ def task(request):
 def one_prefill(model, prompts, ids) -> torch.Tensor:
     rollout = Rollout(ids, torch.full((len(ids),), LENGTH), torch.zeros(ids.shape))
     prefix = prefill(model, PromptBatch.of(prompts, model.config, "cpu"))
-    return reply_logprob(model, prefix, Replies.of(prefix.batch, rollout, [LENGTH] * len(ids), range(2)), temperature=1.0)[0]
+    return reply_logprob(model, prefix, Replies.of(prefix.batch, rollout, [[LENGTH] * GROUP] * 2, range(2)), temperature=1.0)[0]
 
 
 def naive(model, prompts, ids) -> torch.Tensor:
@@ -84,11 +84,11 @@ def report(benchmark, ours: Ours, counted: dict[str, Any]) -> None:
     benchmark.extra_info |= {"device": f"cpu, {torch.get_num_threads()} threads", "rollouts/s": rate, "share of the step": phases, **counted}
 
 
-@pytest.mark.parametrize("kl", [False, True], ids=["KL off", "KL on"])
-def test_step(benchmark, tmp_path, kl: bool) -> None:
-    ours, counted = checked(Case("qwen2_5_vl", "896x896", tmp_path), kl)
-    assert counted["over the floor"] <= 1.10
-    benchmark.group = "our step, qwen2_5_vl, 896x896"
+@pytest.mark.parametrize(("sizes", "kl"), [("896x896", True), ("mixed sizes", False)], ids=["896x896, KL on", "mixed sizes, KL off"])
+def test_step(benchmark, tmp_path, sizes: str, kl: bool) -> None:
+    ours, counted = checked(Case("qwen2_5_vl", sizes, tmp_path), kl)
+    assert counted["over the floor"] <= counted["over the floor without decoding"] <= 1.10
+    benchmark.group = "our step, qwen2_5_vl"
     benchmark.pedantic(ours.step, rounds=1)
     report(benchmark, ours, counted)
 
@@ -114,5 +114,6 @@ def test_race_against_trl(benchmark, tmp_path, family: str, sizes: str, kl: bool
     benchmark.pedantic(ours.step, setup=peer_step, rounds=ROUNDS)
     report(benchmark, ours, counted)
     ratio = statistics.median(peer_seconds) / benchmark.stats.stats.median
+    assert ratio >= 5
     benchmark.extra_info |= {"rollouts/s over TRL's": round(ratio, 2), "TRL's FLOPs over ours": round(fewer, 2)}
     print(f"\n{family}, {sizes}, KL {kl}: {ratio:.2f} times TRL's rollouts/s, {fewer:.2f} times fewer FLOPs")

@@ -59,7 +59,7 @@ class Ours:
                 rollout.ids, rollout.lengths, self.table, batch.target.repeat_interleave(GROUP, 0), GROUP, which="first", grammar="direct"
             )
             advantage, _ = group_advantage(scored.reward + luck(len(rollout.ids)), GROUP)
-            lengths = rollout.lengths.tolist()
+            lengths = rollout.lengths.view(-1, GROUP).tolist()
         with self.phase("suffix"):
             replies = Replies.of(batch, rollout, lengths, groups)
             logprob, _ = reply_logprob(self.model, prefix, replies, temperature=1.0)
@@ -80,7 +80,7 @@ class Ours:
             )
             loss.backward()
         with self.phase("optimizer"):
-            clip_and_step(self.optimizer, denominator=sum(lengths), factor=1.0, clip=1.0, seed=self.seed)
+            clip_and_step(self.optimizer, denominator=sum(map(sum, lengths)), factor=1.0, clip=1.0, seed=self.seed)
         return batch, rollout, logprob.detach()
 
 

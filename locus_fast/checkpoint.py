@@ -18,9 +18,9 @@ from transformers.utils import logging as transformers_logging
 from locus_fast.adapters import has_adapters, load_adapters, write_adapters
 from locus_fast.errors import UserError
 from locus_fast.families import family_of
-from locus_fast.layout import load_weights, stored_dtype, write_model
 from locus_fast.optim import load_state_tensors, state_tensors
 from locus_fast.policy import use_attention
+from locus_fast.shards import load_weights, stored_dtype, write_model
 
 transformers_logging.disable_progress_bar()
 
@@ -67,8 +67,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = N
     try:
         config = AutoConfig.from_pretrained(folder)
         family = family_of(config)
-        stored = stored_dtype(folder)
-        wanted = dtype or config.dtype or config.get_text_config().dtype or stored
+        wanted = weight_dtype(folder, config, dtype)
         load: Any = AutoModelForImageTextToText.from_pretrained
         model, found = load(folder, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True)  # so that the sentence below names them
     except UserError as error:
@@ -81,6 +80,11 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = N
     _stop_at_turns(model, tokenizer, family.stop)
     use_attention(model)
     return model.to(device).eval(), tokenizer
+
+
+def weight_dtype(folder: Path, config: Any, dtype: torch.dtype | None) -> torch.dtype:
+    """What the weights of a folder are loaded in: `dtype`, else what its config states, else what its tensors have."""
+    return dtype or config.dtype or config.get_text_config().dtype or stored_dtype(folder)
 
 
 def _stop_at_turns(model: Any, tokenizer: Any, stop: str) -> None:
@@ -108,7 +112,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def save_model(model: Any, source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """The model in the layout it came in, as `source` has it (see `layout.write_model`). Written beside and renamed: whole or absent."""
+    """The model in the layout it came in, as `source` has it (see `shards.write_model`). Written beside and renamed: whole or absent."""
     with whole_or_absent(folder) as partial:
         write_model(model, source, partial, dtype)
 

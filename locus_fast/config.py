@@ -78,9 +78,11 @@ class Config:
 
     dtype: str = option("auto", "of the weights; auto: the checkpoint's own", ("auto", "float32", "bfloat16"))
     attention: str = option("auto", "who computes attention: " + ", ".join(["auto", *BACKENDS]), ["auto", *BACKENDS])
-    tokens: int = option(32768, "budget of a microbatch of whole groups, its FLOPs in those of language tokens: images, prompts, longest replies")
+    tokens: int = option(
+        0, "budget of a microbatch, its FLOPs in those of language tokens: images, prompts, longest replies; 0: what the memory holds"
+    )
     rollout_tokens: int = option(0, "budget of a rollout where it is wider than a microbatch: its prompts are then prefilled again to train on")
-    checkpointing: bool = option(True, "recompute activations in backward")
+    checkpointing: int = option(-1, "recompute every how many-th layer in backward; 0: none, -1: the faster of 0 and 1 that the memory holds")
     device: str = option("auto", "auto, cpu or cuda")
     workers: int = option(2, "threads that read and prepare examples")
     eval_cues: int = option(500, "held-out cues evaluated before and after")
@@ -99,7 +101,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_tokens": 16,
         "lr": 1e-4,
         "tokens": 12288,
-        "checkpointing": False,
+        "checkpointing": 0,
         "workers": 1,
         "eval_cues": 384,
     },
@@ -111,13 +113,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # What a value must satisfy: a test and the words that complete "--name must be ...".
 RULES: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
+    **{name: (lambda v: v >= 1, "at least 1") for name in ("steps", "prompts", "max_tokens", "updates", "min_side", "workers", "eval_cues")},
     **{
-        name: (lambda v: v >= 1, "at least 1") for name in ("steps", "prompts", "max_tokens", "updates", "min_side", "tokens", "workers", "eval_cues")
+        name: (lambda v: v >= 0, "0 or more")
+        for name in ("kl", "weight_decay", "clip_low", "clip_high", "save_every", "tokens", "rollout_tokens", "lora")
     },
-    **{name: (lambda v: v >= 0, "0 or more") for name in ("kl", "weight_decay", "clip_low", "clip_high", "save_every", "rollout_tokens", "lora")},
     **{name: (lambda v: v > 0, "above 0") for name in ("lr", "grad_clip", "temperature", "lora_alpha")},
     **{name: (lambda v: 0 <= v <= 1, "between 0 and 1") for name in ("format_weight", "warmup")},
     **{name: (lambda v: 0 < v[0] <= v[1], "two values, above 0 and the smaller first") for name in ("scale", "image_pixels", "cue_pixels")},
+    "checkpointing": (lambda v: v >= -1, "-1, 0 or more"),
     "seed": (lambda v: 0 <= v < 2**63, "0 or more and below 2**63"),
     "padding": (lambda v: 0 <= v[0] <= v[1], "two values, 0 or more and the smaller first"),
     "rates": (lambda v: min(v) >= 0 and max(v) > 0, "three shares of 0 or more that are not all 0"),

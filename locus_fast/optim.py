@@ -100,6 +100,11 @@ class MasterAdamW(torch.optim.Optimizer):
                 p.copy_(state["master"])
 
 
+def default_optimizer(name: str, dtype: torch.dtype) -> str:
+    """The optimizer that "auto" stands for with weights of that type; any other name is itself."""
+    return name if name != "auto" else "adamw" if dtype == torch.float32 else "adamw8bit"
+
+
 def make_optimizer(name: str, groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
     """The optimizer of that name, one of OPTIMIZERS, over groups as `parameter_groups` makes them. Betas 0.9 and 0.999, eps 1e-8, decay on all.
 
@@ -112,8 +117,7 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], weight_decay: float)
     """
     parameters = [p for group in groups for p in group["params"]]
     low = any(p.dtype != torch.float32 for p in parameters)
-    if name == "auto":
-        name = "adamw8bit" if low else "adamw"
+    name = default_optimizer(name, torch.bfloat16 if low else torch.float32)
     if name not in OPTIMIZERS:
         raise UserError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, not '{name}'.")
     if low and name not in ("adamw8bit", "adamw-master"):

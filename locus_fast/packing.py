@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids, get_vision_window_index
 
 from locus_fast.errors import UserError
+from locus_fast.preprocess import patches_of
 from locus_fast.types import Prompt, Rollout
 
 
@@ -98,7 +99,7 @@ class PromptBatch:
     position: Tensor  # int64 [3, N]
     last: Tensor  # int64 [B], the place of each prompt's last token
     image_place: Tensor  # int64 [M], the places of image tokens
-    patches: Tensor  # [patches, channels * frames * patch**2]
+    patches: Tensor  # float32 [patches, 3 * frames * patch**2], made on the device
     grids: Tensor  # int64 [images, 3], on the host
     target: Tensor  # float32 [B, 4]
     vision: VisionLayout | None  # None without images
@@ -112,7 +113,7 @@ class PromptBatch:
 
     @staticmethod
     def of(prompts: Sequence[Prompt], config: Any, device: torch.device | str) -> PromptBatch:
-        """config: the model's."""
+        """config: the model's. All prompts are one Prompter's. Images travel as bytes, once, and become patches on the device."""
         packed = Packed.of([len(p.ids) for p in prompts], device)
         ids, grids = (torch.cat([getattr(p, name) for p in prompts]) for name in ("ids", "grids"))
         return PromptBatch(
@@ -120,7 +121,7 @@ class PromptBatch:
             position=send(torch.cat([p.position for p in prompts], 1), device),
             last=send(torch.tensor(packed.starts[1:]) - 1, device),
             image_place=send(torch.from_numpy(np.flatnonzero(ids.numpy() == config.image_token_id)), device),
-            patches=send(torch.cat([p.patches for p in prompts]), device),
+            patches=patches_of(send(torch.cat([p.pixels for p in prompts]), device), grids, prompts[0].spec),
             grids=grids,
             target=send(torch.stack([p.target for p in prompts]), device),
             vision=VisionLayout.of(grids, config.vision_config, device) if len(grids) else None,
@@ -142,22 +143,21 @@ class Replies:
     predictor: Tensor  # int64 [T], where each token's predicting state stands in cat(prompts' last states [B], reply states [T_in])
 
     @staticmethod
-    def of(batch: PromptBatch, rollout: Rollout, lengths: Sequence[int], groups: Sequence[int]) -> Replies:
-        """lengths: of all R rows, on the host; groups: the prompts whose replies are wanted, ascending."""
-        B, device = len(batch.lengths), rollout.ids.device
-        G = len(lengths) // B
-        length = np.asarray(lengths, dtype=np.int64).reshape(B, G)[list(groups)].ravel()
-        rows = (np.asarray(groups, dtype=np.int64)[:, None] * G + np.arange(G)).ravel()
-        row = np.repeat(rows, length)
+    def of(batch: PromptBatch, rollout: Rollout, lengths: Sequence[Sequence[int]], groups: Sequence[int]) -> Replies:
+        """lengths: of each prompt's replies, on the host, their rows one after the other; groups: the prompts whose replies are wanted, ascending."""
+        B, device, chosen = len(batch.lengths), rollout.ids.device, set(groups)
+        group_R = np.repeat(np.arange(B), [len(group) for group in lengths])
+        wanted = np.flatnonzero(np.isin(group_R, list(groups)))
+        length = np.array([n for b in groups for n in lengths[b]], dtype=np.int64)
+        row = np.repeat(wanted, length)
         place = np.arange(len(row)) - np.repeat(length.cumsum() - length, length)
         is_fed = place < np.repeat(length, length) - 1
         fed = np.flatnonzero(is_fed)
         state = is_fed.cumsum() - is_fed + B  # of the token itself, where it is fed
-        predictor = np.where(place == 0, row // G, state - 1)
-        chosen = set(groups)
-        fed_lengths = [[n - 1 for n in lengths[b * G : b * G + G]] if b in chosen else [] for b in range(B)]
-        row_T, place_T, fed_row, fed_place, fed_T, predictor_T = (
-            send(torch.from_numpy(x), device) for x in (row, place, row[fed], place[fed], fed, predictor)
+        predictor = np.where(place == 0, group_R[row], state - 1)
+        fed_lengths = [[n - 1 for n in group] if b in chosen else [] for b, group in enumerate(lengths)]
+        row_T, place_T, fed_group, fed_place, fed_T, predictor_T = (
+            send(torch.from_numpy(x), device) for x in (row, place, group_R[row[fed]], place[fed], fed, predictor)
         )
         return Replies(
             layout=SharedPrefixLayout.of(batch.pairs.queries, fed_lengths),
@@ -165,6 +165,6 @@ class Replies:
             row=row_T,
             place=place_T,
             fed=fed_T,
-            position=batch.position[0, batch.last[fed_row // G]] + 1 + fed_place,
+            position=batch.position[0, batch.last[fed_group]] + 1 + fed_place,
             predictor=predictor_T,
         )

@@ -119,13 +119,17 @@ def use_attention(model: Any, name: str = ATTENTION, backend: str = "auto") -> N
             language._deepstack_process = add_deep_features
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Recompute each layer's activations in backward, and go to training mode, without which the layers do not. Non-reentrant, so that the
-    remembered keys and values stay in the graph."""
+def checkpoint_activations(model: Any, every: int = 1) -> None:
+    """Recompute the activations of every `every`-th block of the vision tower and layer of the language model in backward, the first of each
+    included, and go to training mode, without which they do not. Non-reentrant, so that the remembered keys and values stay in the graph."""
     if hasattr(model, "activation_checkpointing_enable"):  # the name in newer transformers
         model.activation_checkpointing_enable({"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # or a frozen tower's patches would have a backward, and a frozen embedding's tokens
+    for layers in (model.model.visual.blocks, model.model.language_model.layers):
+        for index, layer in enumerate(layers):
+            layer.gradient_checkpointing = index % every == 0
     model.train()
 
 

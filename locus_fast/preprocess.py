@@ -1,4 +1,4 @@
-"""Images to what a vision tower takes: resize to the family's grid, patches, and how many language tokens they become."""
+"""Images to what a vision tower takes: resized bytes on the host, in a loader's thread, and normalised patches wherever the bytes were sent."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from locus_kernels.patchify import patchify_images
+from locus_kernels.patchify.reference import normalization
 from PIL import Image
+from torch import Tensor
 
 from locus_fast.errors import UserError
+
+BAND = 8  # rows of language tokens that the CPU makes patches of at a time: their floats stay in its cache
 
 
 @dataclass(frozen=True)
@@ -60,3 +66,33 @@ def resize(image: np.ndarray, *, factor: int, min_pixels: int, max_pixels: int) 
     if (rows, columns) == image.shape[:2]:
         return image
     return np.asarray(Image.fromarray(image).resize((columns, rows), Image.Resampling.BICUBIC))
+
+
+def patches_of(pixels: Tensor, grids: Tensor, spec: PatchSpec) -> Tensor:
+    """Normalised patches of resized images, image after image, on the device of `pixels`.
+
+    pixels: uint8, the bytes of every image [height, width, 3] end to end; grids: int64 [images, 3] on the host, frames, rows and columns of patches.
+    Returns float32 [patches, 3 * frames * patch**2], the same numbers as `locus_kernels.patchify`, whose kernels make them on CUDA.
+    """
+    sizes = [(rows * spec.patch, columns * spec.patch) for _, rows, columns in grids.tolist()]
+    images = [part.view(*size, 3) for part, size in zip(pixels.split([h * w * 3 for h, w in sizes]), sizes, strict=True)]
+    layout = {"patch": spec.patch, "frames": spec.frames, "merge": spec.merge}
+    if images and pixels.device.type != "cpu":
+        return patchify_images(images, sizes, **layout, mean=spec.mean, std=spec.std)[0]  # type: ignore[arg-type]
+    shape = (pixels.numel() // (3 * spec.patch**2), 3 * spec.frames * spec.patch**2)
+    patches = torch.from_numpy(np.empty(shape, np.float32))  # NumPy asks for huge pages: fresh small ones can cost more than filling them
+    for image, part in zip(images, patches.split([h * w // spec.patch**2 for h, w in sizes]), strict=True):
+        lines = BAND * spec.factor
+        for band, there in zip(image.split(lines), part.split(lines * image.shape[1] // spec.patch**2), strict=True):
+            _write_patches(band, there, spec)
+    return patches
+
+
+def _write_patches(image: Tensor, patches: Tensor, spec: PatchSpec) -> None:
+    """On the CPU: bytes to planes of floats, each normalised in place, then each value to its place in its patch, once a frame."""
+    planes = image.permute(2, 0, 1).contiguous().float()
+    for plane, scale, shift in zip(planes, *normalization(spec.mean, spec.std), strict=True):
+        plane.mul_(scale).sub_(shift)
+    rows, columns, cell = image.shape[0] // spec.factor, image.shape[1] // spec.factor, (spec.merge, spec.patch)
+    cells = planes.view(3, rows, *cell, columns, *cell).permute(1, 4, 2, 5, 0, 3, 6)  # block row and column, row and column in it, channel, y, x
+    patches.view(*cells.shape[:5], spec.frames, spec.patch, spec.patch).copy_(cells.unsqueeze(5))

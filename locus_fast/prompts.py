@@ -1,4 +1,4 @@
-"""What is asked, and a task's tokens, positions and patches."""
+"""What is asked, and a task's tokens, positions and pixels."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from locus_kernels.patchify import patchify
-from torch import Tensor
 
 from locus_fast.errors import UserError
 from locus_fast.families import Frame, family_of, frame_of
@@ -73,7 +71,7 @@ class Prompter:
         self.opening += given
 
     def __call__(self, example: Example) -> Prompt:
-        """The prompt of an example."""
+        """The prompt of an example; for a loader's thread, as resizing releases the GIL. Its pixels stay bytes, an eighth of their patches."""
         images = [
             self.family.resize(pixels, factor=self.spec.factor, min_pixels=least, max_pixels=most)
             for pixels, (least, most) in zip((example.image, example.cue), self.pixels, strict=True)
@@ -86,16 +84,12 @@ class Prompter:
         return Prompt(
             ids=ids,
             position=position,
-            patches=torch.cat([self.patches(image) for image in images]),
+            pixels=torch.from_numpy(np.concatenate([image.ravel() for image in images])),
             grids=torch.tensor(grids),
+            spec=self.spec,
             target=torch.tensor(np.array(example.box) * scale, dtype=torch.float32),
             scale=torch.tensor(scale, dtype=torch.float32),
             size_class=example.size_class,
             source=example.source,
             skipped=example.skipped,
         )
-
-    def patches(self, image: np.ndarray) -> Tensor:
-        spec = self.spec
-        writable = torch.from_numpy(np.ascontiguousarray(image).copy())
-        return patchify(writable, patch=spec.patch, frames=spec.frames, merge=spec.merge, mean=spec.mean, std=spec.std)

@@ -20,12 +20,15 @@ from locus_kernels.shared_prefix_attention import send
 from locus_kernels.shared_prefix_decode import shared_prefix_decode
 from torch import Tensor
 
+from locus_fast.cost.shapes import LADDER, PROMPT_STEP
 from locus_fast.errors import UserError
 from locus_fast.policy import Prefix
 from locus_fast.types import Rollout
 
-LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-PROMPT_STEP = 1024  # the tokens that static prompt buffers grow by
+
+def rung(rows: int) -> int:
+    """The fewest slots of the ladder that hold so many rows."""
+    return next((n for n in LADDER if n >= rows), rows)
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,15 @@ class Decoder:
     def __init__(self, model: Any, vocabulary: Vocabulary, static: bool | None = None):
         self.model, self.vocabulary = model, vocabulary
         self.is_static = vocabulary.allowed.is_cuda if static is None else static
-        self.graphs: dict[tuple, Graph] = {}
+        self.graphs: dict[int, Graph] = {}  # by the number of slots
         self.slots: Slots | None = None
         self.static: tuple = ()
+        self.prompt_kv: dict[int, tuple[Tensor, ...]] = {}
+
+    def release(self) -> None:
+        """Gives back its buffers and graphs; the next rollout makes them anew."""
+        self.graphs.clear()
+        self.slots, self.static, self.prompt_kv = None, (), {}
 
     @torch.no_grad()
     def generate(self, prefix: Prefix, sampling: Sampling, *, seed: int, groups: Sequence[int]) -> Rollout:
@@ -145,7 +154,7 @@ class Decoder:
             running = count.latest()
             if running == 0:
                 break
-            rows = next((n for n in LADDER if n >= running), running)
+            rows = rung(running)
             if rows < slots.rows:
                 slots.compact(rows, at - 1)
             self.advance(at)
@@ -158,7 +167,7 @@ class Decoder:
         B, R = len(packed.lengths), len(identity)
         self.sampling, self.seed = sampling, seed
         if self.is_static:
-            capacity = next((n for n in LADDER if n >= R), R)
+            capacity = rung(R)
             wanted = (
                 sampling,
                 seed,
@@ -172,9 +181,7 @@ class Decoder:
                 self.graphs.clear()
                 _, _, capacity, prompts, tokens, self.longest_prompt = self.static
                 self.slots = Slots(prefix, capacity, capacity, sampling, max(prompts, B))
-                self.prompt_kv: dict[int, tuple[Tensor, ...]] = {
-                    i: tuple(k.new_empty(k.shape[1], tokens, k.shape[2]).transpose(0, 1) for k in pair) for i, pair in kv.items()
-                }
+                self.prompt_kv = {i: tuple(k.new_empty(k.shape[1], tokens, k.shape[2]).transpose(0, 1) for k in pair) for i, pair in kv.items()}
                 self.cu_prompts = torch.zeros(self.slots.prompts + 1, dtype=torch.int32, device=identity.device)
             slots = self.slots
             assert slots is not None
@@ -187,7 +194,7 @@ class Decoder:
             self.prompt_kv = {i: tuple(t.detach().transpose(0, 1).contiguous().transpose(0, 1) for t in pair) for i, pair in kv.items()}
             self.cu_prompts, self.longest_prompt = packed.cu_seqlens, packed.longest
             slots = self.slots = Slots(prefix, R, R, sampling, B)
-        slots.rows = slots.capacity
+        slots.rows = rung(R) if self.is_static else R
         idle = slots.idle
         for t, value in (
             (slots.at, 0),
@@ -246,8 +253,9 @@ class Decoder:
         if not self.is_static:
             self.step(at)
             return
-        graph = self.graphs.setdefault((self.slots.rows,), Graph(lambda: self.step(None)))
-        graph()
+        if self.slots.rows not in self.graphs:
+            self.graphs[self.slots.rows] = Graph(lambda: self.step(None), next(iter(self.graphs.values()), None))
+        self.graphs[self.slots.rows]()
 
 
 class DecodePass:
@@ -281,11 +289,13 @@ class DecodePass:
 
 
 class Graph:
-    """A function of no arguments over static buffers, replayed as one CUDA graph from its second call on."""
+    """A function of no arguments over static buffers, replayed as one CUDA graph from its second call on. Graphs share one memory pool: they never
+    run at once, and leave nothing in it."""
 
-    def __init__(self, function: Callable[[], None]):
+    def __init__(self, function: Callable[[], None], other: Graph | None):
         self.function, self.warm = function, False
         self.graph: Any = None
+        self.pool: Any = other.pool if other else torch.cuda.graph_pool_handle()
 
     def __call__(self) -> None:
         if not self.warm:
@@ -294,7 +304,7 @@ class Graph:
             return
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, pool=self.pool):
                 self.function()
         self.graph.replay()
 

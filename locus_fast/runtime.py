@@ -17,9 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from locus_fast.adapters import add_adapters, base_of, is_adapter_folder, merge_adapters
+from locus_fast.budget import Budget, plan_for
 from locus_fast.checkpoint import check_folder, is_hub_id, load_model, model_folder
 from locus_fast.config import Config
 from locus_fast.cost.flops import group_cost
+from locus_fast.cost.plan import Plan, unplanned
 from locus_fast.cost.shapes import ModelShape
 from locus_fast.cues import CueRecipe, FileCues
 from locus_fast.data import read_boxes
@@ -51,6 +53,8 @@ class Setup:
     cues: CueSource
     prompter: Prompter
     skipped: Skipped
+    plan: Plan
+    budget: Budget
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -68,8 +72,8 @@ class Setup:
         return group_cost(self.shape, grids, len(prompt.ids), replies * self.config.max_tokens)
 
 
-def set_up(config: Config) -> Setup:
-    """Load everything a run needs; raises UserError for what cannot be used."""
+def set_up(config: Config, training: bool = False) -> Setup:
+    """Load everything a run needs; raises UserError for what cannot be used, with `training` for a model that the device cannot train."""
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
     if not is_hub_id(config.model):
@@ -77,9 +81,11 @@ def set_up(config: Config) -> Setup:
         check_folder(model_folder(base_of(chosen)) if is_adapter_folder(chosen) else chosen)
     cues = cue_source(config)  # before a model is fetched or loaded: it is the quicker one to be wrong
     folder = model_folder(config.model)
+    dtype = DTYPES[config.dtype]
     adapters = folder if is_adapter_folder(folder) else None
     folder = model_folder(base_of(adapters)) if adapters else folder
-    model, tokenizer = load_model(folder, torch.device("cpu") if config.quantize != "off" else device, DTYPES[config.dtype])
+    plan = plan_for(config, folder, dtype, device) if training else unplanned(config.tokens, config.checkpointing)
+    model, tokenizer = load_model(folder, torch.device("cpu") if config.quantize != "off" else device, dtype)
     if adapters:
         merge_adapters(adapters, model)
     if config.quantize != "off":
@@ -103,7 +109,8 @@ def set_up(config: Config) -> Setup:
     table = build_token_table(tokenizer, model.lm_head.weight.shape[0]).to(device)
     vocabulary = Vocabulary.of(model, tokenizer, table, WHICH_BOX[config.question], prompter.opening)
     shape = ModelShape.of(model.config)
-    return Setup(config, device, folder, model, shape, tokenizer, Decoder(model, vocabulary), table, cues, prompter, Skipped())
+    budget = Budget(plan.tokens, config.rollout_tokens)
+    return Setup(config, device, folder, model, shape, tokenizer, Decoder(model, vocabulary), table, cues, prompter, Skipped(), plan, budget)
 
 
 def choose_device(name: str) -> torch.device:

@@ -13,7 +13,6 @@ partial groups, and any correction for a sampler that differs from the trainer.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 import time
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from locus_fast.checkpoint import is_hub_id, latest_checkpoint, load_checkpoint, save_adapters, save_checkpoint, save_model
 from locus_fast.config import Config, parse
-from locus_fast.cost.flops import COLUMNS, PROMPT_ROWS, rates, step_flops, total
+from locus_fast.cost.flops import COLUMNS, PROMPT_ROWS, step_flops, total
 from locus_fast.cost.shapes import Group
 from locus_fast.errors import UserError
 from locus_fast.evaluate import evaluate
@@ -42,6 +41,7 @@ from locus_fast.reference import Reference, make_reference
 from locus_fast.report import Metrics, draw_curve, draw_samples
 from locus_fast.rollout import Sampling
 from locus_fast.runtime import Interrupt, Setup, batches, prefetch, set_up
+from locus_fast.totals import Totals, summarise
 from locus_fast.types import Prompt, Rollout
 
 DROPPED_STEPS = 5  # steps in a row without a finite gradient that end the run
@@ -53,7 +53,7 @@ class Experience:
 
     batch: PromptBatch
     rollout: Rollout
-    lengths: list[int]  # of all R replies, on the host
+    lengths: list[list[int]]  # of each group's replies, on the host
     live: list[int]  # groups with a gradient
     advantage: Tensor  # float32 [R]
     weight: Tensor  # float32 [R], of each token of a reply
@@ -61,33 +61,10 @@ class Experience:
     reference: Tensor | None = None  # float32 [T]
 
 
-class Totals:
-    """Sums over a step's microbatches, read back once at its end."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor | float] = {}
-        self.peaks: dict[str, Tensor] = {}
-
-    def add(self, **values: Tensor | float) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def peak(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            self.peaks[name] = torch.maximum(self.peaks[name], value) if name in self.peaks else value
-
-    def read(self, **more: Tensor) -> dict[str, float]:
-        """Everything as numbers, `more` included: one readback."""
-        values = {**self.sums, **self.peaks, **more}
-        on_device = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        numbers = torch.stack([value.double() for value in on_device.values()]).tolist()
-        return {**{name: float(value) for name, value in values.items() if name not in on_device}, **dict(zip(on_device, numbers, strict=True))}
-
-
 def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]:
     """One run into the folder `out`; returns the summary. `stop` is asked between microbatches. Whatever ends the run, what was done is saved."""
     started = time.perf_counter()
-    setup = set_up(config)
+    setup = set_up(config, training=True)
     model = setup.model
     lr_of = {part: config.lr * share for part, share in zip(PARTS, config.rates, strict=True)}
     optimizer = make_optimizer(config.optimizer, parameter_groups(model, lr_of), config.weight_decay)
@@ -96,19 +73,21 @@ def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]
         raise UserError(f"--resume {out}: it has done {done} steps, and --steps is {config.steps}; ask for more.")
     metrics = Metrics(out, config.tensorboard, done)
     (out / "config.json").write_text(json.dumps(asdict(replace(config, resume="")), indent=2))
-    print(f"{setup.cues.describe()}; {out}", file=sys.stderr)
+    print(f"{setup.cues.describe()}; {out}\n{setup.plan.reason}", file=sys.stderr)
     before = evaluate(setup, "held-out cues, before", stop)
     reference = make_reference(model, config.reference) if config.kl > 0 else None
     if checkpoint:
         load_checkpoint(checkpoint, model, optimizer)
-    if config.checkpointing:
-        checkpoint_activations(model)
+    if setup.plan.checkpointing:
+        checkpoint_activations(model, setup.plan.checkpointing)
     try:
         for numbers in steps(setup, reference, optimizer, done, stop):
             done = numbers["step"]
             metrics.write(numbers)
             if config.save_every and done % config.save_every == 0 and done < config.steps:
                 save_checkpoint(out, model, setup.folder, optimizer, done)
+    except torch.OutOfMemoryError:
+        raise UserError(setup.budget.too_small(setup.plan.checkpointing)) from None
     finally:
         save_checkpoint(out, model, setup.folder, optimizer, done)
         if config.export == "adapter":
@@ -122,6 +101,7 @@ def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]
         "steps": done,
         "interrupted": stop(),
         "skipped_images": len(setup.skipped.sentences),
+        "plan": {**asdict(setup.plan), "halved": setup.budget.halved},
         **metrics.throughput(),
         "total_seconds": time.perf_counter() - started,
     }
@@ -164,27 +144,11 @@ def train_step(
     chunk = [next(prompts) for _ in range(config.prompts)]
     setup.skipped.add(chunk)
     waited = time.perf_counter() - clock
-    totals, experiences = Totals(), []
-    denominator = 0
-    optimizer.zero_grad(set_to_none=True)
-    for indices, batch in batches(setup, chunk, step * config.prompts, config.replies, max(config.tokens, config.rollout_tokens)):
-        if stop():
-            return None
-        kept = sum(setup.cost(prompt, config.replies) for prompt in batch.prompts) <= config.tokens
-        with torch.set_grad_enabled(kept):
-            prefix = prefill(setup.model, batch)  # the sampler's prefill is the training forward's prefix
-        rollout = setup.decoder.generate(prefix, sampling_of(config), seed=config.seed, groups=indices)
-        scored = score(setup, batch, rollout, step / config.steps)
-        host = torch.cat([rollout.lengths, scored.zero_variance.long()]).tolist()  # the one readback of a microbatch
-        lengths, live = host[: len(rollout.ids)], [group for group, flat in enumerate(host[len(rollout.ids) :]) if not flat]
-        weight, share = MEANS[config.mean](rollout.lengths, lengths)
-        denominator += share
-        count(totals, batch, rollout, scored, lengths, live)
-        whole = Experience(batch, rollout, lengths, live, scored.advantage, weight)
-        for part in [whole] if kept else parts(setup, whole):
-            spend(setup, totals, part, again=not kept)
-            if part.live:
-                experiences.append(learn(setup, reference, part, prefix if kept else prefill(setup.model, part.batch), totals))
+    largest = max(setup.cost(prompt, config.replies) for prompt in chunk)
+    done = setup.budget.retry(lambda: first_update(setup, reference, optimizer, chunk, step, stop), largest, setup.decoder)
+    if done is None:
+        return None
+    totals, experiences, denominator = done
     # a policy whose own log-probs are not numbers earns no reward, so it has no gradient to show it: the step is dropped as if its norm were none
     gone = torch.where(torch.as_tensor(totals.sums["not_finite"]) > 0, torch.nan, float(denominator))
     factor = rate_factor(step, config.steps, config.warmup, config.schedule)
@@ -202,20 +166,56 @@ def train_step(
     return summarise(totals, chunk, step, norm, config.lr * factor, time.perf_counter() - clock, waited)
 
 
+def first_update(
+    setup: Setup, reference: Any, optimizer: torch.optim.Optimizer, chunk: list[Prompt], step: int, stop: Callable[[], bool]
+) -> tuple[Totals, list[Experience], int] | None:
+    """Rollouts of one batch of prompts and the gradient of their summed loss: (sums for the metrics, what further updates need, the denominator),
+    or None if `stop` said so. Rollouts follow from the seed and the weights alone, so it can be done again."""
+    config = setup.config
+    totals, experiences = Totals(), []
+    denominator = 0
+    optimizer.zero_grad(set_to_none=True)
+    for indices, batch in batches(setup, chunk, step * config.prompts, config.replies, setup.budget.rollout):
+        if stop():
+            return None
+        kept = sum(setup.cost(prompt, config.replies) for prompt in batch.prompts) <= setup.budget.tokens
+        with torch.set_grad_enabled(kept):
+            prefix = prefill(setup.model, batch)  # the sampler's prefill is the training forward's prefix
+        rollout = setup.decoder.generate(prefix, sampling_of(config), seed=config.seed, groups=indices)
+        scored = score(setup, batch, rollout, step / config.steps)
+        host = torch.cat([rollout.lengths, scored.zero_variance.long()]).tolist()  # the one readback of a microbatch
+        flat, live = host[: len(rollout.ids)], [group for group, flat in enumerate(host[len(rollout.ids) :]) if not flat]
+        lengths = [flat[r : r + config.replies] for r in range(0, len(flat), config.replies)]
+        weight, share = MEANS[config.mean](rollout.lengths, flat)
+        denominator += share
+        count(totals, batch, rollout, scored, flat, live)
+        whole = Experience(batch, rollout, lengths, live, scored.advantage, weight)
+        kept_prefix = prefix if kept else None
+        del prefix  # a wide rollout's keys and values make room
+        for part in [whole] if kept else parts(setup, whole):
+            spend(setup, totals, part, again=not kept)
+            if part.live:
+                experience = learn(setup, reference, part, kept_prefix, totals)
+                experiences += [experience] if config.updates > 1 else []
+    return totals, experiences, denominator
+
+
 def parts(setup: Setup, whole: Experience) -> Iterator[Experience]:
     """The microbatches to train on of a rollout that is wider than one."""
     G = setup.config.replies
-    for chosen, batch in batches(setup, list(whole.batch.prompts), 0, G, setup.config.tokens):
+    for chosen, batch in batches(setup, list(whole.batch.prompts), 0, G, setup.budget.tokens):
         row = [b * G + g for b in chosen for g in range(G)]
         rows = torch.tensor(row, device=setup.device)
         rollout = Rollout(whole.rollout.ids[rows], whole.rollout.lengths[rows], whole.rollout.logprob[rows])
         live = [place for place, b in enumerate(chosen) if b in whole.live]
-        yield Experience(batch, rollout, [whole.lengths[r] for r in row], live, whole.advantage[rows], whole.weight[rows])
+        yield Experience(batch, rollout, [whole.lengths[b] for b in chosen], live, whole.advantage[rows], whole.weight[rows])
 
 
-def learn(setup: Setup, reference: Reference | None, experience: Experience, prefix: Prefix, totals: Totals) -> Experience:
-    """Forward over the live groups' replies on the prefix, and the backward of the summed loss; the experience with what further updates need."""
+def learn(setup: Setup, reference: Reference | None, experience: Experience, prefix: Prefix | None, totals: Totals) -> Experience:
+    """Forward over the live groups' replies on the prefix (made here if there is none), and the backward of the summed loss; the experience with what
+    further updates need."""
     config = setup.config
+    prefix = prefill(setup.model, experience.batch) if prefix is None else prefix
     replies = Replies.of(experience.batch, experience.rollout, experience.lengths, experience.live)
     logprob, entropy = reply_logprob(setup.model, prefix, replies, config.temperature)
     anchor = None
@@ -234,16 +234,16 @@ def spend(setup: Setup, totals: Totals, experience: Experience, *, again: bool, 
     rollout: the first update, with rollout and reference."""
     G, config = setup.config.replies, setup.config
     groups = [
-        Group(tuple((h, w) for _, h, w in prompt.grids.tolist()), len(prompt.ids), tuple(experience.lengths[b * G : b * G + G]), b in experience.live)
+        Group(tuple((h, w) for _, h, w in prompt.grids.tolist()), len(prompt.ids), tuple(experience.lengths[b]), b in experience.live)
         for b, prompt in enumerate(experience.batch.prompts)
     ]
-    passes: dict[str, Any] = {"checkpointing": config.checkpointing, "reference": config.kl > 0, "train_vision": trains_vision(setup.model)}
+    passes: dict[str, Any] = {"checkpointing": setup.plan.checkpointing, "reference": config.kl > 0, "train_vision": trains_vision(setup.model)}
     spent, floor = (step_flops(setup.shape, groups, executed=executed, **passes) for executed in (True, False))
     columns = COLUMNS if rollout else ("forward", "recompute", "backward")
     prompts = sum(spent[row]["forward"] for row in PROMPT_ROWS) if again and rollout else 0
     model = [column for column in columns if column != "recompute"]
     cost = sum(setup.cost(prompt, G) for prompt in experience.batch.prompts)
-    totals.add(cost=cost, room=float(config.tokens))
+    totals.add(cost=cost, room=float(setup.budget.tokens))
     totals.add(model_flops=total(floor, model), floor_flops=total(floor, columns), spent_flops=total(spent, columns) + prompts)
 
 
@@ -304,40 +304,6 @@ def backward(config: Config, experience: Experience, replies: Replies, logprob: 
     loss.backward()
     totals.peak(ratio_max=sums.pop("ratio_max"))
     totals.add(loss=loss.detach(), updated_tokens=float(len(logprob)), **sums)
-
-
-def summarise(totals: Totals, chunk: list[Prompt], step: int, norm: Tensor, rate: float, seconds: float, waited: float) -> dict[str, Any]:
-    """The step's metrics. Those that depend on time: seconds, wait_seconds, mfu and the ones that end in _per_s."""
-    began = time.perf_counter()
-    sums = totals.read(norm=norm)
-    seconds += time.perf_counter() - began  # until the device had done the step
-    replies, live, updated = sums["replies"], max(1.0, sums.get("live_tokens", 0.0)), max(1.0, sums.get("updated_tokens", 0.0))
-    return {
-        "step": step + 1,
-        **{name: sums[name] / replies for name in ("reward", "iou", "valid", "format")},
-        "reply_tokens": sums["reply_tokens"] / replies,
-        "zero_variance_groups": int(sums["zero_variance"]),
-        "loss": sums.get("loss", 0.0) / updated,
-        "kl": sums.get("kl", 0.0) / updated,
-        "entropy": sums.get("entropy", 0.0) / live,
-        "clip_low": sums.get("clip_low", 0.0) / updated,
-        "clip_high": sums.get("clip_high", 0.0) / updated,
-        "ratio_max": sums.get("ratio_max", 1.0),
-        "sampler_gap": sums.get("sampler_gap", 0.0) / live,
-        "sampler_gap_max": sums.get("sampler_gap_max", 0.0),
-        "grad_norm": sums["norm"] if math.isfinite(sums["norm"]) else 0.0,
-        "dropped_step": sums["not_finite"] > 0 or not math.isfinite(sums["norm"]),
-        "lr": rate,
-        "skipped_images": sum(len(prompt.skipped) for prompt in chunk),
-        "seconds": seconds,
-        "wait_seconds": waited,
-        "unique_tokens_per_s": (sums["prompt_tokens"] + sums["reply_tokens"]) / seconds,
-        "rollouts_per_s": replies / seconds,
-        "fill": sums["cost"] / sums["room"],
-        "flops": sums["spent_flops"],
-        "flops_over_floor": sums["spent_flops"] / sums["floor_flops"],
-        **rates(sums["model_flops"], seconds, torch.cuda.get_device_name() if norm.is_cuda else "cpu"),
-    }
 
 
 def show(bar: tqdm, numbers: dict[str, Any]) -> None:

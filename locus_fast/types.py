@@ -11,6 +11,8 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from locus_fast.preprocess import PatchSpec, patches_of
+
 
 @dataclass(frozen=True)
 class Example:
@@ -45,13 +47,19 @@ class Prompt:
 
     ids: Tensor  # int64 [P], image placeholders expanded
     position: Tensor  # int64 [3, P]: temporal, row and column rotary positions
-    patches: Tensor  # float32 [patches, channels * frames * patch**2] of image and cue
+    pixels: Tensor  # uint8, the bytes [height, width, 3] of image and cue as resized, end to end
     grids: Tensor  # int64 [images, 3]: frames, rows, columns of patches
+    spec: PatchSpec  # how patches are made of them
     target: Tensor  # float32 [4]: the true box in the family's coordinate frame
     scale: Tensor  # float32 [4]: frame units per pixel of the original image
     size_class: str
     source: str
     skipped: tuple[str, ...] = ()
+
+    @property
+    def patches(self) -> Tensor:
+        """What a plain model takes, made on the host at every call: float32 [patches, 3 * frames * patch**2]. A batch makes its own on its device."""
+        return patches_of(self.pixels, self.grids, self.spec)
 
 
 @dataclass(frozen=True)

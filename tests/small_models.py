@@ -7,6 +7,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from locus_fast.families import interleave
 from locus_fast.policy import use_attention
+from locus_fast.preprocess import PatchSpec
 from locus_fast.types import Prompt
 
 VOCABULARY, IMAGE, VIDEO, START, END = 320, 300, 301, 302, 303
@@ -49,13 +50,14 @@ def small_prompt(model, grids: list[tuple[int, int]], words: int, seed: int, ima
     """A prompt with images of these (rows, columns) of patches, and `words` random tokens in each text piece."""
     rng = torch.Generator().manual_seed(seed)
     vision = model.config.vision_config
-    merge, width = vision.spatial_merge_size, 3 * vision.temporal_patch_size * vision.patch_size**2
+    merge, patch = vision.spatial_merge_size, vision.patch_size
+    spec = PatchSpec(patch, vision.temporal_patch_size, merge, (0.5,) * 3, (0.3,) * 3)
     before, after = torch.randint(3, 290, (2, words), generator=rng).tolist()
     pieces = [[*before, START], *[[END, START]] * (len(grids) - 1), [END, *after]] if grids else [before]
     ids, position = interleave(pieces, [(h // merge, w // merge) for h, w in grids], image)
-    patches = torch.randn(sum(h * w for h, w in grids), width, generator=rng)
+    pixels = torch.randint(0, 256, (sum(h * w for h, w in grids) * patch**2 * 3,), generator=rng, dtype=torch.uint8)
     grid = torch.tensor([(1, h, w) for h, w in grids], dtype=torch.int64).view(-1, 3)
-    return Prompt(ids, position, patches, grid, torch.tensor([1.0, 2.0, 30.0, 40.0]), torch.ones(4), "small", f"prompt {seed}")
+    return Prompt(ids, position, pixels, grid, spec, torch.tensor([1.0, 2.0, 30.0, 40.0]), torch.ones(4), "small", f"prompt {seed}")
 
 
 def naive_logprob(model, prompts: list[Prompt], replies: list[list[torch.Tensor]]) -> list[torch.Tensor]:

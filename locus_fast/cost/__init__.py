@@ -2,6 +2,7 @@
 
 from locus_fast.cost.flops import group_cost, model_flops, peak_flops, rates, repeated_flops, step_flops, total
 from locus_fast.cost.memory import peak_memory
+from locus_fast.cost.plan import Plan, plan
 from locus_fast.cost.shapes import PUBLISHED, Group, ModelShape, TextShape, VisionShape, group_of
 from locus_fast.cost.traffic import step_bytes, step_launches, step_syncs
 
@@ -9,6 +10,7 @@ __all__ = [
     "PUBLISHED",
     "Group",
     "ModelShape",
+    "Plan",
     "TextShape",
     "VisionShape",
     "group_cost",
@@ -16,6 +18,7 @@ __all__ = [
     "model_flops",
     "peak_flops",
     "peak_memory",
+    "plan",
     "rates",
     "repeated_flops",
     "step_bytes",

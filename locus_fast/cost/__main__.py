@@ -10,14 +10,11 @@ from typing import Any, NoReturn
 
 from locus_fast.config import PRESETS, Config
 from locus_fast.cost.flops import COLUMNS, group_cost, model_flops, repeated_flops, step_flops, total
-from locus_fast.cost.memory import REFERENCES, peak_memory
+from locus_fast.cost.memory import REFERENCES
+from locus_fast.cost.plan import AUTO_CHECKPOINTING, AUTO_TOKENS, FREE, GIB, TEXT_TOKENS, Plan, Room, plan
 from locus_fast.cost.shapes import PUBLISHED, Group, ModelShape, group_of
 from locus_fast.cost.traffic import step_bytes, step_launches, step_syncs
 from locus_fast.errors import UserError
-
-TEXT_TOKENS = 128  # of a prompt: the question with thinking, the chat template and the marks around two images, rounded up
-GIB = 2**30
-FREE = 0.05
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,7 +31,7 @@ def size(text: str) -> tuple[int, int]:
 
 def at_least(least: int):
     def number(text: str) -> int:
-        if not re.fullmatch(r"\d+", text) or int(text) < least:
+        if not re.fullmatch(r"-?\d+", text) or int(text) < least:
             raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, not '{text}'")
         return int(text)
 
@@ -45,7 +42,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line. Raises UserError for an unknown option or a value that cannot be."""
     d = Config()
     parser = _Parser(prog="python -m locus_fast.cost", description="What a training step costs, counted from shapes.", allow_abbrev=False)
-    yes: dict[str, Any] = {"choices": ("true", "false"), "metavar": "BOOL"}
     add = parser.add_argument
     add("--preset", default="qwen2.5-vl-7b", help="a preset's model: tiny, " + ", ".join(PUBLISHED) + " (default: %(default)s)")
     add("--model", default="", help="a folder with a config.json, instead of the preset's model")
@@ -55,9 +51,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--prompts", type=at_least(1), default=d.prompts, help="prompts a step (default: %(default)s)")
     add("--replies", type=at_least(1), default=d.replies, help="replies a prompt (default: %(default)s)")
     add("--reply-tokens", type=at_least(1), default=100, help="tokens of a reply (default: %(default)s)")
-    add("--tokens", type=at_least(1), default=d.tokens, help="budget of a microbatch in tokens, in whole groups (default: %(default)s)")
-    add("--checkpointing", default="true", help="recompute activations in backward (default: %(default)s)", **yes)
-    add("--reference", choices=REFERENCES, default="bf16", help="how the KL's reference is held; none: no KL (default: %(default)s)")
+    add("--max-tokens", type=at_least(1), default=d.max_tokens, help="longest reply that the decoder has room for (default: %(default)s)")
+    add("--tokens", type=at_least(0), default=AUTO_TOKENS, help="budget of a microbatch in tokens; 0: what fits (default: %(default)s)")
+    every = "recompute every how many-th layer in backward; 0: none, -1: the faster of 0 and 1 that fits (default: %(default)s)"
+    add("--checkpointing", type=at_least(-1), default=AUTO_CHECKPOINTING, help=every)
+    add("--reference", choices=REFERENCES, default="copy", help="how the KL's reference is held; none: no KL (default: %(default)s)")
     add("--memory", type=at_least(1), default=78, help="device memory in GiB that the step has to fit (default: %(default)s)")
     return parser.parse_args(arguments)
 
@@ -109,34 +107,31 @@ def flop_lines(shape: ModelShape, group: Group, ways: dict[str, Any]) -> Iterato
     yield f"  model FLOPs (no recomputation): {scaled(useful, unit)} {name}; the group packs as {packed:,.0f} tokens"
 
 
-def fitting(shape: ModelShape, group: Group, options: argparse.Namespace) -> tuple[int, int, dict[str, float]]:
-    """(groups a microbatch that the token budget allows, the most of them that fit the memory, peak bytes by part of the latter).
-
-    Where not even one fits, one. A share of the memory stays free for the allocator's fragments.
-    """
-    budget = min(options.prompts, max(1, options.tokens // (group.prompt + sum(group.replies))))
-
-    def peak(count: int) -> dict[str, float]:
-        return peak_memory(shape, [group] * count, checkpointing=options.checkpointing == "true", reference=options.reference)
-
-    fits = [count for count in range(1, budget + 1) if sum(peak(count).values()) <= (1 - FREE) * options.memory * GIB]
-    width = max(fits, default=1)
-    return budget, width, peak(width)
+def chosen(shape: ModelShape, group: Group, options: argparse.Namespace) -> tuple[Plan, int, dict[str, float]]:
+    """(the plan, groups a microbatch, peak bytes by part). Where not even one group fits, one with every layer recomputed."""
+    ways: dict[str, Any] = {"reference": options.reference, "max_tokens": max(options.max_tokens, options.reply_tokens)}
+    room = Room(shape, options.memory * GIB, options.prompts, 0, ways)
+    wanted = {"tokens": options.tokens, "checkpointing": options.checkpointing}
+    try:
+        made = plan(shape, [group], memory_bytes=room.memory_bytes, prompts=options.prompts, **wanted, **ways)
+    except UserError as error:
+        made = Plan(options.tokens or 1, 1 if options.checkpointing == AUTO_CHECKPOINTING else options.checkpointing, str(error))
+    width = room.width(group, made.tokens)
+    return made, width, room.parts(group, width, made.checkpointing)
 
 
 def report(shape: ModelShape, group: Group, options: argparse.Namespace) -> Iterator[str]:
     """The printed lines."""
-    checkpointing, kl = options.checkpointing == "true", options.reference != "none"
-    budget, width, memory = fitting(shape, group, options)
+    made, width, memory = chosen(shape, group, options)
     microbatches = [[group] * min(width, options.prompts - done) for done in range(0, options.prompts, width)]
     vision, text = shape.vision, shape.text
     yield f"{options.model or options.preset}: {shape.parameters:,} parameters (vision {vision.parameters:,}, language {text.parameters:,})"
     cells = [f"{w}x{h} pixels -> {columns}x{rows} patches" for (w, h), (rows, columns) in zip((options.image, options.cue), group.grids, strict=True)]
     yield f"image {cells[0]}; cue {cells[1]}"
     yield f"a prompt of {group.prompt} tokens, {len(group.replies)} replies of {group.replies[0]}; {options.prompts} prompts a step"
-    yield f"in {len(microbatches)} microbatches of up to {width} groups (the budget of {options.tokens:,} tokens allows {budget})"
+    yield f"in {len(microbatches)} microbatches of up to {width} groups: {made.reason}"
     yield ""
-    ways: dict[str, Any] = {"checkpointing": checkpointing, "reference": kl}
+    ways: dict[str, Any] = {"checkpointing": made.checkpointing, "reference": options.reference != "none"}
     yield from flop_lines(shape, group, ways)
     yield ""
     mine, theirs = step_bytes(shape, microbatches, **ways), step_bytes(shape, microbatches, **ways, repeat=True)
@@ -146,7 +141,7 @@ def report(shape: ModelShape, group: Group, options: argparse.Namespace) -> Iter
     rows.append(["sum", scaled(sum(mine.values()), unit, 1), scaled(sum(theirs.values()), unit, 1)])
     yield from table_lines(["part", "ours", "repeat"], rows)
     yield ""
-    launches, syncs = step_launches(shape, microbatches, **ways), step_syncs(shape, microbatches, reference=kl)
+    launches, syncs = step_launches(shape, microbatches, **ways), step_syncs(microbatches)
     yield "kernel launches of a step, eager: " + ", ".join(f"{part} {n:,}" for part, n in launches.items()) + f"; sum {sum(launches.values()):,}"
     yield "host syncs of a step: " + ", ".join(f"{cause} {n:,}" for cause, n in syncs.items()) + f"; sum {sum(syncs.values()):,}"
     yield ""

@@ -6,14 +6,14 @@ left out, as everywhere in this field.
 
 The floor is what any exact step must do: each prompt and each reply token once forward and twice backward, the recomputation that activation
 checkpointing asks for, the reference once, and decoding. What is spent (`executed`) adds what fused kernels do again in backward, the logits' tiles
-and the attention scores, and the decoding of rows that ended before the longest.
+and the attention scores, and the decoding of rows that ended before they were moved out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from locus_fast.cost.shapes import Group, ModelShape, VisionShape
+from locus_fast.cost.shapes import Group, ModelShape, VisionShape, recomputed, rung
 
 COLUMNS = ("rollout", "forward", "recompute", "backward", "reference")
 PROMPT_ROWS = ("vision", "vision attention", "prompt", "prompt attention")
@@ -60,7 +60,7 @@ def step_flops(
     shape: ModelShape,
     groups: Sequence[Group],
     *,
-    checkpointing: bool,
+    checkpointing: int,
     reference: bool,
     train_vision: bool = True,
     executed: bool = False,
@@ -69,29 +69,30 @@ def step_flops(
     """FLOPs of one microbatch's step by part and pass; those of a step are the sums over its microbatches.
 
     reference: whether there is a KL term; executed: what is spent rather than the floor; causal: "exact", or "square" to compare with
-    `torch.utils.flop_counter`. Groups that are not live stop after decoding. Checkpointing recomputes every layer but its last product, which
-    nothing in backward reads.
+    `torch.utils.flop_counter`. Groups that are not live stop after decoding. checkpointing: 0, or every how many-th layer is recomputed, all
+    but its last product, which nothing in backward reads.
     """
     vision, text = shape.vision, shape.text
     live = [group for group in groups if group.live]
     layer, down = 2 * text.matrices, 2 * text.hidden * text.intermediate
     block, last = block_flops(vision)
     embed, mergers = tower_ends(vision)
-    again = 2.5 if executed else 2.0  # attention's backward reads the scores, which a fused kernel recomputes
+    twice = 2.5 if executed else 2.0  # attention's backward reads the scores, which a fused kernel recomputes
+    layers, blocks = recomputed(text.layers, checkpointing), recomputed(vision.depth, checkpointing)
 
     def patches(chosen: Iterable[Group]) -> int:
         return sum(group.patches for group in chosen)
 
-    def image_pairs(chosen: Iterable[Group]) -> int:
-        return 4 * vision.hidden * sum(vision.pairs(*grid) for group in chosen for grid in group.grids)
+    def image_pairs(chosen: Iterable[Group], every: int = 1) -> int:
+        return 4 * vision.hidden * sum(vision.pairs(*grid, every) for group in chosen for grid in group.grids)
 
     def prompt_pairs(chosen: Iterable[Group]) -> int:
         return 4 * text.queries * text.layers * sum(causal_pairs(group.prompt, causal) for group in chosen)
 
-    def row(forward: float, of_live: float, recomputed: float, backward: float) -> dict[str, float]:
+    def row(forward: float, of_live: float, again: float, backward: float) -> dict[str, float]:
         return {
             "forward": forward,
-            "recompute": recomputed if checkpointing else 0,
+            "recompute": again,
             "backward": backward,
             "reference": of_live if reference else 0,
         }
@@ -100,17 +101,17 @@ def step_flops(
     P, live_P = (sum(group.prompt for group in chosen) for chosen in (groups, live))
     fed, scored = sum(sum(group.fed) for group in live), sum(sum(group.replies) for group in live)
     trained_N = live_N if train_vision else 0
-    pixels = image_pairs(live) if train_vision else 0
+    pixels, pixels_again = (image_pairs(live, every) if train_vision and every else 0 for every in (1, checkpointing))
     own = 4 * text.queries * text.layers * sum(n * group.prompt + causal_pairs(n, causal) for group in live for n in group.fed)
     tower = embed + vision.depth * block + mergers
     head = 2 * scored * text.head_parameters
     table = {
-        "vision": row(N * tower, live_N * tower, trained_N * vision.depth * (block - last), trained_N * (2 * tower - embed)),
-        "vision attention": row(image_pairs(groups), image_pairs(live), pixels, again * pixels),
-        "prompt": row(P * text.layers * layer, live_P * text.layers * layer, live_P * text.layers * (layer - down), 2 * live_P * text.layers * layer),
-        "prompt attention": row(prompt_pairs(groups), prompt_pairs(live), prompt_pairs(live), again * prompt_pairs(live)),
-        "replies": row(fed * text.layers * layer, fed * text.layers * layer, fed * text.layers * (layer - down), 2 * fed * text.layers * layer),
-        "reply attention": row(own, own, own, again * own),
+        "vision": row(N * tower, live_N * tower, trained_N * blocks * (block - last), trained_N * (2 * tower - embed)),
+        "vision attention": row(image_pairs(groups), image_pairs(live), pixels_again, twice * pixels),
+        "prompt": row(P * text.layers * layer, live_P * text.layers * layer, live_P * layers * (layer - down), 2 * live_P * text.layers * layer),
+        "prompt attention": row(prompt_pairs(groups), prompt_pairs(live), prompt_pairs(live) * layers // text.layers, twice * prompt_pairs(live)),
+        "replies": row(fed * text.layers * layer, fed * text.layers * layer, fed * layers * (layer - down), 2 * fed * text.layers * layer),
+        "reply attention": row(own, own, own * layers // text.layers, twice * own),
         "head": row(head, head, 0, 2 * head),
     }
     if executed:
@@ -119,19 +120,25 @@ def step_flops(
 
 
 def decode_flops(shape: ModelShape, groups: Sequence[Group], executed: bool) -> Table:
-    """FLOPs of sampling, the last three rows of the table. executed: every row goes on until the longest reply of the microbatch has ended."""
+    """FLOPs of sampling, the last three rows of the table. executed: rows go on until the next smaller number of rows holds all that still run.
+
+    A prompt's first logits are computed once for all its replies."""
     text = shape.text
-    longest = max((n for group in groups for n in group.replies), default=0)
-    lengths = [(group.prompt, longest if executed else n) for group in groups for n in group.replies]
-    pairs = sum((n - 1) * prompt + causal_pairs(n - 1, "exact") for prompt, n in lengths)
+    lengths = [n for group in groups for n in group.replies]
+    if executed:
+        running = (sum(n > at for n in lengths) for at in range(1, max(lengths, default=1)))
+        rows = sum(min(len(lengths), rung(n)) for n in running)
+    else:
+        rows = sum(n - 1 for n in lengths)
+    pairs = sum(n * group.prompt + causal_pairs(n, "exact") for group in groups for n in group.fed)
     return {
-        "decode": {"rollout": 2 * text.matrices * text.layers * sum(n - 1 for _, n in lengths)},
+        "decode": {"rollout": 2 * text.matrices * text.layers * rows},
         "decode attention": {"rollout": 4 * text.queries * text.layers * pairs},
-        "decode head": {"rollout": 2 * text.head_parameters * sum(n for _, n in lengths)},
+        "decode head": {"rollout": 2 * text.head_parameters * (len(groups) + rows)},
     }
 
 
-def repeated_flops(shape: ModelShape, groups: Sequence[Group], *, checkpointing: bool, reference: bool) -> Table:
+def repeated_flops(shape: ModelShape, groups: Sequence[Group], *, checkpointing: int, reference: bool) -> Table:
     """The same step by a trainer that runs vision tower and prompt again for every reply in every pass, its sampler's prefill included.
 
     Old log-probs are taken to be free (aligned sampler and trainer), and flat groups are trained on like any other. This favours it: padding, a
@@ -150,7 +157,7 @@ def total(table: Table, columns: Iterable[str] = COLUMNS) -> float:
 
 def model_flops(shape: ModelShape, groups: Sequence[Group], *, reference: bool, train_vision: bool = True) -> float:
     """What MFU counts: the floor without any recomputation, vision tower and decoding included, over one microbatch."""
-    return total(step_flops(shape, groups, checkpointing=False, reference=reference, train_vision=train_vision))
+    return total(step_flops(shape, groups, checkpointing=0, reference=reference, train_vision=train_vision))
 
 
 def rates(flops: float, seconds: float, device: str) -> dict[str, float]:

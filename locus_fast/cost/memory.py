@@ -5,6 +5,8 @@ norms the output before and after its weight (2 hidden), and its input in float3
 after its activation, the up projection and their product (4 intermediate). A vision block is counted the same way. With activation checkpointing
 only each layer's input stays, and one layer at a time is recomputed. Keys and values of prompts stay either way.
 
+The decoder keeps its buffers through the step: replies' keys for the longest reply allowed, and a copy of the prompts', on CUDA rounded up.
+
 The peak is the largest of the step's moments: decoding, the reference's pass, the head's backward, the first layer's backward of replies, of
 prompts and of the tower, and the gradient of the embedding table.
 """
@@ -13,11 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from locus_fast.cost.shapes import Group, ModelShape, TextShape, VisionShape
+from locus_fast.cost.shapes import PROMPT_STEP, Group, ModelShape, TextShape, VisionShape, recomputed, rung
 from locus_fast.cost.traffic import STATE_BYTES, kept_bytes
 from locus_fast.errors import UserError
 
-REFERENCES = ("none", "bf16", "int8", "nf4", "host")
+REFERENCES = ("none", "copy", "int8", "nf4", "host")
 # Bytes of a quantised matrix element, its scales included: one float32 for each row (int8, taken as free), or for each block of 64 (nf4).
 QUANTISED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
 
@@ -43,13 +45,22 @@ def tower_ends_bytes(vision: VisionShape, width: int) -> float:
     return width * mergers * vision.hidden + width * vision.out * (1 + len(vision.deepstack)) / vision.merge**2
 
 
-def reference_bytes(shape: ModelShape, kind: str) -> float:
-    """Device memory of the reference model. Quantised, its layers' matrices and its tower shrink and embeddings and head stay bfloat16; on the host,
-    two layers are on the device at a time, and the head."""
+def decoder_bytes(shape: ModelShape, groups: Sequence[Group], max_tokens: int, width: int, static: bool) -> float:
+    """The decoder's buffers for the replies of these groups: keys and values of up to max_tokens tokens each and of the prompts, ids and log-probs.
+    static: of the sizes that CUDA graphs are captured for."""
+    rows, prompt = sum(len(group.replies) for group in groups), sum(group.prompt for group in groups)
+    if static:
+        rows, prompt = rung(rows), -(-prompt // PROMPT_STEP) * PROMPT_STEP
+    return (rows * max_tokens + prompt) * kept_bytes(shape, width) + 12 * rows * max_tokens
+
+
+def reference_bytes(shape: ModelShape, kind: str, weight_bytes: float = 2) -> float:
+    """Device memory of the reference model: a copy of the weights, or held otherwise. Quantised, its layers' matrices and its tower shrink and
+    embeddings and head stay bfloat16; on the host, two layers are on the device at a time, and the head."""
     if kind == "none":
         return 0.0
-    if kind == "bf16":
-        return 2.0 * shape.parameters
+    if kind == "copy":
+        return weight_bytes * shape.parameters
     text = shape.text
     if kind == "host":
         return 2.0 * (2 * text.layer_parameters + text.head_parameters)
@@ -61,8 +72,13 @@ def peak_memory(
     shape: ModelShape,
     groups: Sequence[Group],
     *,
-    checkpointing: bool,
+    checkpointing: int,
     reference: str = "none",
+    trained: int | None = None,
+    train_vision: bool = True,
+    max_tokens: int | None = None,
+    rollout: Sequence[Group] = (),
+    static: bool = True,
     weight_bytes: float = 2,
     gradient_bytes: float = 2,
     state_bytes: float = STATE_BYTES,
@@ -71,44 +87,52 @@ def peak_memory(
 ) -> dict[str, float]:
     """Bytes by part at the largest moment of a step whose biggest microbatch is `groups`; their sum is the peak.
 
-    reference: one of REFERENCES; weight_bytes, gradient_bytes, state_bytes: of each parameter; width: of an activation's element; tile: the logits
-    that the head holds at a time (0 for a fused kernel). Gradients are counted in full: from the second microbatch on they are there.
+    checkpointing: 0, or every how many-th layer is recomputed; reference: one of REFERENCES; trained: parameters with gradient and states, by
+    default all; max_tokens: longest reply allowed, by default the longest there is; rollout: the widest rollout where it is wider than `groups`;
+    static: decoder buffers as on CUDA; weight_bytes, gradient_bytes, state_bytes: of each parameter; width: of an activation's element; tile: the
+    logits that the head holds at a time (0 for a fused kernel). Gradients are counted in full: from the second microbatch on they are there.
     """
     if reference not in REFERENCES:
         raise UserError(f"--reference must be one of {', '.join(REFERENCES)}, not '{reference}'.")
     vision, text = shape.vision, shape.text
     N, P = sum(group.patches for group in groups), sum(group.prompt for group in groups)
     lengths = [n for group in groups for n in group.replies]
-    rows, scored, fed, longest = len(lengths), sum(lengths), sum(lengths) - len(lengths), max(lengths)
+    rows, scored, fed = len(lengths), sum(lengths), sum(lengths) - len(lengths)
     kept = kept_bytes(shape, width)
     layer, block = text_layer_bytes(text, width), block_bytes(vision, width)
-    once = (width * text.hidden, width * vision.hidden) if checkpointing else (layer, block)  # kept of each token and patch, each layer
+    layers, blocks = recomputed(text.layers, checkpointing), recomputed(vision.depth, checkpointing)
+    of_token = layers * width * text.hidden + (text.layers - layers) * layer  # kept in all layers
+    of_patch = blocks * width * vision.hidden + (vision.depth - blocks) * block
     ends = 4 * text.hidden + 2 * width * text.hidden + 4 * width * text.head_dim  # the final norm, and the rotations' sines and cosines
-    tower = N * (vision.depth * once[1] + tower_ends_bytes(vision, width))
-    prompt, replies = P * (text.layers * once[0] + ends), fed * (text.layers * once[0] + ends)
-    own_keys = 0 if checkpointing else fed * kept
+    tower = N * (of_patch + tower_ends_bytes(vision, width)) * train_vision
+    prompt, replies = P * (of_token + ends), fed * (of_token + ends)
+    own_keys = fed * kept * (text.layers - layers) / text.layers
     table = gradient_bytes * text.head_parameters  # a gradient as large as the head or the embedding, before it is added to the others
-    in_layer = layer * checkpointing + width * (2 * text.intermediate + 4 * text.hidden)  # of a token whose layer is in backward
-    in_block = block * checkpointing + width * (2 * vision.intermediate + 4 * vision.hidden)
+    in_layer = layer * bool(checkpointing) + width * (2 * text.intermediate + 4 * text.hidden)  # of a token whose layer is in backward
+    in_block = block * bool(checkpointing) + width * (2 * vision.intermediate + 4 * vision.hidden)
     matrix = gradient_bytes * text.hidden * text.intermediate  # one weight's gradient, before it is added
     states = scored * text.hidden * width
     moments = {  # (keys and values, activations, workspace)
-        "decoding": (P * kept + rows * (longest - 1) * kept, tower + prompt, rows * text.vocabulary * (width + 4)),
+        "decoding": (P * kept, tower + prompt, rows * text.vocabulary * (width + 4)),
         "head's backward": (P * kept + own_keys, tower + prompt + replies + states, table + states + tile),
         "replies' backward": (P * kept + own_keys, tower + prompt + replies, table * text.tied + matrix + fed * in_layer + P * kept / text.layers),
         "prompts' backward": (2 * P * kept, tower + prompt, table * text.tied + matrix + P * in_layer),
         "embedding's gradient": (0.0, tower + P * width * text.hidden, 2 * table),
-        "tower's backward": (0.0, N * vision.depth * once[1], N * in_block),
+        "tower's backward": (0.0, N * of_patch, N * in_block),
     }
     if reference != "none":
-        moments["reference"] = (2 * P * kept, tower + prompt + replies, P * width * (3 * text.intermediate + 4 * text.hidden))
+        seeing = N * width * (3 * vision.intermediate + 4 * vision.hidden) * train_vision
+        reading = P * width * (3 * text.intermediate + 4 * text.hidden)
+        moments["reference"] = (2 * P * kept, tower + prompt + replies, max(seeing, reading))
     keys, activations, workspace = max(moments.values(), key=sum)
+    trained = shape.parameters if trained is None else trained
     return {
         "weights": weight_bytes * shape.parameters,
-        "gradients": gradient_bytes * shape.parameters,
-        "optimizer states": state_bytes * shape.parameters,
-        "reference": reference_bytes(shape, reference),
+        "gradients": gradient_bytes * trained,
+        "optimizer states": state_bytes * trained,
+        "reference": reference_bytes(shape, reference, weight_bytes),
         "pixels": N * vision.patch_values * (4 + width * (width < 4)),  # float32 as they come, and in the tower's type
+        "decoder": decoder_bytes(shape, rollout or groups, max_tokens or max(lengths), width, static),
         "kept keys and values": keys,
         "activations": activations,
         "workspace": workspace,

@@ -12,6 +12,19 @@ from typing import Any
 from locus_fast.errors import UserError
 from locus_fast.preprocess import grid_size
 
+LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)  # numbers of rows that a decoder runs with
+PROMPT_STEP = 1024  # the tokens that static prompt buffers grow by
+
+
+def rung(rows: int) -> int:
+    """The least number of rows that a decoder runs so many replies with."""
+    return next((n for n in LADDER if n >= rows), rows)
+
+
+def recomputed(layers: int, checkpointing: int) -> int:
+    """How many of so many layers are recomputed in backward: none for 0, else every `checkpointing`-th, the first included."""
+    return -(-layers // checkpointing) if checkpointing else 0
+
 
 @dataclass(frozen=True)
 class VisionShape:
@@ -61,13 +74,13 @@ class VisionShape:
 
         return [h * w * self.merge**2 for h in cuts(rows) for w in cuts(columns)]
 
-    def pairs(self, rows: int, columns: int) -> int:
-        """Query-key pairs of one image over all blocks."""
-        whole = (rows * columns) ** 2
+    def pairs(self, rows: int, columns: int, every: int = 1) -> int:
+        """Query-key pairs of one image over every `every`-th block."""
+        whole, blocks = (rows * columns) ** 2, range(0, self.depth, every)
         if not self.window:
-            return self.depth * whole
-        full = len([block for block in self.full if block < self.depth])
-        return full * whole + (self.depth - full) * sum(n * n for n in self.sequences(rows, columns))
+            return len(blocks) * whole
+        full = len([block for block in blocks if block in self.full])
+        return full * whole + (len(blocks) - full) * sum(n * n for n in self.sequences(rows, columns))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from locus_kernels.shared_prefix_attention import decode_attention
 from torch import Tensor
 
 NAN = float("nan")
@@ -83,16 +82,16 @@ def truth(case: Case) -> Tensor:
 
 
 def eager(case: Case) -> Tensor:
-    """`decode_attention` in the input dtype, one row at a time, so that ragged rows need no padding."""
+    """Softmax attention in the input dtype, one row at a time."""
     out = torch.zeros(case.q.shape, dtype=case.q.dtype, device=case.q.device)
     prompts, rows, lengths = case.cu_prompts.tolist(), case.cu_rows.tolist(), case.own_lengths.tolist()
     for b in range(len(rows) - 1):
-        prompt = [x[prompts[b] : prompts[b + 1]].transpose(0, 1)[None] for x in (case.prompt_k, case.prompt_v)]
-        real = torch.ones(1, prompts[b + 1] - prompts[b], dtype=torch.bool, device=case.q.device)
         for r in range(rows[b], rows[b + 1]):
-            if real.numel() + lengths[r]:
-                own = [x[r : r + 1, :, : lengths[r]] for x in (case.own_k, case.own_v)]
-                out[r] = decode_attention(case.q[r : r + 1, :, None], *own, *prompt, real, case.scale)[0, :, 0]
+            pairs = ((case.prompt_k, case.own_k), (case.prompt_v, case.own_v))
+            k, v = (torch.cat([prompt[prompts[b] : prompts[b + 1]].transpose(0, 1), own[r, :, : lengths[r]]], 1) for prompt, own in pairs)
+            if k.shape[1]:
+                scores = torch.einsum("ksd,knd->ksn", case.q[r].unflatten(0, (len(k), -1)), k) * case.scale
+                out[r] = torch.einsum("ksn,knd->ksd", scores.softmax(-1), v).flatten(0, 1)
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 from locus_fast.tiny.tokenizer import build_tokenizer
 from tests.kernels.interpreter import ROOT
 
-OPERATORS = ("box_reward", "linear_logprob", "grpo_loss", "sample", "patchify_images")
+OPERATORS = ("box_reward", "linear_logprob", "grpo_loss", "sample", "patchify_images", "shared_prefix_attention", "shared_prefix_decode")
 
 
 def examples() -> list[str]:

@@ -20,6 +20,7 @@ from locus_fast.families import interleave
 from locus_fast.optim import PARTS, make_optimizer, parameter_groups
 from locus_fast.packing import PromptBatch
 from locus_fast.policy import prefill
+from locus_fast.preprocess import PatchSpec
 from locus_fast.rollout import Vocabulary
 from locus_fast.types import Prompt
 from tests.published import FAMILIES, draw_photographs, write_checkpoint, write_shards
@@ -98,12 +99,13 @@ def compare_logits(plain, ours) -> None:
     generator = torch.Generator().manual_seed(1)
     vision, image = ours.config.vision_config, ours.config.image_token_id
     grids = torch.tensor([[1, 4, 6], [1, 2, 4]])
-    patches = torch.randn(32, 3 * 2 * vision.patch_size**2, generator=generator)
+    pixels = torch.randint(0, 256, (32 * 3 * vision.patch_size**2,), generator=generator, dtype=torch.uint8)
+    spec = PatchSpec(vision.patch_size, 2, 2, (0.5,) * 3, (0.3,) * 3)
     ids, position = interleave([[5, 6, 7], [8], [9, 10, 11]], [(2, 3), (1, 2)], image)
-    prompt = Prompt(ids, position, patches, grids, torch.zeros(4), torch.ones(4), "small", "random")
+    prompt = Prompt(ids, position, pixels, grids, spec, torch.zeros(4), torch.ones(4), "small", "random")
     with torch.no_grad():
         mine = ours.lm_head(prefill(ours, PromptBatch.of([prompt], ours.config, "cpu")).last_hidden)[0]
-        inputs = {"input_ids": ids[None], "pixel_values": patches, "image_grid_thw": grids}
+        inputs = {"input_ids": ids[None], "pixel_values": prompt.patches, "image_grid_thw": grids}
         theirs = plain(**inputs, mm_token_type_ids=(ids[None] == image).int()).logits[0, -1]
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 

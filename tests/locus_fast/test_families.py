@@ -20,7 +20,7 @@ from locus_fast.checkpoint import load_model
 from locus_fast.config import PRESETS, parse
 from locus_fast.families import FAMILIES as RECORDS
 from locus_fast.families import Frame, family_of
-from locus_fast.preprocess import PatchSpec, grid_size
+from locus_fast.preprocess import PatchSpec, grid_size, patches_of
 from locus_fast.prompts import QUESTIONS, WHICH_BOX, Prompter, template_pieces
 from locus_fast.types import Example
 from tests.published import FAMILIES, TEMPLATES, write_checkpoint
@@ -97,7 +97,8 @@ def test_one_image(loaded, size: tuple[int, int]) -> None:
     expected = as_published(processor_of(*loaded), model, [image], text)
     assert torch.equal(ids, expected["input_ids"][0])
     assert torch.equal(position, expected["position"])
-    torch.testing.assert_close(prompter.patches(resized), expected["pixel_values"], rtol=0, atol=1e-5)
+    patches = patches_of(torch.from_numpy(resized.flatten()), expected["image_grid_thw"], spec)
+    torch.testing.assert_close(patches, expected["pixel_values"], rtol=0, atol=1e-5)
 
 
 def test_the_template_is_the_processors(loaded) -> None:

@@ -16,13 +16,13 @@ GRIDS = [[(8, 12), (4, 4)], [(4, 4), (6, 4)], [(10, 4), (4, 8)]]  # patches of i
 LENGTHS = [[5, 1, 9], [3, 7, 2], [1, 1, 1]]  # unequal reply lengths, replies of one token, a group of nothing else
 
 
-def rollout_of(replies: list[list[torch.Tensor]]) -> tuple[Rollout, list[int]]:
+def rollout_of(replies: list[list[torch.Tensor]]) -> Rollout:
     flat = [reply for group in replies for reply in group]
     lengths = [len(reply) for reply in flat]
     ids = torch.full((len(flat), max(lengths)), 2)
     for row, reply in zip(ids, flat, strict=True):
         row[: len(reply)] = reply
-    return Rollout(ids, torch.tensor(lengths), torch.zeros(ids.shape)), lengths
+    return Rollout(ids, torch.tensor(lengths), torch.zeros(ids.shape))
 
 
 def case(family: str, grids=GRIDS, lengths=LENGTHS):
@@ -39,49 +39,67 @@ def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+CASES = {  # grids of each prompt, reply lengths of each group
+    "three sizes, unequal replies": (GRIDS, LENGTHS),
+    "groups of different sizes": (GRIDS, [[4], [2, 6, 3, 1], [5, 2]]),
+    "a prompt without images": ([[(4, 4)], [], [(4, 6), (4, 4)]], [[2, 3], [4, 1], [1, 1]]),
+    "no images at all": ([[]], [[3, 2]]),
+    "one group alone": ([[(8, 8), (4, 4)]], [[3] * 8]),
+    "64 groups": ([[(4, 4)]] * 64, [[1 + i % 3] for i in range(64)]),
+}
+
+
+@pytest.mark.parametrize(("backend", "checkpointing"), [("torch", 0), ("torch", 1), ("torch", 2), ("plain", 0), ("plain", 1)])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_one_prefill_equals_the_naive_loop(family: str, checkpointing: bool) -> None:
-    model, prompts, replies = case(family)
-    weight = torch.randn(sum(map(sum, LENGTHS)), generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("name", CASES)
+def test_one_prefill_equals_the_naive_loop(name: str, family: str, checkpointing: int, backend: str) -> None:
+    grids, lengths = CASES[name]
+    model, prompts, replies = case(family, grids, lengths)
+    weight = torch.randn(sum(map(sum, lengths)), generator=torch.Generator().manual_seed(1))
     expected = torch.cat(naive_logprob(model, prompts, replies))
     expected_gradient = gradients(model, (expected * weight).sum())
 
+    use_attention(model, backend=backend)
     if checkpointing:
-        checkpoint_activations(model)
-    rollout, lengths = rollout_of(replies)
+        checkpoint_activations(model, checkpointing)
     prefix = prefill(model, PromptBatch.of(prompts, model.config, "cpu"))
-    logprob, entropy = reply_logprob(model, prefix, Replies.of(prefix.batch, rollout, lengths, range(3)), temperature=1.0)
+    replies_T = Replies.of(prefix.batch, rollout_of(replies), lengths, range(len(lengths)))
+    logprob, entropy = reply_logprob(model, prefix, replies_T, temperature=1.0)
     gradient = gradients(model, (logprob * weight).sum())
 
     torch.testing.assert_close(logprob, expected, rtol=0, atol=1e-5)
     assert ((entropy > 0) & (entropy < torch.tensor(VOCABULARY).log() + 1e-5)).all()
     assert gradient.keys() == expected_gradient.keys()
-    for name, value in gradient.items():
-        reference = expected_gradient[name]
-        assert (value - reference).norm() <= 1e-5 * reference.norm().clamp(min=1e-7), name
-    assert sum(bool(value.norm() > 0) for value in gradient.values()) > 0.9 * len(gradient)
+    for parameter, value in gradient.items():
+        reference = expected_gradient[parameter]
+        assert (value - reference).norm() <= 1e-5 * reference.norm().clamp(min=1e-7), parameter
+    if all(grids):
+        assert sum(bool(value.norm() > 0) for value in gradient.values()) > 0.9 * len(gradient)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-@pytest.mark.parametrize(
-    ("grids", "lengths", "groups"),
-    [
-        (GRIDS, LENGTHS, [1]),  # one live group among three
-        (GRIDS, LENGTHS, [0, 2]),
-        ([[]], [[3, 2]], [0]),  # a prompt without images
-        ([[(4, 4)], []], [[2], [4]], [0, 1]),  # with and without, one reply each
-    ],
-)
-def test_some_groups(family: str, grids, lengths, groups) -> None:
-    model, prompts, replies = case(family, grids, lengths)
-    rollout, flat = rollout_of(replies)
-    G = len(lengths[0])
+@pytest.mark.parametrize("groups", [[1], [0, 2], [2]])
+def test_some_groups(family: str, groups: list[int]) -> None:
+    """Live groups among others, whose replies are left out."""
+    model, prompts, replies = case(family)
     with torch.no_grad():
         expected = naive_logprob(model, prompts, replies)
         prefix = prefill(model, PromptBatch.of(prompts, model.config, "cpu"))
-        logprob, _ = reply_logprob(model, prefix, Replies.of(prefix.batch, rollout, flat, groups), temperature=1.0)
-    torch.testing.assert_close(logprob, torch.cat([expected[r] for b in groups for r in range(b * G, b * G + G)]), rtol=0, atol=1e-5)
+        logprob, _ = reply_logprob(model, prefix, Replies.of(prefix.batch, rollout_of(replies), LENGTHS, groups), temperature=1.0)
+    torch.testing.assert_close(logprob, torch.cat([expected[r] for b in groups for r in range(b * 3, b * 3 + 3)]), rtol=0, atol=1e-5)
+
+
+def test_a_frozen_tower_sees_for_the_reference_too() -> None:
+    """Its features are handed over; without a gradient there is no graph behind them."""
+    model, prompts, _ = case("qwen3_vl")
+    model.model.visual.requires_grad_(False)
+    batch = PromptBatch.of(prompts, model.config, "cpu")
+    prefix = prefill(model, batch)
+    assert prefix.features.image is not None
+    assert not prefix.features.image.requires_grad
+    model.model.visual.forward = None  # not called again
+    again = prefill(model, batch, prefix.features)
+    assert torch.equal(prefix.last_hidden, again.last_hidden)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
@@ -93,7 +111,8 @@ def test_sampler_logprob_equals_the_training_forward(family: str) -> None:
     rollout = Decoder(model, vocabulary).generate(prefix, Sampling(6, 12, 0.7, 1.0), seed=3, groups=[0, 1, 2])
     lengths = rollout.lengths.tolist()
     assert len(set(lengths)) > 2
-    logprob, _ = reply_logprob(model, prefix, Replies.of(prefix.batch, rollout, lengths, range(3)), temperature=0.7)
+    replies = Replies.of(batch, rollout, rollout.lengths.view(3, 6).tolist(), range(3))
+    logprob, _ = reply_logprob(model, prefix, replies, temperature=0.7)
     sampled = torch.cat([rollout.logprob[r, :n] for r, n in enumerate(lengths)])
     torch.testing.assert_close(logprob, sampled, rtol=0, atol=1e-5)
     for row, n in zip(rollout.ids.tolist(), lengths, strict=True):

@@ -1,19 +1,26 @@
-"""Frames, the resize rule and patches against the image processor of transformers, and prompts."""
+"""Frames, the resize rule and patches against the image processor of transformers; prompts, how they are sent, and how they are made ahead."""
 
 from __future__ import annotations
+
+import threading
 
 import numpy as np
 import pytest
 import torch
+from locus_kernels.patchify import patchify_images, reference
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from locus_fast import packing, preprocess
 from locus_fast.errors import UserError
 from locus_fast.families import Frame, frame_of
-from locus_fast.preprocess import PatchSpec, grid_size
+from locus_fast.packing import PromptBatch
+from locus_fast.preprocess import PatchSpec, grid_size, patches_of
 from locus_fast.prompts import DIRECT, THINK, Prompter
+from locus_fast.runtime import prefetch
 from locus_fast.tiny.model import build_model
 from locus_fast.tiny.tokenizer import SPECIAL, build_tokenizer
 from locus_fast.types import Example
+from tests.small_models import small_model, small_prompt
 
 SPEC = PatchSpec(14, 2, 2, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
@@ -45,6 +52,72 @@ def test_pixels_and_grids_equal_the_image_processor(width: int, height: int) -> 
     assert torch.equal(prompt.grids, expected["image_grid_thw"])
     torch.testing.assert_close(prompt.patches, expected["pixel_values"], rtol=0, atol=1e-5)
     assert int((prompt.ids == prompter.placeholder).sum()) == int(prompt.grids.prod(1).sum()) // 4
+    assert prompt.pixels.dtype == torch.uint8  # what waits in the loader is an eighth of the patches
+    assert prompt.patches.nbytes == 8 * prompt.pixels.nbytes
+
+
+@pytest.mark.parametrize(("patch", "frames", "merge"), [(14, 2, 2), (16, 2, 2), (8, 1, 3), (7, 3, 1)])
+def test_patches_are_the_references_to_the_bit(patch: int, frames: int, merge: int) -> None:
+    """On the CPU; and what CUDA is asked for, images at their own sizes, is the same."""
+    spec, rng = PatchSpec(patch, frames, merge, (0.48, 0.45, 0.4), (0.27, 0.26, 0.28)), torch.Generator().manual_seed(patch)
+    grids = torch.tensor([(1, 3 * merge, 5 * merge), (1, merge, merge), (1, 19 * merge, 2 * merge)])  # the last in several bands
+    images = [torch.randint(0, 256, (h * patch, w * patch, 3), generator=rng, dtype=torch.uint8) for _, h, w in grids.tolist()]
+    layout = {"patch": patch, "frames": frames, "merge": merge, "mean": spec.mean, "std": spec.std}
+    patches = patches_of(torch.cat([image.flatten() for image in images]), grids, spec)
+    assert torch.equal(patches, torch.cat([reference.patchify(image, **layout) for image in images]))
+    assert torch.equal(patches, patchify_images(images, [image.shape[:2] for image in images], **layout)[0])
+    assert patches_of(torch.empty(0, dtype=torch.uint8), grids[:0], spec).shape == (0, 3 * frames * patch**2)
+
+
+def test_images_are_sent_as_bytes_and_once(monkeypatch) -> None:
+    model, sent = small_model("qwen2_5_vl"), []
+    prompts = [small_prompt(model, grids, words=4, seed=seed) for seed, grids in enumerate([[(8, 12), (4, 4)], [], [(4, 8)]])]
+    monkeypatch.setattr(packing, "send", lambda tensor, device: sent.append(tensor) or tensor.to(device))
+    batch = PromptBatch.of(prompts, model.config, "cpu")
+    assert torch.equal(batch.patches, torch.cat([prompt.patches for prompt in prompts]))
+    assert [tensor.numel() for tensor in sent if tensor.dtype == torch.uint8] == [144 * 14 * 14 * 3]
+    assert sum(tensor.numel() for tensor in sent if tensor.is_floating_point()) < 144 * 14  # targets, and the position table's weights
+
+
+def test_a_device_makes_the_patches_by_the_kernels(monkeypatch) -> None:
+    model, asked = small_model("qwen3_vl"), []
+
+    def ask(images, *rest, **layout):
+        asked.append(images)
+        return patchify_images(images, *rest, **layout)
+
+    monkeypatch.setattr(preprocess, "patchify_images", ask)
+    prompts = [small_prompt(model, [(8, 12), (4, 4)], words=4, seed=seed) for seed in range(2)]
+    batch = PromptBatch.of(prompts, model.config, "meta")
+    assert [list(image.shape) for image in asked[0]] == [[128, 192, 3], [64, 64, 3]] * 2
+    assert batch.patches.shape == (224, 1536)
+    assert batch.patches.is_meta
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_patches_made_on_the_gpu() -> None:
+    model = small_model("qwen2_5_vl")
+    prompts = [small_prompt(model, grids, words=4, seed=seed) for seed, grids in enumerate([[(8, 12), (4, 4)], [], [(4, 8)]])]
+    there, here = (PromptBatch.of(prompts, model.config, device).patches for device in ("cuda", "cpu"))
+    torch.testing.assert_close(there.cpu(), here, rtol=0, atol=1e-6)
+
+
+def test_the_loader_works_while_the_step_does() -> None:
+    """While a prompt is worked on, the `ahead` next ones are made, and no more."""
+    made, all_made = [], threading.Event()
+
+    def make(index: int) -> int:
+        made.append(index)
+        if len(made) == 21:
+            all_made.set()
+        return index
+
+    prompts = prefetch(make, range(100), workers=2, ahead=20)
+    assert next(prompts) == 0
+    assert all_made.wait(10)
+    assert sorted(made) == list(range(21))
+    assert list(prompts) == list(range(1, 100))
 
 
 @pytest.mark.parametrize(("extent", "resized"), [(None, (308, 196)), (1000, (308, 196)), (99, (160, 112))])

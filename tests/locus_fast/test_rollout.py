@@ -53,7 +53,7 @@ def test_finished_rows_are_moved_out_and_nothing_changes(prefix, monkeypatch) ->
 
 def test_fixed_buffers_that_are_used_again(prefix, monkeypatch) -> None:
     """What a CUDA graph sees: buffers larger than needed, left as the last microbatch left them, and no number from the host."""
-    monkeypatch.setattr(rollout, "Graph", lambda function: function)
+    monkeypatch.setattr(rollout, "Graph", lambda function, other: function)
     _, expected = played(prefix)
     decoder, first = played(prefix, static=True)
     same(expected, first)

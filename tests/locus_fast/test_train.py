@@ -115,6 +115,16 @@ def test_microbatches_do_not_change_the_step(run: Path, tmp_path: Path) -> None:
         assert one[name] == pytest.approx(several[name], rel=1e-3, abs=1e-6), name
 
 
+def test_a_rollout_wider_than_a_microbatch(run: Path, tmp_path: Path) -> None:
+    """Sampled together, prefilled again and trained on apart: the same replies and the same update, for more FLOPs."""
+    assert train.main([*SHORT, "--out", str(tmp_path / "wide"), "--rollout-tokens", "100000", "--steps", "1"]) == 0
+    wide, narrow = timeless(tmp_path / "wide" / "metrics.jsonl")[0], timeless(run / "metrics.jsonl")[0]
+    for name in ("reward", "iou", "grad_norm", "loss", "kl", "zero_variance_groups", "reply_tokens"):
+        assert wide[name] == pytest.approx(narrow[name], rel=1e-3, abs=1e-6), name
+    assert narrow["flops_over_floor"] < 1.1 < wide["flops_over_floor"]
+    assert 0.5 < wide["fill"] <= 1
+
+
 def test_resuming_gives_the_same_run(run: Path, tmp_path: Path) -> None:
     """Two steps, then the third: the metrics and the weights of a run in one go. Lines past the last checkpoint are written again."""
     out = tmp_path / "run"
@@ -219,8 +229,9 @@ def test_steps_that_are_not_finite_are_dropped_and_end_the_run(tmp_path: Path, m
     "options",
     [
         ["--kl", "0", "--mean", "sequence", "--normalize-std", "false", "--reward", "giou_plus_one"],
-        ["--updates", "3", "--checkpointing", "true", "--lr", "1e-3", "--reward", "rising"],
+        ["--updates", "3", "--checkpointing", "2", "--lr", "1e-3", "--reward", "rising"],
         ["--question", "think", "--max-tokens", "24", "--temperature", "0.8", "--top-p", "0.9"],
+        ["--answer-prefix", "[", "--schedule", "cosine", "--attention", "plain", "--updates", "2", "--rollout-tokens", "9999"],
     ],
 )
 def test_variants_run(options: list[str], tmp_path: Path) -> None:
@@ -230,6 +241,15 @@ def test_variants_run(options: list[str], tmp_path: Path) -> None:
     assert not any(row["dropped_step"] for row in rows)
     if "--updates" in options and any(row["zero_variance_groups"] < 6 for row in rows):
         assert any(row["ratio_max"] > 1 for row in rows)
+
+
+def test_a_frozen_vision_tower_stays_as_it_was(tmp_path: Path) -> None:
+    assert train.main([*SHORT, "--out", str(tmp_path / "run"), "--rates", "0", "1", "0.5", "--steps", "2"]) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (TINY_BASE, tmp_path / "run" / "final"))
+    frozen = [name for name in before if ".visual." in name and "merger" not in name]
+    assert len(frozen) > 20
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+    assert sum(not torch.equal(before[name], after[name]) for name in before.keys() - set(frozen)) > 20
 
 
 def test_evaluate_command(run: Path, capsys) -> None:
@@ -286,6 +306,10 @@ def test_training_on_files(tmp_path: Path, capsys) -> None:
         (["--min-side", "20"], "--min-side needs --data"),
         (["--device", "tpu"], "--device must be auto, cpu or cuda"),
         (["--normalize-std", "maybe"], "true or false"),
+        (["--attention", "flash_attn_2"], "--attention flash_attn_2: attention backend 'flash_attn_2' cannot be used"),
+        (["--attention", "magic"], "magic"),
+        (["--rates", "0", "0", "0"], "--rates must be three shares"),
+        (["--dtype", "bfloat16", "--optimizer", "adamw"], "rounds small steps of bfloat16 weights away"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], sentence: str, tmp_path: Path, capsys, monkeypatch) -> None:

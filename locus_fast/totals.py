@@ -1,0 +1,70 @@
+"""What a step adds up over its microbatches, on the device, and the metrics that it makes of them with one readback."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from locus_fast.cost.flops import rates
+from locus_fast.types import Prompt
+
+
+class Totals:
+    """Sums over a step's microbatches, read back once at its end."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor | float] = {}
+        self.peaks: dict[str, Tensor] = {}
+
+    def add(self, **values: Tensor | float) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def peak(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.peaks[name] = torch.maximum(self.peaks[name], value) if name in self.peaks else value
+
+    def read(self, **more: Tensor) -> dict[str, float]:
+        """Everything as numbers, `more` included: one readback."""
+        values = {**self.sums, **self.peaks, **more}
+        on_device = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        numbers = torch.stack([value.double() for value in on_device.values()]).tolist()
+        return {**{name: float(value) for name, value in values.items() if name not in on_device}, **dict(zip(on_device, numbers, strict=True))}
+
+
+def summarise(totals: Totals, chunk: list[Prompt], step: int, norm: Tensor, rate: float, seconds: float, waited: float) -> dict[str, Any]:
+    """The step's metrics. Those that depend on time: seconds, wait_seconds, mfu and the ones that end in _per_s."""
+    began = time.perf_counter()
+    sums = totals.read(norm=norm)
+    seconds += time.perf_counter() - began  # until the device had done the step
+    replies, live, updated = sums["replies"], max(1.0, sums.get("live_tokens", 0.0)), max(1.0, sums.get("updated_tokens", 0.0))
+    return {
+        "step": step + 1,
+        **{name: sums[name] / replies for name in ("reward", "iou", "valid", "format")},
+        "reply_tokens": sums["reply_tokens"] / replies,
+        "zero_variance_groups": int(sums["zero_variance"]),
+        "loss": sums.get("loss", 0.0) / updated,
+        "kl": sums.get("kl", 0.0) / updated,
+        "entropy": sums.get("entropy", 0.0) / live,
+        "clip_low": sums.get("clip_low", 0.0) / updated,
+        "clip_high": sums.get("clip_high", 0.0) / updated,
+        "ratio_max": sums.get("ratio_max", 1.0),
+        "sampler_gap": sums.get("sampler_gap", 0.0) / live,
+        "sampler_gap_max": sums.get("sampler_gap_max", 0.0),
+        "grad_norm": sums["norm"] if math.isfinite(sums["norm"]) else 0.0,
+        "dropped_step": sums["not_finite"] > 0 or not math.isfinite(sums["norm"]),
+        "lr": rate,
+        "skipped_images": sum(len(prompt.skipped) for prompt in chunk),
+        "seconds": seconds,
+        "wait_seconds": waited,
+        "unique_tokens_per_s": (sums["prompt_tokens"] + sums["reply_tokens"]) / seconds,
+        "rollouts_per_s": replies / seconds,
+        "fill": sums["cost"] / sums["room"],
+        "flops": sums["spent_flops"],
+        "flops_over_floor": sums["spent_flops"] / sums["floor_flops"],
+        **rates(sums["model_flops"], seconds, torch.cuda.get_device_name() if norm.is_cuda else "cpu"),
+    }
