@@ -27,7 +27,7 @@ def optional(name: str, option: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"{option} needs {name}, which is not installed: pip install 'locus-fast[lora]'.") from None
+        raise UserError(f"{option} needs {name}, which is missing or too old: pip install -U 'locus-fast[lora]'.") from None
     finally:
         logging.disable(logging.NOTSET)
 

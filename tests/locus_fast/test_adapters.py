@@ -223,6 +223,28 @@ def test_published_layouts(family: str, tmp_path: Path) -> None:
     assert (last_logits(opened) - last_logits(model)).abs().max() <= 1e-4
 
 
+@needs_peft
+def test_qlora_in_bfloat16_with_biases(tmp_path: Path) -> None:
+    """The 4-bit layers keep their biases, gradients reach every adapter through them, and the merged weights are theirs plus the product."""
+    pytest.importorskip("bitsandbytes")
+    source = write_checkpoint(tmp_path / "source", "qwen2.5-vl")
+    model, _ = load_model(source, CPU)
+    quantize(model, "nf4", CPU)
+    add_adapters(model, 4, 8.0)
+    scatter(model)
+    checkpoint_activations(model)
+    logprobs(model).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapter_tensors(model).values())
+    model.eval()
+    save_model(model, source, tmp_path / "merged", torch.float32)
+    merged, _ = load_model(tmp_path / "merged", CPU, torch.float32)
+    layer, plain = (m.model.language_model.layers[1].self_attn.q_proj for m in (model, merged))
+    assert torch.equal(plain.bias, layer.base_layer.bias.float())
+    x = torch.randn(5, plain.in_features)
+    torch.testing.assert_close(layer(x.bfloat16()).float(), plain(x.bfloat16().float()), rtol=2e-2, atol=2e-2)
+    assert (logprobs(model) - logprobs(merged)).abs().mean() < 0.05
+
+
 def spoiled(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> Path:
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -266,7 +288,7 @@ def test_a_missing_library_is_named_with_the_extra(library: str, arguments: list
     monkeypatch.setitem(sys.modules, library, None)
     assert train.main([*arguments, "--device", "cpu", "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
-    assert f"needs {library}, which is not installed: pip install 'locus-fast[lora]'" in error
+    assert f"needs {library}, which is missing or too old: pip install -U 'locus-fast[lora]'" in error
     assert not (tmp_path / "run").exists()
 
 
