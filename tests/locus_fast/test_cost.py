@@ -150,14 +150,22 @@ def test_causal_attention_is_half_the_square_and_the_diagonal() -> None:
 
 
 def test_flat_groups_stop_after_decoding() -> None:
+    """At the floor; what is spent takes their prompts along through the packed backward of the others'."""
     model, _, groups = work("qwen2_5_vl")
     shape, ways = ModelShape.of(model.config), {"checkpointing": 1, "reference": True}
-    both = cost.step_flops(shape, [groups[0], replace(groups[1], live=False)], **ways)
-    alone, flat = cost.step_flops(shape, groups[:1], **ways), cost.step_flops(shape, groups[1:], **ways)
+    mixed, through = [groups[0], replace(groups[1], live=False)], ("vision", "prompt", "prompt attention")
+    both = cost.step_flops(shape, mixed, **ways, executed=False)
+    alone, flat = (cost.step_flops(shape, chosen, **ways, executed=False) for chosen in (groups[:1], groups[1:]))
     assert both["prompt"]["forward"] == alone["prompt"]["forward"] + flat["prompt"]["forward"]
     for column in ("recompute", "backward", "reference"):
         assert cost.total(both, [column]) == cost.total(alone, [column])
     assert cost.total(both, ["rollout"]) == cost.total(alone, ["rollout"]) + cost.total(flat, ["rollout"])
+    spent, all_live = cost.step_flops(shape, mixed, **ways, executed=True), cost.step_flops(shape, groups, **ways, executed=True)
+    for part in through:
+        assert spent[part]["backward"] == all_live[part]["backward"]
+    assert spent["replies"]["backward"] == cost.step_flops(shape, groups[:1], **ways, executed=True)["replies"]["backward"]
+    none = [replace(group, live=False) for group in groups]
+    assert cost.total(cost.step_flops(shape, none, **ways, executed=True), ["backward", "recompute", "reference"]) == 0
 
 
 def test_repeating_the_prompt() -> None:
@@ -286,8 +294,8 @@ def test_launches_of_a_step(family: str, checkpointing: int, monkeypatch: pytest
     assert forward.launches == pytest.approx(table["forward"], rel=0.05)
     assert backward.launches == pytest.approx(table["backward"] + table["recompute"], rel=0.05)
 
-    monkeypatch.setattr(rollout, "Count", lambda running: types.SimpleNamespace(latest=lambda: 6, ask=lambda running: None))
-    monkeypatch.setattr(rollout, "Graph", lambda function: function)
+    monkeypatch.setattr(rollout, "Count", lambda lag, on_cuda: types.SimpleNamespace(known=lambda most: 6, ask=lambda running: None))
+    monkeypatch.setattr(rollout, "Graph", lambda function, other: function)
     words = Vocabulary(*(t.to("meta") for t in (ENDLESS.allowed, ENDLESS.stops)))
     with torch.no_grad():
         prefix = prefill(model.eval(), batch)
