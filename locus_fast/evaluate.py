@@ -59,7 +59,7 @@ def evaluate(setup: Setup, label: str, stop: Callable[[], bool]) -> Evaluation |
                 if stop():
                     break
             setup.skipped.add(chunk)
-            for indices, batch in batches(setup, chunk, start, 1, setup.budget.tokens):
+            for indices, batch in batches(setup, chunk, start, [setup.most(prompt, 1) for prompt in chunk], setup.budget.tokens):
                 if stop():
                     prompts.close()
                     return None

@@ -6,7 +6,7 @@ Legend: B prompts (groups), G replies a group, R = B * G rows, N packed prompt t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +41,11 @@ def best_fit(costs: Sequence[float], budget: float) -> list[list[int]]:
     return sorted(sorted(items) for items in bins)
 
 
-def pack(prompts: Sequence[Prompt], cost: Callable[[Prompt], float], budget: float) -> list[list[int]]:
-    """Microbatches of whole groups as indices into `prompts`. cost: of a prompt and its replies, in the budget's unit, language-token equivalents.
+def pack(prompts: Sequence[Prompt], costs: Sequence[float], budget: float) -> list[list[int]]:
+    """Microbatches of whole groups as indices into `prompts`. costs: of each prompt and its replies, in the unit of the budget.
 
     Raises UserError for a group that does not fit alone.
     """
-    costs = [cost(prompt) for prompt in prompts]
     for prompt, each in zip(prompts, costs, strict=True):
         if each > budget:
             raise UserError(

@@ -122,10 +122,11 @@ def use_attention(model: Any, name: str = ATTENTION, backend: str = "auto") -> N
 def checkpoint_activations(model: Any, every: int = 1) -> None:
     """Recompute the activations of every `every`-th block of the vision tower and layer of the language model in backward, the first of each
     included, and go to training mode, without which they do not. Non-reentrant, so that the remembered keys and values stay in the graph."""
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout, and the random state is read back
     if hasattr(model, "activation_checkpointing_enable"):  # the name in newer transformers
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable(options)
     else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable(options)
     model.disable_input_require_grads()  # or a frozen tower's patches would have a backward, and a frozen embedding's tokens
     for layers in (model.model.visual.blocks, model.model.language_model.layers):
         for index, layer in enumerate(layers):

@@ -77,10 +77,11 @@ def patches_of(pixels: Tensor, grids: Tensor, spec: PatchSpec) -> Tensor:
     sizes = [(rows * spec.patch, columns * spec.patch) for _, rows, columns in grids.tolist()]
     images = [part.view(*size, 3) for part, size in zip(pixels.split([h * w * 3 for h, w in sizes]), sizes, strict=True)]
     layout = {"patch": spec.patch, "frames": spec.frames, "merge": spec.merge}
-    if images and pixels.device.type != "cpu":
+    if pixels.device.type != "cpu" and images:
         return patchify_images(images, sizes, **layout, mean=spec.mean, std=spec.std)[0]  # type: ignore[arg-type]
     shape = (pixels.numel() // (3 * spec.patch**2), 3 * spec.frames * spec.patch**2)
-    patches = torch.from_numpy(np.empty(shape, np.float32))  # NumPy asks for huge pages: fresh small ones can cost more than filling them
+    empty = np.empty(shape, np.float32)  # NumPy asks for huge pages: fresh small ones can cost more than filling them
+    patches = torch.from_numpy(empty).to(pixels.device)
     for image, part in zip(images, patches.split([h * w // spec.patch**2 for h, w in sizes]), strict=True):
         lines = BAND * spec.factor
         for band, there in zip(image.split(lines), part.split(lines * image.shape[1] // spec.patch**2), strict=True):

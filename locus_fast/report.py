@@ -36,7 +36,8 @@ class Metrics:
         self._sum(numbers)
         if self.events:
             for name, value in numbers.items():
-                self.events.add_scalar(name, value, numbers["step"])
+                if value is not None:
+                    self.events.add_scalar(name, value, numbers["step"])
 
     def _sum(self, numbers: dict[str, Any]) -> None:
         self.seconds += numbers["seconds"]

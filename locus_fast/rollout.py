@@ -25,6 +25,8 @@ from locus_fast.errors import UserError
 from locus_fast.policy import Prefix
 from locus_fast.types import Rollout
 
+LAG = 4  # steps that CUDA has queued while the host decides on the next
+
 
 def rung(rows: int) -> int:
     """The fewest slots of the ladder that hold so many rows."""
@@ -128,6 +130,7 @@ class Decoder:
     def __init__(self, model: Any, vocabulary: Vocabulary, static: bool | None = None):
         self.model, self.vocabulary = model, vocabulary
         self.is_static = vocabulary.allowed.is_cuda if static is None else static
+        self.is_stop = torch.zeros_like(vocabulary.allowed).index_fill_(0, vocabulary.stops, True)
         self.graphs: dict[int, Graph] = {}  # by the number of slots
         self.slots: Slots | None = None
         self.static: tuple = ()
@@ -138,27 +141,35 @@ class Decoder:
         self.graphs.clear()
         self.slots, self.static, self.prompt_kv = None, (), {}
 
-    @torch.no_grad()
     def generate(self, prefix: Prefix, sampling: Sampling, *, seed: int, groups: Sequence[int]) -> Rollout:
         """Replies of every prompt in the prefix.
 
         groups: the identity of each prompt in this seed's stream, so that a prompt's replies do not depend on the microbatch it fell into.
         """
+        training = self.model.training
+        self.model.eval()  # in training mode, layers that recompute would look at the random state, which a graph may not
+        try:
+            with torch.no_grad():
+                return self._generate(prefix, sampling, seed, groups)
+        finally:
+            self.model.train(training)
+
+    def _generate(self, prefix: Prefix, sampling: Sampling, seed: int, groups: Sequence[int]) -> Rollout:
         G, B, device = sampling.replies, len(prefix.batch.lengths), prefix.last_hidden.device
         R = B * G
         slots = self.load(prefix, sampling, seed, send(torch.tensor(groups, dtype=torch.int64)[:, None] * G + torch.arange(G), device).flatten())
         logits = self.model.lm_head(prefix.last_hidden.detach()).repeat_interleave(G, 0)
         self.choose(torch.cat([logits, logits.new_zeros(slots.rows - R, logits.shape[1])]) if slots.rows > R else logits)
-        count = Count(slots.running)
+        count = Count(LAG if slots.running.is_cuda else 1, slots.running.is_cuda)
         for at in range(1, sampling.max_tokens):
-            running = count.latest()
+            count.ask(slots.running[: slots.rows])
+            running = count.known(slots.rows)
             if running == 0:
                 break
             rows = rung(running)
             if rows < slots.rows:
                 slots.compact(rows, at - 1)
             self.advance(at)
-            count.ask(slots.running[: slots.rows])
         return Rollout(slots.ids[:R].clone(), slots.lengths[:R].clone(), slots.logprob[:R].clone())
 
     def load(self, prefix: Prefix, sampling: Sampling, seed: int, identity: Tensor) -> Slots:
@@ -176,9 +187,9 @@ class Decoder:
                 *(-(-n // PROMPT_STEP) * PROMPT_STEP for n in (packed.tokens, packed.longest)),
             )
             if not self.static or wanted[:2] != self.static[:2] or any(w > s for w, s in zip(wanted[2:], self.static[2:], strict=True)):
-                larger = zip(wanted[2:], self.static[2:] or wanted[2:], strict=True)
-                self.static = (*wanted[:2], *(max(pair) for pair in larger))
-                self.graphs.clear()
+                before = self.static[2:] if wanted[:2] == self.static[:2] else wanted[2:]
+                self.release()
+                self.static = (*wanted[:2], *(max(pair) for pair in zip(wanted[2:], before, strict=True)))
                 _, _, capacity, prompts, tokens, self.longest_prompt = self.static
                 self.slots = Slots(prefix, capacity, capacity, sampling, max(prompts, B))
                 self.prompt_kv = {i: tuple(k.new_empty(k.shape[1], tokens, k.shape[2]).transpose(0, 1) for k in pair) for i, pair in kv.items()}
@@ -226,7 +237,7 @@ class Decoder:
         slots.ids.index_put_((order, place), torch.where(running, token, words.stops[0]))
         slots.logprob.index_put_((order, place), torch.where(running, value, 0.0))
         slots.at += 1
-        ended = torch.isin(token, words.stops)
+        ended = self.is_stop[token]
         if words.closing is not None:
             phase = words.closing[token, slots.phase[:S]]
             slots.phase[:S] = phase
@@ -310,25 +321,28 @@ class Graph:
 
 
 class Count:
-    """How many are still running, as far as the host has heard: never more news than there is, never a wait for it. It can only fall, so old
-    news is safe."""
+    """How many slots are still running, told to the host `lag` steps later: the device always has that many steps queued, and the host, which could
+    queue every step before the first has ended, does not run further ahead. The number can only fall, so old news is safe, and its age is the same
+    every time, so that two runs compact alike."""
 
-    def __init__(self, running: Tensor):
-        self.known = len(running)
-        self.buffer = torch.empty((), dtype=torch.int64, pin_memory=running.is_cuda)
-        self.event = torch.cuda.Event() if running.is_cuda else None
-        self.asked = False
-        self.ask(running)
+    def __init__(self, lag: int, on_cuda: bool):
+        self.lag, self.asked = lag, 0
+        self.buffer = torch.empty(lag, dtype=torch.int64, pin_memory=on_cuda)
+        self.events = [torch.cuda.Event() for _ in range(lag)] if on_cuda else []
 
     def ask(self, running: Tensor) -> None:
-        """Have the number sent, unless an earlier one is still under way."""
-        if not self.asked:
-            self.buffer.copy_(running.sum(), non_blocking=True)
-            if self.event is not None:
-                self.event.record()
-            self.asked = True
+        """Have the number sent."""
+        place = self.asked % self.lag
+        self.buffer[place].copy_(running.sum(), non_blocking=True)
+        if self.events:
+            self.events[place].record()
+        self.asked += 1
 
-    def latest(self) -> int:
-        if self.asked and (self.event is None or self.event.query()):
-            self.known, self.asked = int(self.buffer.numpy()), False
-        return self.known
+    def known(self, most: int) -> int:
+        """The number `lag` questions ago; `most` before that."""
+        if self.asked < self.lag:
+            return most
+        place = self.asked % self.lag
+        if self.events:
+            self.events[place].synchronize()
+        return int(self.buffer.numpy()[place])

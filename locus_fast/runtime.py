@@ -5,14 +5,15 @@ from __future__ import annotations
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from locus_kernels.box_reward import TokenTable, build_token_table
+from locus_kernels.box_reward import CLOSED, TokenTable, build_token_table
+from locus_kernels.shared_prefix_attention import send
 from torch import Tensor
 from tqdm import tqdm
 
@@ -63,13 +64,16 @@ class Setup:
 
     def whole(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """(ids int64 [R, L'], lengths int64 [R]) of the replies with what the chat template wrote of them: a thinking model's `<think>`."""
-        opening = torch.tensor(self.prompter.opening, dtype=torch.int64, device=rollout.ids.device)
+        opening = send(torch.tensor(self.prompter.opening, dtype=torch.int64), rollout.ids.device)
         return torch.cat([opening.expand(len(rollout.ids), -1), rollout.ids], 1), rollout.lengths + len(opening)
 
-    def cost(self, prompt: Prompt, replies: int) -> float:
-        """What a group costs a microbatch at most, in language-token equivalents."""
-        grids = [(h, w) for _, h, w in prompt.grids.tolist()]
-        return group_cost(self.shape, grids, len(prompt.ids), replies * self.config.max_tokens)
+    def cost(self, prompt: Prompt, reply_tokens: int) -> float:
+        """What a group with so many reply tokens costs a microbatch, in language-token equivalents."""
+        return group_cost(self.shape, [(h, w) for _, h, w in prompt.grids.tolist()], len(prompt.ids), reply_tokens)
+
+    def most(self, prompt: Prompt, replies: int) -> float:
+        """The same at most: when every reply is as long as it may be."""
+        return self.cost(prompt, replies * self.config.max_tokens)
 
 
 def set_up(config: Config, training: bool = False) -> Setup:
@@ -108,6 +112,8 @@ def set_up(config: Config, training: bool = False) -> Setup:
     )
     table = build_token_table(tokenizer, model.lm_head.weight.shape[0]).to(device)
     vocabulary = Vocabulary.of(model, tokenizer, table, WHICH_BOX[config.question], prompter.opening)
+    if vocabulary.start == CLOSED:
+        raise UserError(f"--answer-prefix {config.answer_prefix} has said the whole box already: leave it open, such as [ alone.")
     shape = ModelShape.of(model.config)
     budget = Budget(plan.tokens, config.rollout_tokens)
     return Setup(config, device, folder, model, shape, tokenizer, Decoder(model, vocabulary), table, cues, prompter, Skipped(), plan, budget)
@@ -149,9 +155,9 @@ def prefetch(make: Callable[[int], Prompt], indices: Iterable[int], workers: int
                 future.cancel()
 
 
-def batches(setup: Setup, prompts: list[Prompt], first: int, replies: int, budget: float) -> Iterator[tuple[list[int], PromptBatch]]:
+def batches(setup: Setup, prompts: list[Prompt], first: int, costs: Sequence[float], budget: float) -> Iterator[tuple[list[int], PromptBatch]]:
     """Packed microbatches on the device, with their prompts' indices counted from `first`."""
-    for chosen in pack(prompts, lambda prompt: setup.cost(prompt, replies), budget):
+    for chosen in pack(prompts, costs, budget):
         yield [first + i for i in chosen], PromptBatch.of([prompts[i] for i in chosen], setup.model.config, setup.device)
 
 

@@ -36,12 +36,12 @@ class Totals:
         return {**{name: float(value) for name, value in values.items() if name not in on_device}, **dict(zip(on_device, numbers, strict=True))}
 
 
-def summarise(totals: Totals, chunk: list[Prompt], step: int, norm: Tensor, rate: float, seconds: float, waited: float) -> dict[str, Any]:
-    """The step's metrics. Those that depend on time: seconds, wait_seconds, mfu and the ones that end in _per_s."""
+def summarise(totals: Totals, chunk: list[Prompt], step: int, norms: Tensor, rate: float, seconds: float, waited: float) -> dict[str, Any]:
+    """The step's metrics; norms [updates]. Those that depend on time: seconds, wait_seconds, mfu and the ones that end in _per_s."""
     began = time.perf_counter()
-    sums = totals.read(norm=norm)
+    sums = totals.read(norm=norms[-1] + 0 * norms.sum())  # not finite if one of them is not
     seconds += time.perf_counter() - began  # until the device had done the step
-    replies, live, updated = sums["replies"], max(1.0, sums.get("live_tokens", 0.0)), max(1.0, sums.get("updated_tokens", 0.0))
+    replies, live, updated = sums["replies"], sums.get("live_tokens", 0.0), max(1.0, sums.get("updated_tokens", 0.0))
     return {
         "step": step + 1,
         **{name: sums[name] / replies for name in ("reward", "iou", "valid", "format")},
@@ -49,12 +49,12 @@ def summarise(totals: Totals, chunk: list[Prompt], step: int, norm: Tensor, rate
         "zero_variance_groups": int(sums["zero_variance"]),
         "loss": sums.get("loss", 0.0) / updated,
         "kl": sums.get("kl", 0.0) / updated,
-        "entropy": sums.get("entropy", 0.0) / live,
+        "entropy": sums["entropy"] / live if live else None,  # None: no group had a gradient, so no training forward was run
         "clip_low": sums.get("clip_low", 0.0) / updated,
         "clip_high": sums.get("clip_high", 0.0) / updated,
         "ratio_max": sums.get("ratio_max", 1.0),
-        "sampler_gap": sums.get("sampler_gap", 0.0) / live,
-        "sampler_gap_max": sums.get("sampler_gap_max", 0.0),
+        "sampler_gap": sums["sampler_gap"] / live if live else None,
+        "sampler_gap_max": sums.get("sampler_gap_max"),
         "grad_norm": sums["norm"] if math.isfinite(sums["norm"]) else 0.0,
         "dropped_step": sums["not_finite"] > 0 or not math.isfinite(sums["norm"]),
         "lr": rate,
@@ -63,8 +63,8 @@ def summarise(totals: Totals, chunk: list[Prompt], step: int, norm: Tensor, rate
         "wait_seconds": waited,
         "unique_tokens_per_s": (sums["prompt_tokens"] + sums["reply_tokens"]) / seconds,
         "rollouts_per_s": replies / seconds,
-        "fill": sums["cost"] / sums["room"],
+        "fill": sums.get("cost", 0.0) / max(1.0, sums.get("room", 0.0)),
         "flops": sums["spent_flops"],
         "flops_over_floor": sums["spent_flops"] / sums["floor_flops"],
-        **rates(sums["model_flops"], seconds, torch.cuda.get_device_name() if norm.is_cuda else "cpu"),
+        **rates(sums["model_flops"], seconds, torch.cuda.get_device_name() if norms.is_cuda else "cpu"),
     }

@@ -16,7 +16,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from locus_kernels.box_reward import BoxReward, box_reward
+from locus_kernels.shared_prefix_attention import send
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,7 +36,7 @@ from locus_fast.errors import UserError
 from locus_fast.evaluate import evaluate
 from locus_fast.grpo import MEANS, grpo_loss
 from locus_fast.optim import PARTS, clip_and_step, make_optimizer, parameter_groups, rate_factor
-from locus_fast.packing import PromptBatch, Replies
+from locus_fast.packing import PromptBatch, Replies, pack
 from locus_fast.policy import Prefix, checkpoint_activations, prefill, reply_logprob, trains_vision
 from locus_fast.reference import Reference, make_reference
 from locus_fast.report import Metrics, draw_curve, draw_samples
@@ -144,7 +145,7 @@ def train_step(
     chunk = [next(prompts) for _ in range(config.prompts)]
     setup.skipped.add(chunk)
     waited = time.perf_counter() - clock
-    largest = max(setup.cost(prompt, config.replies) for prompt in chunk)
+    largest = max(setup.most(prompt, config.replies) for prompt in chunk)
     done = setup.budget.retry(lambda: first_update(setup, reference, optimizer, chunk, step, stop), largest, setup.decoder)
     if done is None:
         return None
@@ -153,7 +154,7 @@ def train_step(
     gone = torch.where(torch.as_tensor(totals.sums["not_finite"]) > 0, torch.nan, float(denominator))
     factor = rate_factor(step, config.steps, config.warmup, config.schedule)
     number = step * config.updates
-    norm = clip_and_step(optimizer, denominator=gone, factor=factor, clip=config.grad_clip, seed=config.seed + number)
+    norms = [clip_and_step(optimizer, denominator=gone, factor=factor, clip=config.grad_clip, seed=config.seed + number)]
     for again in range(1, config.updates):  # further updates on the same rollouts: the prefix again, against the stored old log-probs
         optimizer.zero_grad(set_to_none=True)
         for experience in experiences:
@@ -161,9 +162,9 @@ def train_step(
             replies = Replies.of(experience.batch, experience.rollout, experience.lengths, experience.live)
             logprob, _ = reply_logprob(setup.model, prefix, replies, config.temperature)
             backward(config, experience, replies, logprob, totals)
-            spend(setup, totals, experience, again=True, rollout=False)
-        norm = clip_and_step(optimizer, denominator=gone, factor=factor, clip=config.grad_clip, seed=config.seed + number + again)
-    return summarise(totals, chunk, step, norm, config.lr * factor, time.perf_counter() - clock, waited)
+            spend(setup, totals, experience, COLUMNS[1:4])
+        norms.append(clip_and_step(optimizer, denominator=gone, factor=factor, clip=config.grad_clip, seed=config.seed + number + again))
+    return summarise(totals, chunk, step, torch.stack(norms), config.lr * factor, time.perf_counter() - clock, waited)
 
 
 def first_update(
@@ -175,10 +176,11 @@ def first_update(
     totals, experiences = Totals(), []
     denominator = 0
     optimizer.zero_grad(set_to_none=True)
-    for indices, batch in batches(setup, chunk, step * config.prompts, config.replies, setup.budget.rollout):
+    most = [setup.most(prompt, config.replies) for prompt in chunk]
+    for indices, batch in batches(setup, chunk, step * config.prompts, most, setup.budget.rollout):
         if stop():
             return None
-        kept = sum(setup.cost(prompt, config.replies) for prompt in batch.prompts) <= setup.budget.tokens
+        kept = sum(most[index - step * config.prompts] for index in indices) <= setup.budget.tokens
         with torch.set_grad_enabled(kept):
             prefix = prefill(setup.model, batch)  # the sampler's prefill is the training forward's prefix
         rollout = setup.decoder.generate(prefix, sampling_of(config), seed=config.seed, groups=indices)
@@ -190,61 +192,74 @@ def first_update(
         denominator += share
         count(totals, batch, rollout, scored, flat, live)
         whole = Experience(batch, rollout, lengths, live, scored.advantage, weight)
-        kept_prefix = prefix if kept else None
-        del prefix  # a wide rollout's keys and values make room
+        spend(setup, totals, whole, COLUMNS, wide=not kept)
+        held = [prefix] if kept else []
+        del prefix  # a wide rollout's keys and values make room, and a microbatch's do before the next one's are made
         for part in [whole] if kept else parts(setup, whole):
-            spend(setup, totals, part, again=not kept)
             if part.live:
-                experience = learn(setup, reference, part, kept_prefix, totals)
+                experience = learn(setup, reference, part, held.pop() if held else prefill(setup.model, part.batch), totals)
                 experiences += [experience] if config.updates > 1 else []
     return totals, experiences, denominator
 
 
-def parts(setup: Setup, whole: Experience) -> Iterator[Experience]:
-    """The microbatches to train on of a rollout that is wider than one."""
+def select(setup: Setup, whole: Experience, groups: Sequence[int]) -> Experience:
+    """Some of an experience's groups, packed anew; itself for all of them."""
+    if len(groups) == len(whole.lengths):
+        return whole
     G = setup.config.replies
-    for chosen, batch in batches(setup, list(whole.batch.prompts), 0, G, setup.budget.tokens):
-        row = [b * G + g for b in chosen for g in range(G)]
-        rows = torch.tensor(row, device=setup.device)
-        rollout = Rollout(whole.rollout.ids[rows], whole.rollout.lengths[rows], whole.rollout.logprob[rows])
-        live = [place for place, b in enumerate(chosen) if b in whole.live]
-        yield Experience(batch, rollout, [whole.lengths[b] for b in chosen], live, whole.advantage[rows], whole.weight[rows])
+    rows = send(torch.tensor([b * G + g for b in groups for g in range(G)]), setup.device)
+    rollout = Rollout(whole.rollout.ids[rows], whole.rollout.lengths[rows], whole.rollout.logprob[rows])
+    batch = PromptBatch.of([whole.batch.prompts[b] for b in groups], setup.model.config, setup.device)
+    live = [place for place, b in enumerate(groups) if b in whole.live]
+    return Experience(batch, rollout, [whole.lengths[b] for b in groups], live, whole.advantage[rows], whole.weight[rows])
 
 
-def learn(setup: Setup, reference: Reference | None, experience: Experience, prefix: Prefix | None, totals: Totals) -> Experience:
-    """Forward over the live groups' replies on the prefix (made here if there is none), and the backward of the summed loss; the experience with what
-    further updates need."""
+def parts(setup: Setup, whole: Experience) -> Iterator[Experience]:
+    """The microbatches to train on of a rollout that is wider than one: its live groups, whose lengths are known by now."""
+    prompts = [whole.batch.prompts[b] for b in whole.live]
+    costs = [setup.cost(prompt, sum(whole.lengths[b])) for prompt, b in zip(prompts, whole.live, strict=True)]
+    for chosen in pack(prompts, costs, setup.budget.tokens):
+        yield select(setup, whole, [whole.live[place] for place in chosen])
+
+
+def learn(setup: Setup, reference: Reference | None, experience: Experience, prefix: Prefix, totals: Totals) -> Experience:
+    """Forward over the live groups' replies on the prefix, and the backward of the summed loss. Returns the live groups with what further updates
+    on them need. The reference sees the live groups alone."""
     config = setup.config
-    prefix = prefill(setup.model, experience.batch) if prefix is None else prefix
+    totals.add(cost=sum(setup.cost(prompt, sum(n)) for prompt, n in zip(experience.batch.prompts, experience.lengths, strict=True)))
+    totals.add(room=float(setup.budget.tokens))
     replies = Replies.of(experience.batch, experience.rollout, experience.lengths, experience.live)
     logprob, entropy = reply_logprob(setup.model, prefix, replies, config.temperature)
-    anchor = None
+    alive, anchor = select(setup, experience, experience.live), None
     if reference is not None:
         with torch.no_grad(), reference.model() as base:
-            shared = None if trains_vision(setup.model) else prefix.features  # a frozen tower sees for both
-            anchor, _ = reply_logprob(base, prefill(base, experience.batch, shared), replies, config.temperature)
-    experience = replace(experience, old=logprob.detach(), reference=anchor)
-    backward(config, experience, replies, logprob, totals)
+            shared = prefix.features if alive is experience and not trains_vision(setup.model) else None  # a frozen tower sees for both
+            theirs = Replies.of(alive.batch, alive.rollout, alive.lengths, alive.live)
+            anchor, _ = reply_logprob(base, prefill(base, alive.batch, shared), theirs, config.temperature)
+    del prefix
+    backward(config, replace(experience, reference=anchor), replies, logprob, totals)
     compare_with_sampler(totals, experience.rollout, replies, logprob.detach(), entropy)
-    return experience
+    return replace(alive, old=logprob.detach(), reference=anchor)
 
 
-def spend(setup: Setup, totals: Totals, experience: Experience, *, again: bool, rollout: bool = True) -> None:
-    """Counts a microbatch's FLOPs from its shapes: the model's, those of the floor, and those spent. again: the prompts were prefilled once more;
-    rollout: the first update, with rollout and reference."""
-    G, config = setup.config.replies, setup.config
+def spend(setup: Setup, totals: Totals, experience: Experience, columns: Sequence[str], wide: bool = False) -> None:
+    """Counts the FLOPs of some passes over a microbatch from its shapes: the model's, those of the floor, and those spent. wide: its live prompts are
+    prefilled once more, apart from the flat ones."""
     groups = [
         Group(tuple((h, w) for _, h, w in prompt.grids.tolist()), len(prompt.ids), tuple(experience.lengths[b]), b in experience.live)
         for b, prompt in enumerate(experience.batch.prompts)
     ]
-    passes: dict[str, Any] = {"checkpointing": setup.plan.checkpointing, "reference": config.kl > 0, "train_vision": trains_vision(setup.model)}
-    spent, floor = (step_flops(setup.shape, groups, executed=executed, **passes) for executed in (True, False))
-    columns = COLUMNS if rollout else ("forward", "recompute", "backward")
-    prompts = sum(spent[row]["forward"] for row in PROMPT_ROWS) if again and rollout else 0
-    model = [column for column in columns if column != "recompute"]
-    cost = sum(setup.cost(prompt, G) for prompt in experience.batch.prompts)
-    totals.add(cost=cost, room=float(setup.budget.tokens))
-    totals.add(model_flops=total(floor, model), floor_flops=total(floor, columns), spent_flops=total(spent, columns) + prompts)
+    passes: dict[str, Any] = {
+        "checkpointing": setup.plan.checkpointing,
+        "reference": setup.config.kl > 0,
+        "train_vision": trains_vision(setup.model),
+    }
+    floor = step_flops(setup.shape, groups, executed=False, **passes)
+    packed = [[group for group in groups if group.live == live] for live in (True, False)] if wide else [groups]
+    tables = [step_flops(setup.shape, chosen, executed=True, **passes) for chosen in packed]
+    again = sum(tables[0][row]["forward"] for row in PROMPT_ROWS) if wide else 0
+    totals.add(model_flops=total(floor, [column for column in columns if column != "recompute"]), floor_flops=total(floor, columns))
+    totals.add(spent_flops=sum(total(table, columns) for table in tables) + again)
 
 
 def sampling_of(config: Config) -> Sampling:

@@ -11,6 +11,7 @@ and the attention scores, and the decoding of rows that ended before they were m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from locus_fast.cost.shapes import Group, ModelShape, VisionShape, recomputed, rung
@@ -35,7 +36,7 @@ PEAK_FLOPS = {
 
 def peak_flops(device: str) -> float | None:
     """The device's dense bfloat16 FLOP/s, by its name (`torch.cuda.get_device_name`); None where it is not known, as on a CPU."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name.lower() in device.lower()), None)
+    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{re.escape(name)}\b", device, re.IGNORECASE)), None)
 
 
 def causal_pairs(tokens: int, causal: str) -> int:
@@ -97,19 +98,24 @@ def step_flops(
             "reference": of_live if reference else 0,
         }
 
+    through = list(groups) if executed and live else live  # flat groups' prompts ride through the packed backward of the others'
     N, live_N = patches(groups), patches(live)
-    P, live_P = (sum(group.prompt for group in chosen) for chosen in (groups, live))
+    P, live_P, through_P = (sum(group.prompt for group in chosen) for chosen in (groups, live, through))
     fed, scored = sum(sum(group.fed) for group in live), sum(sum(group.replies) for group in live)
-    trained_N = live_N if train_vision else 0
-    pixels, pixels_again = (image_pairs(live, every) if train_vision and every else 0 for every in (1, checkpointing))
+    trained_N = patches(through) if train_vision else 0
+    pixels, pixels_again = (image_pairs(through, every) if train_vision and every else 0 for every in (1, checkpointing))
     own = 4 * text.queries * text.layers * sum(n * group.prompt + causal_pairs(n, causal) for group in live for n in group.fed)
     tower = embed + vision.depth * block + mergers
     head = 2 * scored * text.head_parameters
     table = {
         "vision": row(N * tower, live_N * tower, trained_N * blocks * (block - last), trained_N * (2 * tower - embed)),
         "vision attention": row(image_pairs(groups), image_pairs(live), pixels_again, twice * pixels),
-        "prompt": row(P * text.layers * layer, live_P * text.layers * layer, live_P * layers * (layer - down), 2 * live_P * text.layers * layer),
-        "prompt attention": row(prompt_pairs(groups), prompt_pairs(live), prompt_pairs(live) * layers // text.layers, twice * prompt_pairs(live)),
+        "prompt": row(
+            P * text.layers * layer, live_P * text.layers * layer, through_P * layers * (layer - down), 2 * through_P * text.layers * layer
+        ),
+        "prompt attention": row(
+            prompt_pairs(groups), prompt_pairs(live), prompt_pairs(through) * layers // text.layers, twice * prompt_pairs(through)
+        ),
         "replies": row(fed * text.layers * layer, fed * text.layers * layer, fed * layers * (layer - down), 2 * fed * text.layers * layer),
         "reply attention": row(own, own, own * layers // text.layers, twice * own),
         "head": row(head, head, 0, 2 * head),

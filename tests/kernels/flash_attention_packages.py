@@ -18,7 +18,7 @@ class Recorder:
     def pairs(self, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool) -> Pairs:
         queries, keys = (Packed(tuple(cu.diff().tolist()), cu) for cu in (cu_q, cu_k))
         assert cu_q.dtype == cu_k.dtype == torch.int32
-        assert (max_q, max_k) == (queries.longest, keys.longest)
+        assert (max_q, max_k) == (max(2, queries.longest), max(2, keys.longest))
         return Pairs(queries, keys, causal)
 
     def two(self) -> types.SimpleNamespace:

@@ -189,13 +189,14 @@ class TestChoice:
 
     @pytest.mark.parametrize("name", ["flash_attn_2", "flash_attn_3", "flash_attn_4"])
     def test_a_backend_asked_for_by_name_is_never_replaced(self, monkeypatch, name: str) -> None:
-        for module in ("flash_attn", "flash_attn_interface", "flash_attn.cute"):
+        for module in ("flash_attn.flash_attn_interface", "flash_attn_interface", "flash_attn.cute.interface"):
             monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ValueError, match=f"{name}.*cannot be imported.*choose another, or auto"):
             choose_backend(name, "cuda", torch.bfloat16, (128,))
 
     def test_unfit(self, monkeypatch) -> None:
-        monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+        for module in ("flash_attn", "flash_attn.flash_attn_interface"):
+            monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
         for kind, dtype, dims, words in [
             ("cpu", torch.bfloat16, (64,), "runs on CUDA"),
             ("cuda", torch.float32, (64,), "the model is in float32"),
@@ -207,7 +208,7 @@ class TestChoice:
             choose_backend("xformers", "cpu", torch.float32)
 
     def test_auto_on_cuda(self, monkeypatch) -> None:
-        for module in ("flash_attn", "flash_attn_interface"):
+        for module in ("flash_attn.flash_attn_interface", "flash_attn_interface"):
             monkeypatch.setitem(sys.modules, module, None)
         assert choose_backend("auto", "cuda", torch.bfloat16, (128, 80)).name == "torch"
         assert choose_backend("auto", "cuda", torch.float32, (128, 80)).name == "plain"

@@ -13,7 +13,7 @@ from locus_kernels.box_reward import box_reward, group_advantage
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from locus_fast import checkpoint, layout, train
+from locus_fast import checkpoint, shards, train
 from locus_fast.checkpoint import load_checkpoint, load_model, save_checkpoint, save_model
 from locus_fast.errors import UserError
 from locus_fast.families import interleave
@@ -83,7 +83,7 @@ def test_training_and_export(source: Path, tmp_path: Path, monkeypatch) -> None:
     assert sum(name.endswith(".safetensors") for name in after) == 3
     assert all(before[name] == after[name] for name in before if not name.endswith(".safetensors"))
     for name in (name for name in before if name.endswith(".safetensors")):
-        old, new = layout.read_header(source / name), layout.read_header(final / name)
+        old, new = shards.read_header(source / name), shards.read_header(final / name)
         assert old == new
     old, new = tensors_of(source), tensors_of(final)
     assert sum(not torch.equal(old[name], new[name]) for name in old) > 0.9 * len(old)
@@ -257,7 +257,7 @@ def header(name: str, change: Callable[[dict], dict]) -> Callable[[Path], None]:
 
     def spoil(folder: Path) -> None:
         file = folder / "model-00001-of-00003.safetensors"
-        entries, raw = layout.read_header(file)
+        entries, raw = shards.read_header(file)
         entries[name] = change(entries[name])
         text = json.dumps(entries).encode()
         file.write_bytes(len(text).to_bytes(8, "little") + text + file.read_bytes()[8 + len(raw) :])

@@ -7,7 +7,7 @@ import torch
 
 from locus_fast import rollout
 from locus_fast.packing import PromptBatch, Replies
-from locus_fast.policy import prefill, reply_logprob, use_attention
+from locus_fast.policy import checkpoint_activations, prefill, reply_logprob, use_attention
 from locus_fast.rollout import Decoder, Sampling, Vocabulary
 from tests.small_models import IMAGE, VOCABULARY, small_model, small_prompt
 
@@ -43,10 +43,13 @@ def test_float32_equals_the_cpu(family: str) -> None:
         assert (value - expected_gradient[name]).norm() <= 1e-3 * expected_gradient[name].norm().clamp(min=1e-6), name
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_graphs_change_nothing_and_are_used_again(family: str, dtype: torch.dtype) -> None:
+def test_graphs_change_nothing_and_are_used_again(family: str, dtype: torch.dtype, checkpointing: bool) -> None:
     model, batch, words = task(family, "cuda", dtype)
+    if checkpointing:
+        checkpoint_activations(model)
     with torch.no_grad():
         prefix = prefill(model, batch)
         eager = Decoder(model, words, static=False).generate(prefix, SAMPLING, seed=4, groups=[3, 0, 9])
@@ -66,3 +69,17 @@ def test_bfloat16_sampler_and_training_forward(family: str) -> None:
     sampled = torch.cat([played.logprob[r, :n] for r, n in enumerate(played.lengths.tolist())]).cpu()
     assert (logprob - sampled).abs().mean() < 0.05
     assert all(value.isfinite().all() for value in gradient.values())
+
+
+def test_nothing_waits_but_the_count_of_running_replies() -> None:
+    model, batch, words = task("qwen3_vl", "cuda", torch.bfloat16)
+    decoder = Decoder(model, words)
+    decoder.generate(prefill(model, batch), SAMPLING, seed=4, groups=[3, 0, 9])  # compiles and captures
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = PromptBatch.of(batch.prompts, model.config, "cuda")
+        played = decoder.generate(prefill(model, again), SAMPLING, seed=4, groups=[3, 0, 9])
+        replies = Replies.of(again, played, [[3] * 7] * 3, range(3))
+        reply_logprob(model, prefill(model, again), replies, 1.0)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -55,7 +55,7 @@ def test_rollout(task, monkeypatch) -> None:
     """Six replies over two prompts that end one after the other; buffers of a fixed place, no length known to the host."""
     model, batch = task
     told = iter([6, 6, 3, 2, 1])
-    monkeypatch.setattr(rollout, "Count", lambda running: types.SimpleNamespace(latest=lambda: next(told), ask=lambda running: None))
+    monkeypatch.setattr(rollout, "Count", lambda lag, on_cuda: types.SimpleNamespace(known=lambda most: next(told), ask=lambda running: None))
     monkeypatch.setattr(rollout, "Graph", lambda function, other: function)
     words = rollout.Vocabulary(
         torch.ones(VOCABULARY, dtype=torch.bool, device="meta"),

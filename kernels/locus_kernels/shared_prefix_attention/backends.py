@@ -98,7 +98,8 @@ def _torch_cuda() -> Backend:
 
 
 def _extents(pairs: Pairs) -> tuple[Tensor, Tensor, int, int]:
-    return pairs.queries.cu_seqlens, pairs.keys.cu_seqlens, pairs.queries.longest, pairs.keys.longest
+    """Offsets and upper bounds. A bound of 1 would have FlashAttention 2 take the queries for a decoding step, one a sequence, which they are not."""
+    return pairs.queries.cu_seqlens, pairs.keys.cu_seqlens, max(2, pairs.queries.longest), max(2, pairs.keys.longest)
 
 
 def _named_extents(pairs: Pairs) -> dict[str, Any]:
@@ -159,9 +160,9 @@ def _flash_attn_4() -> Backend:
 BACKENDS: dict[str, tuple[str, Callable[[], Backend]]] = {  # name -> (module that must be importable, or nothing; maker)
     "plain": ("", _plain),
     "torch": ("", _torch_cuda),
-    "flash_attn_2": ("flash_attn", _flash_attn_2),
+    "flash_attn_2": ("flash_attn.flash_attn_interface", _flash_attn_2),
     "flash_attn_3": ("flash_attn_interface", _flash_attn_3),
-    "flash_attn_4": ("flash_attn.cute", _flash_attn_4),
+    "flash_attn_4": ("flash_attn.cute.interface", _flash_attn_4),
 }
 CUDA_ORDER = ("flash_attn_3", "flash_attn_2", "torch")  # "auto"; FlashAttention 4 is a beta, by name only
 
@@ -192,7 +193,7 @@ def _unfit(name: str, kind: str, dtype: torch.dtype, head_dims: tuple[int, ...])
     if module:
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except (ImportError, OSError) as error:
             return f"its package cannot be imported ({error})"
     if name == "plain" or (name == "torch" and kind == "cpu"):
         return ""
