@@ -21,6 +21,7 @@ from locus_fast.families import interleave
 from locus_fast.optim import PARTS, make_optimizer, parameter_groups
 from locus_fast.packing import PromptBatch, Replies
 from locus_fast.policy import checkpoint_activations, prefill, reply_logprob
+from locus_fast.preprocess import PatchSpec
 from locus_fast.quantize import quantize
 from locus_fast.types import Prompt, Rollout
 from tests.published import FAMILIES, write_checkpoint
@@ -47,41 +48,40 @@ def scatter(model, seed: int = 0, size: float = 0.1) -> None:
         p.data = size * torch.randn(p.shape, generator=rng)
 
 
-def drawn(config, seed: int = 0, device: torch.device = CPU) -> tuple[PromptBatch, Replies]:
+def drawn(config, seed: int = 0, device: torch.device = CPU) -> tuple[list[Prompt], PromptBatch, Replies]:
     """Two prompts with an image each, of different sizes, and GROUP random replies to each."""
     rng = torch.Generator().manual_seed(seed)
     vision, image = config.vision_config, config.image_token_id
-    width = 3 * vision.temporal_patch_size * vision.patch_size**2
+    spec = PatchSpec(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, (0.5,) * 3, (0.3,) * 3)
     prompts = []
     for rows, columns in ((4, 6), (2, 8)):
         cells = (rows // vision.spatial_merge_size, columns // vision.spatial_merge_size)
         ids, position = interleave(torch.randint(3, 200, (2, 5), generator=rng).tolist(), [cells], image)
-        patches = torch.randn(rows * columns, width, generator=rng)
-        prompts.append(Prompt(ids, position, patches, torch.tensor([[1, rows, columns]]), torch.ones(4), torch.ones(4), "small", "drawn"))
+        pixels = torch.randint(0, 256, (rows * columns * spec.patch**2 * 3,), generator=rng, dtype=torch.uint8)
+        prompts.append(Prompt(ids, position, pixels, torch.tensor([[1, rows, columns]]), spec, torch.ones(4), torch.ones(4), "small", "drawn"))
     batch = PromptBatch.of(prompts, config, device)
     ids = torch.randint(3, 200, (2 * GROUP, REPLY), generator=rng).to(device)
     rollout = Rollout(ids, torch.full((2 * GROUP,), REPLY, device=device), torch.zeros(2 * GROUP, REPLY, device=device))
-    return batch, Replies.of(batch, rollout, [REPLY] * 2 * GROUP, [0, 1])
+    return prompts, batch, Replies.of(batch, rollout, [[REPLY] * GROUP] * 2, [0, 1])
 
 
 def logprobs(model, seed: int = 0) -> torch.Tensor:
-    batch, replies = drawn(model.config, seed, model.device)
+    _, batch, replies = drawn(model.config, seed, model.device)
     return reply_logprob(model, prefill(model, batch), replies, 1.0)[0]
 
 
 def logits_by_transformers(model, seed: int = 0) -> torch.Tensor:
     """Of the first drawn prompt, by a model with transformers' own attention."""
-    batch, _ = drawn(model.config, seed)
-    ids = batch.ids[: batch.lengths[0]][None]
-    patches = batch.patches[: int(batch.grids[0].prod())]
+    prompt = drawn(model.config, seed)[0][0]
+    ids = prompt.ids[None]
     with torch.no_grad():
         kind = (ids == model.config.image_token_id).int()
-        return model(input_ids=ids, pixel_values=patches, image_grid_thw=batch.grids[:1], mm_token_type_ids=kind).logits[0]
+        return model(input_ids=ids, pixel_values=prompt.patches, image_grid_thw=prompt.grids, mm_token_type_ids=kind).logits[0]
 
 
 def last_logits(model, seed: int = 0) -> torch.Tensor:
     """Of the first drawn prompt's last token, by our own pass."""
-    batch, _ = drawn(model.config, seed)
+    _, batch, _ = drawn(model.config, seed)
     with torch.no_grad():
         return model.lm_head(prefill(model, batch).last_hidden)[0]
 
@@ -340,7 +340,7 @@ def test_variants_run_and_are_evaluated(more: list[str], run: Path, tmp_path: Pa
     """`evaluate` on `final`, adapters or merged, gives what the run ended with."""
     if "nf4" in more:
         pytest.importorskip("bitsandbytes")
-    assert train.main([*SHORT, "--out", str(tmp_path / "run"), "--checkpointing", "true", *more]) == 0
+    assert train.main([*SHORT, "--out", str(tmp_path / "run"), "--checkpointing", "1", *more]) == 0
     metrics = rows(tmp_path / "run")
     assert metrics[0]["kl"] == 0 < metrics[-1]["kl"]
     if "nf4" not in more:
