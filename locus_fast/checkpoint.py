@@ -84,7 +84,8 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = N
 
 def weight_dtype(folder: Path, config: Any, dtype: torch.dtype | None) -> torch.dtype:
     """What the weights of a folder are loaded in: `dtype`, else what its config states, else what its tensors have."""
-    return dtype or config.dtype or config.get_text_config().dtype or stored_dtype(folder)
+    stored = stored_dtype(folder)  # also where it is not needed: it raises UserError for a shard that is absent, cut short or no safetensors file
+    return dtype or config.dtype or config.get_text_config().dtype or stored
 
 
 def _stop_at_turns(model: Any, tokenizer: Any, stop: str) -> None:
