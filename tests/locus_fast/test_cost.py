@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 import types
@@ -12,27 +11,19 @@ import pytest
 import torch
 from locus_kernels.linear_logprob import linear_logprob
 from locus_kernels.shared_prefix_attention import backends, layout
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from locus_fast import cost, packing, rollout
 from locus_fast.checkpoint import TINY_BASE
 from locus_fast.cost.__main__ import main, shape_of
-from locus_fast.cost.memory import decoder_bytes
 from locus_fast.cost.shapes import PUBLISHED, Group, ModelShape, group_of
 from locus_fast.cost.traffic import step_launches
-from locus_fast.errors import UserError
-from locus_fast.packing import PromptBatch, Replies
-from locus_fast.policy import checkpoint_activations, prefill, reply_hidden, reply_logprob, see
+from locus_fast.packing import PromptBatch
+from locus_fast.policy import checkpoint_activations, prefill, reply_hidden, see
 from locus_fast.rollout import Decoder, Sampling, Vocabulary
-from locus_fast.types import Prompt, Rollout
-from tests.small_models import CLASSES, VOCABULARY, small_model, small_prompt
-
-FAMILIES = sorted(CLASSES)
-GRIDS = [[(8, 12), (4, 4)], [(10, 6), (4, 8)]]  # whole windows, and ragged ones
-REPLIES = [[5, 1, 9], [3, 7, 2]]
-ENDLESS = Vocabulary(torch.arange(VOCABULARY) < 3, torch.tensor([5]))  # the id that would end a reply is never drawn
+from tests.locus_fast.cost_cases import ENDLESS, FAMILIES, GRIDS, REPLIES, answers, group_like, work
+from tests.small_models import CLASSES, small_model, small_prompt
 
 
 def attention_forward(q, k, v, *_, out_shape=None, **__) -> int:
@@ -65,25 +56,6 @@ def counted(run):
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         result = run()
     return counter.get_total_flops(), result
-
-
-def work(family: str):
-    """(model, batch of prompts, groups)."""
-    model = small_model(family)
-    prompts = [small_prompt(model, grids, words=5 + 3 * i, seed=i) for i, grids in enumerate(GRIDS)]
-    groups = [group_like(prompt, replies) for prompt, replies in zip(prompts, REPLIES, strict=True)]
-    return model, PromptBatch.of(prompts, model.config, "cpu"), groups
-
-
-def group_like(prompt: Prompt, replies: list[int]) -> Group:
-    return Group(tuple((h, w) for _, h, w in prompt.grids.tolist()), len(prompt.ids), tuple(replies))
-
-
-def answers(batch: PromptBatch, groups: list[Group]) -> Replies:
-    """Replies of the groups' lengths; what the tokens are does not matter here."""
-    lengths = [list(group.replies) for group in groups]
-    ids = torch.arange(max(map(max, lengths)), device=batch.ids.device).expand(sum(map(len, lengths)), -1)
-    return Replies.of(batch, Rollout(ids, ids[:, 0], ids.float()), lengths, range(len(groups)))
 
 
 def spent(table: cost.flops.Table, parts: tuple[str, ...], *columns: str) -> float:
@@ -313,82 +285,6 @@ def decoding(model, words: Vocabulary, prefix, tokens: int) -> int:
 def test_syncs_of_a_step() -> None:
     """That nothing else waits is tested in test_no_waiting.py."""
     assert sum(cost.step_syncs([[Group((), 10, (3,))]] * 5).values()) == 5 + 1
-
-
-def measured_peak(run) -> int:
-    """The most bytes that run() holds at a time beyond what was there."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        run()
-    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
-def engine_step(model, reference, prompts: list[Prompt], groups: list[Group]) -> None:
-    """One microbatch as the trainer runs it: sampling, replies, reference, backward. Its replies have room for their tokens and end at once."""
-    batch = PromptBatch.of(prompts, model.config, "cpu")
-    prefix, decoder = prefill(model, batch), Decoder(model, Vocabulary(ENDLESS.allowed, torch.arange(3)))
-    longest = max(max(group.replies) for group in groups)
-    played = decoder.generate(prefix, Sampling(len(groups[0].replies), longest, 1.0, 1.0), seed=0, groups=range(len(groups)))
-    replies = Replies.of(batch, played, [list(group.replies) for group in groups], range(len(groups)))
-    logprob, _ = reply_logprob(model, prefix, replies, 1.0)
-    if reference is not None:
-        with torch.no_grad():
-            reply_logprob(reference, prefill(reference, batch), replies, 1.0)
-    logprob.sum().backward()
-
-
-@pytest.mark.parametrize(("checkpointing", "kl"), [(0, False), (0, True), (1, True), (2, True)])
-@pytest.mark.parametrize(
-    ("grids", "words", "replies"), [([(16, 24), (8, 8)], 60, [32] * 8), ([(24, 32), (4, 4)], 9, [4] * 2), ([(4, 4)] * 2, 20, [48] * 8)]
-)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_peak_memory_is_within_15_percent_of_the_measured(family: str, checkpointing: int, kl: bool, grids, words: int, replies: list[int]) -> None:
-    model = small_model(family)
-    reference = copy.deepcopy(model).requires_grad_(False) if kl else None
-    if checkpointing:
-        checkpoint_activations(model, checkpointing)
-    prompts = [small_prompt(model, grids, words, seed) for seed in range(2)]
-    groups = [group_like(prompt, replies) for prompt in prompts]
-    engine_step(model, reference, prompts, groups)  # so that the gradients are there, as from the second microbatch on
-    measured = measured_peak(lambda: engine_step(model, reference, prompts, groups))
-    shape = ModelShape.of(model.config)
-    tile = 3 * 4 * sum(map(sum, (group.replies for group in groups))) * shape.text.vocabulary  # the CPU's head: logits, gradient and their sum's
-    ways = {"weight_bytes": 4, "gradient_bytes": 4, "state_bytes": 0, "width": 4, "static": False, "reference": "copy" if kl else "none"}
-    parts = cost.peak_memory(shape, groups, checkpointing=checkpointing, tile=tile, **ways)
-    static = parts["weights"] + parts["gradients"] + parts["reference"]
-    assert sum(parts.values()) == pytest.approx(measured + static, rel=0.15)
-
-
-def test_the_decoders_buffers_are_counted_as_they_are() -> None:
-    model, batch, groups = work("qwen3_vl")
-    with torch.no_grad():
-        prefix = prefill(model, batch)
-    for static in (False, True):
-        decoder = Decoder(model, ENDLESS, static=static)
-        decoder.load(prefix, Sampling(3, 20, 1.0, 1.0), 0, torch.arange(6))
-        slots = decoder.slots
-        assert slots is not None
-        held = [t for pairs in (*slots.own.values(), *decoder.prompt_kv.values()) for t in pairs] + [slots.ids[1:], slots.logprob[1:]]
-        expected = decoder_bytes(ModelShape.of(model.config), groups, 20, 4, static)
-        assert sum(t.numel() * t.element_size() for t in held) == expected
-        decoder.release()
-        assert decoder.slots is None
-
-
-def test_7b_with_its_reference_fits_one_card() -> None:
-    shape = PUBLISHED["qwen2.5-vl-7b"]
-    group = Group(((34, 46), (4, 4)), 523, (100,) * 8)
-    parts = cost.peak_memory(shape, [group] * 8, checkpointing=1, reference="copy")
-    assert parts["weights"] == parts["gradients"] == parts["reference"] == 2 * shape.parameters
-    assert 62 * 2**30 < sum(parts.values()) < 78 * 2**30
-    held = [sum(cost.peak_memory(shape, [group], checkpointing=1, reference=kind).values()) for kind in ("copy", "int8", "nf4", "host", "none")]
-    assert held == sorted(held, reverse=True)
-    with pytest.raises(UserError, match="--reference must be one of"):
-        cost.peak_memory(shape, [group], checkpointing=1, reference="fp8")
 
 
 @pytest.mark.parametrize("preset", ["tiny", *PUBLISHED])
