@@ -1,7 +1,7 @@
-"""Sampling replies over the shared prefix: static buffers, one CUDA graph for each number of rows, no waiting for the device.
+"""Sampling replies over the shared prefix: static buffers, one CUDA graph for each number of rows, and a device that never idles.
 
 A reply is a *slot* of the decoder. Every step feeds each slot's last token, attends to the group's prompt and the slot's own past, and samples. The
-number of replies still running comes back without anyone waiting for it; when it falls below the next smaller number of rows (`LADDER`), the
+number of replies still running reaches the host some steps late (`Count`); when it falls below the next smaller number of rows (`LADDER`), the
 running slots are moved together and the others dropped.
 
 Legend: B prompts, G replies a prompt, R = B * G rows of the rollout, S slots at work, K key heads, D head dimension, L longest reply, V vocabulary.
