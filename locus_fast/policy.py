@@ -15,6 +15,7 @@ from locus_kernels.shared_prefix_attention import Backend, Pairs, SharedPrefixLa
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from locus_fast.fused import can_fuse, fuse, unfuse
 from locus_fast.packing import PromptBatch, Replies, VisionLayout
 
 ATTENTION = "locus_flash"  # with "flash" in it, transformers hands the vision tower's cu_seqlens over instead of looping over images
@@ -106,17 +107,21 @@ def add_deep_features(hidden: Tensor, places: Tensor, features: Tensor) -> Tenso
 
 def use_attention(model: Any, name: str = ATTENTION, backend: str = "auto") -> None:
     """Switch every part of the model to the attention function of this name; with the trainer's own, computed by `backend` (see `choose_backend`,
-    whose ValueError this raises). Not through `set_attn_implementation`, which takes any name with "flash" in it for a package to be loaded."""
+    whose ValueError this raises), beside liger-kernel's operators where the device has them (locus_fast.fused). Not through
+    `set_attn_implementation`, which takes any name with "flash" in it for a package to be loaded."""
     for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
         config._attn_implementation = name
     language = model.model.language_model
     vars(language).pop("_deepstack_process", None)
+    unfuse(model)
     if name == ATTENTION:
         vision, text = model.config.vision_config, model.config.text_config
         own = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         model.locus_backend = choose_backend(backend, model.device, model.dtype, (own, vision.hidden_size // vision.num_heads))
         if hasattr(language, "_deepstack_process"):
             language._deepstack_process = add_deep_features
+        if can_fuse(model.device):
+            fuse(model)
 
 
 def checkpoint_activations(model: Any, every: int = 1) -> None:

@@ -16,13 +16,13 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-def run_cases(file: str, interpret: bool) -> None:
-    """Run the cases in tests/kernels/`file`; they fail here with pytest's own report."""
+def run_cases(file: str, interpret: bool, folder: str = "kernels") -> None:
+    """Run the cases in tests/`folder`/`file`; they fail here with pytest's own report."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     environment.pop("TRITON_INTERPRET", None)
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "kernels" / file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / folder / file)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
