@@ -6,9 +6,11 @@ import types
 
 import pytest
 import torch
+import triton
 from locus_kernels.shared_prefix_attention import backends, layout
 
 from locus_fast import packing, rollout
+from locus_fast.fused import fuse
 from locus_fast.packing import PromptBatch, Replies
 from locus_fast.policy import checkpoint_activations, prefill, reply_logprob
 from locus_fast.types import Rollout
@@ -17,15 +19,19 @@ from tests.small_models import VOCABULARY, small_model, small_prompt
 LENGTHS = [[5, 4, 1], [5, 5, 2]]
 
 
-@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl", "qwen2_5_vl fused", "qwen3_vl fused"])
 def task(request, monkeypatch):
-    """A model on the meta device with the packed FlashAttention of PyTorch, and a batch of two prompts."""
+    """A model on the meta device with the packed FlashAttention of PyTorch, as it is or fused, and a batch of two prompts."""
+    family, *fused = request.param.split()
     for module in (layout, packing, rollout):
         monkeypatch.setattr(module, "send", lambda tensor, device: tensor.to(device))
-    model = small_model(request.param)
+    model = small_model(family)
     prompts = [small_prompt(model, [(8, 12), (4, 4)], words=6, seed=0), small_prompt(model, [(4, 8)], words=3, seed=1)]
     model = model.to("meta", torch.bfloat16)
     model.locus_backend = backends._torch_cuda()
+    if fused:
+        monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda self, *_, **__: None)  # all that liger-kernel does but its kernels
+        fuse(model)
     return model, PromptBatch.of(prompts, model.config, "meta")
 
 
