@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from locus_fast.fused import fuse, unfuse
 from locus_fast.packing import PromptBatch, Replies
 from locus_fast.policy import checkpoint_activations, prefill, reply_logprob, use_attention
-from locus_fast.rollout import Rollout
+from locus_fast.rollout import Decoder, Rollout, Sampling, Vocabulary
 from tests.kernels.interpreter import device
-from tests.small_models import small_model, small_prompt
+from tests.small_models import IMAGE, VOCABULARY, small_model, small_prompt
 
 DEVICE = device()
 FAMILIES = ["qwen2_5_vl", "qwen3_vl"]
@@ -75,6 +75,19 @@ def test_logprobs_and_gradients_are_the_modules_own(family: str, checkpointing: 
         assert (value - expected_gradient[name]).norm() <= 1e-5 * expected_gradient[name].norm().clamp(min=1e-6), name
     unfuse(model)
     assert torch.equal(trained(model, batch, played)[0], expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_draws_the_same_tokens(family: str) -> None:
+    model, batch, _ = task(family)
+    words = Vocabulary((torch.arange(VOCABULARY) < IMAGE).to(DEVICE), torch.tensor([2], device=DEVICE))
+    drawn = []
+    for change in (unfuse, fuse):
+        change(model)
+        with torch.no_grad():
+            drawn.append(Decoder(model, words).generate(prefill(model, batch), Sampling(2, 3, 1.0, 1.0), seed=5, groups=[0, 1]))
+    assert torch.equal(drawn[0].ids, drawn[1].ids)
+    torch.testing.assert_close(drawn[0].logprob, drawn[1].logprob, rtol=0, atol=1e-5)
 
 
 class Operators(TorchDispatchMode):
