@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -131,6 +130,27 @@ def test_another_dtype(source: Path, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_a_checkpoint_of_mixed_dtypes(tmp_path: Path) -> None:
+    """What is loaded in fewer bits than it is stored in, and not trained, is written back as it was stored."""
+    source = write_checkpoint(tmp_path / "source", "qwen2.5-vl")
+    tensors = tensors_of(source)
+    generator = torch.Generator().manual_seed(0)
+    for number, name in enumerate(sorted(tensors)):
+        wide = (torch.float32, torch.float16, torch.bfloat16, torch.float64)[number % 4]
+        tensors[name] = torch.randn(tensors[name].shape, generator=generator).to(wide)
+    write_shards(source, tensors, 3)
+    model, _ = load_model(source, CPU)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    changed = model.model.language_model.layers[0].self_attn.q_proj.weight
+    with torch.no_grad():
+        changed.mul_(2)
+    save_model(model, source, tmp_path / "out")
+    after = tensors_of(tmp_path / "out")
+    assert {name: t.dtype for name, t in after.items()} == {name: t.dtype for name, t in tensors.items()}
+    assert [name for name in tensors if not torch.equal(tensors[name], after[name])] == ["model.layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(after["model.layers.0.self_attn.q_proj.weight"].bfloat16(), changed)
+
+
 def test_a_run_resumes_from_the_bits_it_left(source: Path, tmp_path: Path) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         model, _ = load_model(source, CPU, dtype)
@@ -252,54 +272,20 @@ def test_to_the_device_and_back(source: Path, tmp_path: Path) -> None:
     assert files_of(tmp_path / "out") == files_of(source)
 
 
-def header(name: str, change: Callable[[dict], dict]) -> Callable[[Path], None]:
-    """Rewrites the entry of a tensor in the first shard's header."""
-
-    def spoil(folder: Path) -> None:
-        file = folder / "model-00001-of-00003.safetensors"
-        entries, raw = shards.read_header(file)
-        entries[name] = change(entries[name])
-        text = json.dumps(entries).encode()
-        file.write_bytes(len(text).to_bytes(8, "little") + text + file.read_bytes()[8 + len(raw) :])
-
-    return spoil
-
-
-@pytest.mark.parametrize(
-    ("spoil", "sentence"),
-    [
-        (lambda folder: (folder / "model-00002-of-00003.safetensors").unlink(), "names the shard model-00002-of-00003.safetensors, which is not"),
-        (lambda folder: (folder / INDEX).unlink(), "cannot be read"),
-        (lambda folder: (folder / INDEX).write_text("[]"), "cannot be read"),
-        (lambda folder: (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}})), r"names the shard ../x.safetensors"),
-        (
-            lambda folder: (folder / "model-00003-of-00003.safetensors").write_bytes(
-                (folder / "model-00003-of-00003.safetensors").read_bytes()[:-10]
-            ),
-            "cut short",
-        ),
-        (lambda folder: (folder / "model-00003-of-00003.safetensors").write_bytes(b"\xff" * 64), "not a safetensors file"),
-        (header("lm_head.weight", lambda entry: {**entry, "dtype": "I16"}), "lm_head.weight is stored as I16"),
-        (header("lm_head.weight", lambda entry: {**entry, "shape": entry["shape"][::-1]}), "of another shape, the first .*lm_head.weight"),
-        (lambda folder: (folder / "chat_template.json").write_text("{}"), "its tokenizer could not be loaded"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "qwen2_5_vl, qwen3_vl"),
-    ],
-)
-def test_folders_that_cannot_be_loaded(spoil: Callable[[Path], None], sentence: str, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "source", "qwen2.5-vl")
-    spoil(folder)
-    with pytest.raises(UserError, match=sentence):
-        load_model(folder, CPU)
-
-
-def test_a_hub_id_is_fetched_once_and_then_a_folder(source: Path, monkeypatch) -> None:
-    asked = []
+def test_a_hub_id_becomes_a_folder_and_its_weights_come_last(source: Path, tmp_path: Path, monkeypatch) -> None:
+    asked: list[tuple[str, bool]] = []
+    held = [source]
 
     def fetched(name: str, allow_patterns: list[str]) -> str:
-        asked.append(name)
-        assert {"*.json", "*.safetensors", "*.txt", "*.jinja"} <= set(allow_patterns)
-        return str(source)
+        assert {"*.json", "*.txt", "*.jinja"} <= set(allow_patterns)
+        asked.append((name, "*.safetensors" in allow_patterns))
+        return str(held[0])
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
     assert checkpoint.model_folder("Qwen/Qwen2.5-VL-7B-Instruct") == source
-    assert asked == ["Qwen/Qwen2.5-VL-7B-Instruct"]
+    assert asked == [("Qwen/Qwen2.5-VL-7B-Instruct", False), ("Qwen/Qwen2.5-VL-7B-Instruct", True)]
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    held[0] = tmp_path
+    with pytest.raises(UserError, match="llama"):
+        checkpoint.model_folder("someone/llama")
+    assert asked[2:] == [("someone/llama", False)]
