@@ -36,9 +36,11 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         raise UserError(_without_weights(folder))
     try:
-        names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        content = json.loads(index.read_text())
+        dict(content["metadata"])  # which transformers reads
+        names = sorted({str(name) for name in content["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} cannot be read as the index of a model's shards ({type(error).__name__}): fetch it again.") from None
+        raise UserError(f"{index} cannot be read as the index of a model's shards ({type(error).__name__}: {error}): fetch it again.") from None
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{index} names the shard {name}, which is not in the folder: fetch the model again.")

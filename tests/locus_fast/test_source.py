@@ -91,7 +91,10 @@ def of_another_family(folder: Path) -> None:
 
 BAD: dict[str, tuple[Spoil, str]] = {
     "missing shard": (absent(SECOND), f"names the shard {SECOND}, which is not in the folder: fetch"),
-    "shard outside the folder": (text(INDEX, json.dumps({"weight_map": {"a": "../x.safetensors"}})), "names the shard ../x.safetensors"),
+    "shard outside the folder": (
+        text(INDEX, json.dumps({"metadata": {}, "weight_map": {"a": "../x.safetensors"}})),
+        "names the shard ../x.safetensors",
+    ),
     "truncated shard": (lambda folder: os.truncate(folder / SECOND, (folder / SECOND).stat().st_size - 3), f"{SECOND} is no whole safetensors file"),
     "empty shard": (text(SECOND, b""), f"{SECOND} is no whole safetensors file; it is cut short or damaged: fetch it again."),
     "header longer than the file": (text(SECOND, (2**33).to_bytes(8, "little") + b"{}"), f"{SECOND} is no whole safetensors file"),
@@ -106,7 +109,8 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "transposed tensor": (entry(shape=[64, 419]), f"{FIRST}: lm_head.weight has shape [64, 419], and should have [419, 64] by config.json"),
     "no index": (absent(INDEX), f"has neither model.safetensors nor {INDEX} (there is {FIRST})"),
     "index that is no object": (text(INDEX, "[]"), f"{INDEX} cannot be read as the index of a model's shards"),
-    "index without tensors": (text(INDEX, '{"weight_map": {}}'), "its weight files hold no tensors"),
+    "index without metadata": (fields(INDEX, metadata=None), f"{INDEX} cannot be read as the index of a model's shards (KeyError: 'metadata')"),
+    "index without tensors": (text(INDEX, '{"metadata": {}, "weight_map": {}}'), "its weight files hold no tensors"),
     "tensor missing": (tensors(lambda stored: stored.pop("model.norm.weight")), "the first model.language_model.norm.weight: fetch the model again."),
     "weights of another family": (of_another_family, "one of the two is another model's"),
     "pickle": (
