@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from locus_fast import budget, checkpoint, disk, runtime, shards, train
 from locus_fast.checkpoint import load_model
 from locus_fast.source import read_source
-from tests.published import draw_photographs, write_checkpoint, write_shards
+from tests.published import PHOTOGRAPHS, write_checkpoint, write_shards
 
 FIRST, SECOND, INDEX = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model.safetensors.index.json"
+DATA = str(PHOTOGRAPHS / "instances.json")
 RECIPE = ["--image-pixels", "4096", "12544", "--cue-pixels", "1024", "3136", "--eval-cues", "1", "--device", "cpu", "--mix", "1", "1", "1"]
 SIZES = ["--steps", "1", "--prompts", "2", "--replies", "2", "--max-tokens", "3", "--tokens", "4000"]
 Spoil = Callable[[Path], Any]
@@ -158,11 +159,11 @@ BAD: dict[str, tuple[Spoil, str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_folder_that_cannot_be_trained(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
     spoil, sentence = BAD[name]
-    folder, data = write_checkpoint(tmp_path / "model", "qwen2.5-vl"), draw_photographs(tmp_path / "photographs", [(150, 110)] * 3)
+    folder = write_checkpoint(tmp_path / "model", "qwen2.5-vl")
     spoil(folder)
     for module, loader in ((runtime, "load_source"), (checkpoint, "load_source")):
         monkeypatch.setattr(module, loader, None)
-    assert train.main(["--model", str(folder), "--data", str(data), "--out", str(tmp_path / "run"), *RECIPE, *SIZES]) == 2
+    assert train.main(["--model", str(folder), "--data", DATA, "--out", str(tmp_path / "run"), *RECIPE, *SIZES]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
@@ -189,9 +190,9 @@ Usage = namedtuple("Usage", "free")
 
 def test_a_disk_without_room(tmp_path: Path, monkeypatch, capsys) -> None:
     """Said before loading; what is asked for is what the run then writes, within the headers."""
-    folder, data = write_checkpoint(tmp_path / "model", "qwen2.5-vl"), draw_photographs(tmp_path / "photographs", [(150, 110)] * 3)
+    folder = write_checkpoint(tmp_path / "model", "qwen2.5-vl")
     run, asked = tmp_path / "run", []
-    arguments = ["--model", str(folder), "--data", str(data), "--out", str(run), *RECIPE, *SIZES, "--steps", "2", "--optimizer", "adamw-master"]
+    arguments = ["--model", str(folder), "--data", DATA, "--out", str(run), *RECIPE, *SIZES, "--steps", "2", "--optimizer", "adamw-master"]
 
     def usage(path: Path) -> Usage:
         assert path == run
@@ -216,9 +217,9 @@ def test_a_disk_without_room(tmp_path: Path, monkeypatch, capsys) -> None:
 
 def test_a_card_too_small(tmp_path: Path, monkeypatch, capsys) -> None:
     """Said before loading, with the longest reply that fits."""
-    folder, data = write_checkpoint(tmp_path / "model", "qwen3-vl"), draw_photographs(tmp_path / "photographs", [(150, 110)] * 3)
+    folder = write_checkpoint(tmp_path / "model", "qwen3-vl")
     monkeypatch.setattr(runtime, "load_source", None)
-    arguments = ["--model", str(folder), "--data", str(data), "--out", str(tmp_path / "run"), *RECIPE, "--steps", "1", "--prompts", "2"]
+    arguments = ["--model", str(folder), "--data", DATA, "--out", str(tmp_path / "run"), *RECIPE, "--steps", "1", "--prompts", "2"]
     for memory, mend in ((30 * 2**20, "would fit"), (2**16, "take a larger device or a smaller --model")):
         monkeypatch.setattr(budget, "free_memory", lambda device, memory=memory: memory)
         assert train.main([*arguments, "--replies", "8", "--max-tokens", "4096"]) == 2

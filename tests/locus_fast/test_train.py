@@ -344,7 +344,7 @@ def halve(weights: Path) -> None:
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100), "no whole safetensors file"),
         (lambda folder: (folder / "preprocessor_config.json").write_text("{}"), "image_mean"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
-        (lambda folder: (folder / "chat_template.jinja").unlink(), "(there is none): copy that of the base"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "(there is none): copy the base model's"),
         (lambda folder: halve(folder / "model.safetensors"), "tensors are in none of its weight files"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "llama"),
     ],
