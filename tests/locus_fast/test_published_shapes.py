@@ -2,8 +2,8 @@
 
 The lists are written as patterns with layer numbers, from the architectures' own definitions; they were not fetched from the hub for this test. What
 holds them to the published indexes are figures that those state and others quote: 729 tensors and `total_size` 16,584,333,312 for
-Qwen2.5-VL-7B-Instruct; 713 tensors and 8,875,631,616, of which the vision tower's 315 are 830,695,424, for Qwen3-VL-4B (Instruct and Thinking have one
-architecture); 16,612,434,432 for MiMo-VL-7B-RL, a Qwen2.5-VL with the language model of MiMo-7B and a wider MLP in the vision tower, 3,456.
+Qwen2.5-VL-7B-Instruct; 713 tensors and 8,875,631,616, of which the vision tower's 315 are 830,695,424, for Qwen3-VL-4B (Instruct and Thinking have
+one architecture); 16,612,434,432 for MiMo-VL-7B-RL, a Qwen2.5-VL with the language model of MiMo-7B and a wider MLP in the vision tower, 3,456.
 """
 
 from __future__ import annotations
