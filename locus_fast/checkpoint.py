@@ -39,7 +39,7 @@ def model_folder(name: str) -> Path:
     if not is_hub_id(name):
         folder = Path(name) if name else TINY_BASE
         if not folder.is_dir():
-            raise UserError(f"--model {name}: there is no such folder.")
+            raise UserError(f"--model {name}: there is no such folder; give that of a model in Hugging Face layout, or a hub id.")
         return folder
     from huggingface_hub import snapshot_download
 
@@ -51,7 +51,8 @@ def model_folder(name: str) -> Path:
     except UserError:
         raise
     except Exception as error:  # the hub client raises many kinds; each means that the model is not to be had
-        raise UserError(f"--model {name}: no such folder, and it could not be fetched from the hub ({type(error).__name__}).") from None
+        why = f"it could not be fetched from the hub ({type(error).__name__})"
+        raise UserError(f"--model {name}: no such folder, and {why}; check id and connection, or give the folder of a copy with --model.") from None
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Any, Any]:

@@ -43,6 +43,7 @@ def read_source(folder: Path) -> Source:
     except Exception as error:  # sizes that do not fit together raise anything from TypeError to ZeroDivisionError
         raise UserError(f"{folder / 'config.json'} does not describe a model ({reason(error)}): copy the base model's.") from None
     _check_tensors(folder, headers, model)
+    _check_rotary(folder, config.get_text_config())
     tokenizer = load_tokenizer(folder)
     _check_tokens(folder, config, tokenizer)
     spec = PatchSpec.of(config, folder)
@@ -81,6 +82,14 @@ def read_json(file: Path) -> dict[str, Any]:
 def reason(error: Exception) -> str:
     """An error's kind and the first line of what it says."""
     return ", ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
+def _check_rotary(folder: Path, text: Any) -> None:
+    """Raises UserError unless the rotary frequencies are shared out among the three axes: no tensor's shape would show it."""
+    sections = (text.rope_parameters or {}).get("mrope_section")
+    half = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) // 2
+    if sections is not None and (len(sections) != 3 or sum(sections) != half):
+        raise UserError(f"{folder / 'config.json'}: mrope_section {sections} must be three numbers that add up to {half}, half a head's dimension.")
 
 
 def _check_tensors(folder: Path, headers: dict[str, tuple[Path, dict[str, Any]]], model: Any) -> None:

@@ -125,6 +125,10 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "quantised": (fields("config.json", quantization_config={"quant_method": "awq"}), "config.json has a quantization_config"),
     "no vision tower": (fields("config.json", vision_config=None), "config.json has no vision_config"),
     "larger sizes": (fields("config.json", hidden_size=8192), "lm_head.weight has shape [419, 64], and should have [419, 8192] by config.json"),
+    "rotary sections": (
+        fields("config.json", rope_scaling={"mrope_section": [16, 24, 24], "type": "mrope"}),
+        "must be three numbers that add up to 8",
+    ),
     "unknown dtype": (fields("config.json", torch_dtype="float7"), "config.json does not describe a model (AttributeError"),
     "config cut short": (text("config.json", "{"), "config.json cannot be read as JSON"),
     "config that is no object": (text("config.json", "5"), "config.json holds no JSON object"),
