@@ -49,6 +49,7 @@ class Setup:
     folder: Path  # where the base model lies
     model: Any
     shape: ModelShape
+    tokenizer: Any
     decoder: Decoder
     table: TokenTable
     cues: CueSource
@@ -103,7 +104,7 @@ def set_up(config: Config, out: Path | None = None) -> Setup:
         raise UserError(f"--answer-prefix {config.answer_prefix} has said the whole box already: leave it open, such as [ alone.")
     shape, decoder = ModelShape.of(model.config), Decoder(model, vocabulary)
     budget = Budget(plan.tokens, config.rollout_tokens)
-    return Setup(config, device, source.folder, model, shape, decoder, table, cues, prompter, Skipped(), plan, budget)
+    return Setup(config, device, source.folder, model, shape, source.tokenizer, decoder, table, cues, prompter, Skipped(), plan, budget)
 
 
 def source_of(config: Config) -> Source:
