@@ -220,16 +220,28 @@ def test_a_disk_without_room(tmp_path: Path, monkeypatch, capsys) -> None:
 
 
 def test_a_card_too_small(tmp_path: Path, monkeypatch, capsys) -> None:
-    """Said before loading, with the longest reply that fits."""
+    """Said before loading, with settings that the card does hold: with them the run gets as far as loading."""
     folder = write_checkpoint(tmp_path / "model", "qwen3-vl")
     monkeypatch.setattr(runtime, "load_source", None)
-    arguments = ["--model", str(folder), "--data", DATA, "--out", str(tmp_path / "run"), *RECIPE, "--steps", "1", "--prompts", "2"]
-    for memory, mend in ((30 * 2**20, "would fit"), (2**16, "take a larger device or a smaller --model")):
+    recipe = [*RECIPE, "--steps", "1", "--prompts", "2", "--replies", "8", "--max-tokens", "64"]
+    arguments = ["--model", str(folder), "--data", DATA, *recipe]
+    advised = set()
+    for memory in range(2**20, 12 * 2**20, 2**20):
         monkeypatch.setattr(budget, "free_memory", lambda device, memory=memory: memory)
-        assert train.main([*arguments, "--replies", "8", "--max-tokens", "4096"]) == 2
+        try:
+            assert train.main([*arguments, "--out", str(tmp_path / f"a{memory}")]) == 2
+        except TypeError:  # it fits
+            break
         sentence = capsys.readouterr().err
-        assert "GiB" in sentence
-        assert mend in sentence
+        assert "free on the device" in sentence
+        if not sentence.endswith(" would fit.\n"):
+            assert "no way of training all of the language model's weights fits, so train adapters (--lora 16" in sentence
+            continue
+        advice = sentence.rsplit("; ", 1)[1].removesuffix(" would fit.\n").split()
+        advised.add(advice[0])
+        with pytest.raises(TypeError, match="not callable"):
+            train.main([*arguments, *advice, "--out", str(tmp_path / f"b{memory}")])
+    assert advised >= {"--kl", "--image-pixels"}
 
 
 def test_what_is_read_before_the_weights_leaves_the_config_alone(tmp_path: Path) -> None:
