@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
-from locus_fast.adapters import has_adapters, load_adapters, write_adapters
+from locus_fast.adapters import has_adapters, is_adapter_folder, load_adapters, write_adapters
 from locus_fast.errors import UserError
 from locus_fast.families import family_of
 from locus_fast.optim import load_state_tensors, state_tensors
 from locus_fast.policy import use_attention
 from locus_fast.shards import load_weights, stored_dtype, write_model
+from locus_fast.source import Source, check_config, read_source, reason
 
 transformers_logging.disable_progress_bar()
 
 TINY_BASE = Path(__file__).parent / "tiny" / "base"
+SMALL_FILES = ["*.json", "*.txt", "*.jinja"]  # of a model on the hub: all but its weights
 
 
 def is_hub_id(name: str) -> bool:
@@ -37,55 +39,51 @@ def model_folder(name: str) -> Path:
     if not is_hub_id(name):
         folder = Path(name) if name else TINY_BASE
         if not folder.is_dir():
-            raise UserError(f"--model {name}: there is no such folder.")
+            raise UserError(f"--model {name}: there is no such folder; give that of a model in Hugging Face layout, or a hub id.")
         return folder
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+        small = Path(snapshot_download(name, allow_patterns=SMALL_FILES))
+        if not is_adapter_folder(small):
+            check_config(small)  # before the weights, which are large, are fetched
+        return Path(snapshot_download(name, allow_patterns=[*SMALL_FILES, "*.safetensors"]))
+    except UserError:
+        raise
     except Exception as error:  # the hub client raises many kinds; each means that the model is not to be had
-        raise UserError(f"--model {name}: no such folder, and it could not be fetched from the hub ({type(error).__name__}).") from None
-
-
-def check_folder(folder: Path) -> None:
-    """Raises UserError unless the folder has a config and safetensors weights; cheap, so done before anything else."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json: give the folder of a model in Hugging Face layout.")
-    if not list(folder.glob("*.safetensors")):
-        pickled = ", in pickle format, which is not loaded: convert it to safetensors first" if list(folder.glob("*.bin")) else ""
-        raise UserError(f"{folder} has no *.safetensors weights{pickled}.")
+        why = f"it could not be fetched from the hub ({type(error).__name__})"
+        raise UserError(f"--model {name}: no such folder, and {why}; check id and connection, or give the folder of a copy with --model.") from None
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder, on the device, with our attention, in evaluation mode.
+    """(model, tokenizer) of a folder, see `read_source` and `load_source`."""
+    source = read_source(folder)
+    return load_source(source, device, dtype), source.tokenizer
+
+
+def load_source(source: Source, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """The model, on the device, with our attention, in evaluation mode.
 
     dtype: of every parameter; None for the checkpoint's own: what its config states (bfloat16 for the published ones), else what its tensors have.
     The weights are views of the mapped files until they are moved or written to, so host memory never holds a copy of them beside the model.
     """
-    check_folder(folder)
     transformers_logging.set_verbosity_error()  # its table of missing tensors says at length what the sentence below says
+    wanted = weight_dtype(source.folder, source.config, dtype)
+    load: Any = AutoModelForImageTextToText.from_pretrained
     try:
-        config = AutoConfig.from_pretrained(folder)
-        family = family_of(config)
-        wanted = weight_dtype(folder, config, dtype)
-        load: Any = AutoModelForImageTextToText.from_pretrained
-        model, found = load(folder, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True)  # so that the sentence below names them
-    except UserError as error:
-        raise UserError(f"{folder} could not be loaded as a model: {error}") from None
+        model, found = load(source.folder, dtype=wanted, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} could not be loaded as a model: {type(error).__name__}, {_first_line(error)}") from None
-    if wrong := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
-        raise UserError(f"{folder}: {len(wrong)} of the model's tensors are missing from its weights, or of another shape, the first {wrong[0]}.")
-    tokenizer = load_tokenizer(folder)
-    _stop_at_turns(model, tokenizer, family.stop)
+        raise UserError(f"{source.folder} could not be loaded as a model: {reason(error)}") from None
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"{source.folder}: {len(missing)} of the model's tensors are in none of its weight files, the first {missing[0]}.")
+    _stop_at_turns(model, source.tokenizer, family_of(source.config).stop)
     use_attention(model)
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval()
 
 
 def weight_dtype(folder: Path, config: Any, dtype: torch.dtype | None) -> torch.dtype:
     """What the weights of a folder are loaded in: `dtype`, else what its config states, else what its tensors have."""
-    stored = stored_dtype(folder)  # also where it is not needed: it raises UserError for a shard that is absent, cut short or no safetensors file
-    return dtype or config.dtype or config.get_text_config().dtype or stored
+    return dtype or config.dtype or config.get_text_config().dtype or stored_dtype(folder)
 
 
 def _stop_at_turns(model: Any, tokenizer: Any, stop: str) -> None:
@@ -95,21 +93,6 @@ def _stop_at_turns(model: Any, tokenizer: Any, stop: str) -> None:
     turn = tokenizer.get_vocab().get(stop)
     if turn is not None and turn not in stops:
         model.generation_config.eos_token_id = [*stops, turn]
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder. Its chat template is the one that a processor would take: chat_template.jinja, else chat_template.json, else the
-    tokenizer's own."""
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder} has no tokenizer.json: copy the tokenizer's files of the base model there.")
-    template = folder / "chat_template.json"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        if template.is_file() and not (folder / "chat_template.jinja").is_file():
-            tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: its tokenizer could not be loaded: {type(error).__name__}, {_first_line(error)}") from None
-    return tokenizer
 
 
 def save_model(model: Any, source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -173,8 +156,4 @@ def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) 
 
 
 def _not_whole(folder: Path, error: Exception) -> UserError:
-    return UserError(f"{folder} is not a whole checkpoint ({type(error).__name__}, {_first_line(error)}): remove it to resume an earlier one.")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return UserError(f"{folder} is not a whole checkpoint ({reason(error)}): remove it to resume an earlier one.")

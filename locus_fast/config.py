@@ -163,7 +163,7 @@ def default_preset(model: str) -> str:
         return "tiny"
     try:
         return "tiny" if "coordinate_extent" in json.loads((Path(model) / "config.json").read_text()) else "paper"
-    except (OSError, ValueError):  # a hub id, or a folder that loading will complain about
+    except (OSError, ValueError, TypeError):  # a hub id, or a folder that loading will complain about
         return "paper"
 
 

@@ -77,9 +77,14 @@ FAMILIES = {"qwen2_5_vl": Family(extent=None), "qwen3_vl": Family(extent=1000)}
 
 def family_of(config: Any) -> Family:
     """The family of a model, from its config; UserError if there is none."""
-    if config.model_type not in FAMILIES:
-        raise UserError(f"model type '{config.model_type}' is not one of the families that can be trained: {', '.join(sorted(FAMILIES))}.")
-    return FAMILIES[config.model_type]
+    return family_named(config.model_type)
+
+
+def family_named(model_type: object) -> Family:
+    """The family of a config's `model_type`; UserError if there is none."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UserError(f"model type '{model_type}' is not one of the families that can be trained: {', '.join(sorted(FAMILIES))}.")
+    return FAMILIES[model_type]
 
 
 def frame_of(config: Any) -> Frame:

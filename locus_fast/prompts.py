@@ -25,16 +25,21 @@ WHICH_BOX = {"think": "answer", "direct": "first"}  # the box that counts
 
 
 def template_pieces(tokenizer: Any, text: str, images: int, placeholder: int) -> list[list[int]]:
-    """The token ids around `images` images and the text behind them, by the tokenizer's chat template: images + 1 pieces. UserError if it has no
-    place for them."""
+    """The token ids around `images` images and the text behind them, by the tokenizer's chat template: images + 1 pieces. UserError if it fails or
+    has no place for them."""
+    where, mend = (
+        f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}",
+        "copy the base model's chat_template.jinja or chat_template.json",
+    )
     message = [{"role": "user", "content": [*[{"type": "image"}] * images, {"type": "text", "text": text}]}]
     try:
         ids = list(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
-    except ValueError:
-        raise UserError("the model's folder has no chat template: copy the base model's chat_template.jinja, or its tokenizer_config.json.") from None
+    except Exception as error:  # templates raise what they like
+        fails = "there is none" if not tokenizer.chat_template else f"{type(error).__name__}, {str(error).strip().splitlines()[0]}"
+        raise UserError(f"{where} cannot be used for {images} images ({fails}): {mend}.") from None
     at = [i for i, token in enumerate(ids) if token == placeholder]
     if len(at) != images:
-        raise UserError(f"the tokenizer's chat template gives {len(at)} image placeholders for {images} images; it must give one each.")
+        raise UserError(f"{where} gives {len(at)} image placeholders (token {placeholder}) for {images} images, and must give one each: {mend}.")
     return [ids[start + 1 : end] for start, end in zip([-1, *at], [*at, len(ids)], strict=True)]
 
 

@@ -7,7 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,31 @@ from tqdm import tqdm
 
 from locus_fast.adapters import add_adapters, base_of, is_adapter_folder, merge_adapters
 from locus_fast.budget import Budget, plan_for
-from locus_fast.checkpoint import check_folder, is_hub_id, load_model, model_folder
+from locus_fast.checkpoint import is_hub_id, load_source, model_folder, weight_dtype
 from locus_fast.config import Config
 from locus_fast.cost.flops import group_cost
 from locus_fast.cost.plan import Plan, unplanned
 from locus_fast.cost.shapes import ModelShape
 from locus_fast.cues import CueRecipe, FileCues
 from locus_fast.data import read_boxes
+from locus_fast.disk import check_disk
 from locus_fast.errors import UserError
 from locus_fast.packing import PromptBatch, pack
 from locus_fast.policy import use_attention
-from locus_fast.preprocess import PatchSpec
 from locus_fast.prompts import GRAMMAR, WHICH_BOX, Prompter
 from locus_fast.quantize import quantize
 from locus_fast.rollout import Decoder, Vocabulary
+from locus_fast.source import Source, read_source
 from locus_fast.tiny.scenes import SceneCues
 from locus_fast.types import CueSource, Prompt, Rollout
 
+SMALLER: list[dict[str, Any]] = [  # settings that take less memory, those nearest to the recipe first
+    {},
+    {"reference": "int8"},
+    {"reference": "host"},
+    {"kl": 0.0},
+    {"kl": 0.0, "rates": (0.0, 0.0, 1.0)},
+]
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -76,22 +84,77 @@ class Setup:
         return self.cost(prompt, replies * self.config.max_tokens)
 
 
-def set_up(config: Config, training: bool = False) -> Setup:
-    """Load everything a run needs; raises UserError for what cannot be used, with `training` for a model that the device cannot train."""
+def set_up(config: Config, out: Path | None = None) -> Setup:
+    """Load everything a run needs; raises UserError for what cannot be used, as much of it as can be known before the weights are read.
+
+    out: the folder of a training run, for which device and disk must have room; None to evaluate alone.
+    """
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
-    if not is_hub_id(config.model):
-        chosen = model_folder(config.model)
-        check_folder(model_folder(base_of(chosen)) if is_adapter_folder(chosen) else chosen)
-    cues = cue_source(config)  # before a model is fetched or loaded: it is the quicker one to be wrong
+    source = None if is_hub_id(config.model) else source_of(config)
+    cues = cue_source(config)  # before a model is fetched: it is the quicker one to be wrong
+    source = source or source_of(config)
+    prompter = Prompter(
+        source.tokenizer,
+        source.config,
+        source.spec,
+        question=config.question,
+        image_pixels=config.image_pixels,
+        cue_pixels=config.cue_pixels,
+        answer_prefix=config.answer_prefix,
+    )
+    plan = unplanned(config.tokens, config.checkpointing) if out is None else plan_run(config, source, device, out)
+    model = open_model(config, source, device)
+    table = build_token_table(source.tokenizer, model.lm_head.weight.shape[0]).to(device)
+    vocabulary = Vocabulary.of(model, source.tokenizer, table, WHICH_BOX[config.question], prompter.opening)
+    if vocabulary.start == CLOSED:
+        raise UserError(f"--answer-prefix {config.answer_prefix} has said the whole box already: leave it open, such as [ alone.")
+    shape, decoder = ModelShape.of(model.config), Decoder(model, vocabulary)
+    budget = Budget(plan.tokens, config.rollout_tokens)
+    return Setup(config, device, source.folder, model, shape, source.tokenizer, decoder, table, cues, prompter, Skipped(), plan, budget)
+
+
+def source_of(config: Config) -> Source:
+    """The base model's folder: that of the model, or of what the model's adapters adapt."""
     folder = model_folder(config.model)
-    dtype = DTYPES[config.dtype]
-    adapters = folder if is_adapter_folder(folder) else None
-    folder = model_folder(base_of(adapters)) if adapters else folder
-    plan = plan_for(config, folder, dtype, device) if training else unplanned(config.tokens, config.checkpointing)
-    model, tokenizer = load_model(folder, torch.device("cpu") if config.quantize != "off" else device, dtype)
-    if adapters:
-        merge_adapters(adapters, model)
+    return read_source(model_folder(base_of(folder)) if is_adapter_folder(folder) else folder)
+
+
+def plan_run(config: Config, source: Source, device: torch.device, out: Path) -> Plan:
+    """The plan of a training run into the folder `out`; raises UserError if its weights are of a type that is not trained, or if the disk or the
+    device has no room."""
+    kind = weight_dtype(source.folder, source.config, DTYPES[config.dtype])
+    if kind not in DTYPES.values():
+        stored = str(kind).removeprefix("torch.")
+        raise UserError(f"{source.folder}: its weights are {stored}, in which small updates are lost: give --dtype bfloat16 or --dtype float32.")
+    check_disk(config, source, kind, out)
+    try:
+        return plan_for(config, source.folder, DTYPES[config.dtype], device)
+    except UserError as error:
+        raise UserError(f"{str(error).rstrip('.')}{what_fits(config, source, device)}.") from None
+
+
+def what_fits(config: Config, source: Source, device: torch.device) -> str:
+    """The settings nearest to those of a run too large for the device that it does hold, worded to end the sentence that says so."""
+    ways = [way for way in SMALLER if config.kl or "reference" not in way]
+    for way, part in ((way, part) for way in ways for part in (1, 2, 4)):
+        most = [max(least, pixels // part) for least, pixels in (config.image_pixels, config.cue_pixels)]
+        pixels = {"image_pixels": (config.image_pixels[0], most[0]), "cue_pixels": (config.cue_pixels[0], most[1])} if part > 1 else {}
+        changed = {name: value for name, value in {**way, **pixels}.items() if value != getattr(config, name)}
+        try:
+            plan_for(replace(config, **changed), source.folder, DTYPES[config.dtype], device)
+        except UserError:
+            continue
+        words = (f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in changed.items())
+        return f"; {' '.join(words)} would fit"
+    return "; no way of training all of the language model's weights fits, so train adapters (--lora 16, and with --quantize nf4 in 4 bits)"
+
+
+def open_model(config: Config, source: Source, device: torch.device) -> Any:
+    """The model on the device, with saved adapters merged, quantised or with adapters to train as the settings say."""
+    model = load_source(source, torch.device("cpu") if config.quantize != "off" else device, DTYPES[config.dtype])
+    if is_adapter_folder(folder := model_folder(config.model)):
+        merge_adapters(folder, model)
     if config.quantize != "off":
         quantize(model, config.quantize, device)  # straight from the mapped files: the device never holds the whole layers
         model.to(device)
@@ -101,22 +164,7 @@ def set_up(config: Config, training: bool = False) -> Setup:
         use_attention(model, backend=config.attention)
     except ValueError as error:
         raise UserError(f"--attention {config.attention}: {error}.") from None
-    prompter = Prompter(
-        tokenizer,
-        model.config,
-        PatchSpec.of(model.config, folder),
-        question=config.question,
-        image_pixels=config.image_pixels,
-        cue_pixels=config.cue_pixels,
-        answer_prefix=config.answer_prefix,
-    )
-    table = build_token_table(tokenizer, model.lm_head.weight.shape[0]).to(device)
-    vocabulary = Vocabulary.of(model, tokenizer, table, WHICH_BOX[config.question], prompter.opening)
-    if vocabulary.start == CLOSED:
-        raise UserError(f"--answer-prefix {config.answer_prefix} has said the whole box already: leave it open, such as [ alone.")
-    shape = ModelShape.of(model.config)
-    budget = Budget(plan.tokens, config.rollout_tokens)
-    return Setup(config, device, folder, model, shape, tokenizer, Decoder(model, vocabulary), table, cues, prompter, Skipped(), plan, budget)
+    return model
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,13 +1,15 @@
 """The published layout of a model's folder: which files hold its weights, which stored tensor is which of the model's, and the way back.
 
 What is written has the same files, the same tensors in each at the same places, and the same bytes where the model's values are the source's.
-The safetensors format (a length, a JSON header, the tensors' bytes) is written here, so that never more than one tensor is in host memory.
+The safetensors format (a length, a JSON header, the tensors' bytes) is written here, so that never more than a tensor or two are in host memory.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,40 +32,75 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model: the one, else the shards that the index names. UserError if there are none or the index cannot be read."""
     if (folder / WHOLE).is_file():
         return [folder / WHOLE]
+    index = folder / INDEX
+    if not index.is_file():
+        raise UserError(_without_weights(folder))
     try:
-        names = sorted({str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
+        content = json.loads(index.read_text())
+        dict(content["metadata"])  # which transformers reads
+        names = sorted({str(name) for name in content["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} has no {WHOLE}, and its {INDEX} cannot be read ({type(error).__name__}).") from None
+        raise UserError(f"{index} cannot be read as the index of a model's shards ({type(error).__name__}: {error}): fetch it again.") from None
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{folder / INDEX} names the shard {name}, which is not in the folder: fetch the model again.")
+            raise UserError(f"{index} names the shard {name}, which is not in the folder: fetch the model again.")
     return [folder / name for name in names]
+
+
+def _without_weights(folder: Path) -> str:
+    """The sentence for a folder with neither of the two files."""
+    if pickled := sorted(file.name for file in folder.glob("pytorch_model*.bin")):
+        call = "M.from_pretrained(sys.argv[1], dtype='auto').save_pretrained(sys.argv[1])"
+        command = f'python -c "import sys; from transformers import AutoModelForImageTextToText as M; {call}" {shlex.quote(str(folder))}'
+        return f"{folder} has its weights in pickle format ({pickled[0]}), which is never loaded as it may run code; convert them with: {command}"
+    others = sorted(file.name for file in folder.iterdir() if file.suffix in OTHER_WEIGHTS)
+    found = f" (there is {others[0]})" if others else ""
+    return f"{folder} has neither {WHOLE} nor {INDEX}{found}: give the folder of a model in Hugging Face layout, with all of its files."
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], bytes]:
     """(header, its bytes) of a safetensors file: for each tensor dtype, shape and data_offsets, and perhaps `__metadata__`. UserError if damaged."""
     try:
+        size = file.stat().st_size
         with file.open("rb") as stream:
-            raw = stream.read(int.from_bytes(stream.read(8), "little"))
-        header = json.loads(raw)
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        whole = file.stat().st_size == 8 + len(raw) + end
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError) as error:
-        raise UserError(f"{file} is not a safetensors file, or damaged ({type(error).__name__}).") from None
-    if not whole:
-        raise UserError(f"{file} is cut short or damaged: fetch it again.")
+            length = int.from_bytes(stream.read(8), "little")
+            raw = stream.read(length) if length <= size else b""
+        header = dict(json.loads(raw))
+        at = 0
+        for entry in sorted((entry for name, entry in header.items() if name != "__metadata__"), key=lambda entry: entry["data_offsets"]):
+            start, end = entry["data_offsets"]
+            if start != at or (entry["dtype"] in DTYPES and end - start != math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize):
+                raise ValueError
+            at = end
+        if size != 8 + len(raw) + at:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(_damaged(file)) from None
     return header, raw
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of a model's first stored tensor. UserError if any is stored in a type that is not trained: a quantised model."""
-    entries = {name: entry for file in weight_files(folder) for name, entry in read_header(file)[0].items() if name != "__metadata__"}
-    for name, entry in entries.items():
+def _damaged(file: Path) -> str:
+    with file.open("rb") as stream:
+        pointer = stream.read(20) == b"version https://git-"
+    if pointer:
+        return f"{file} is a pointer of Git LFS and not the weights: run `git lfs pull` in its folder."
+    return f"{file} is no whole safetensors file; it is cut short or damaged: fetch it again."
+
+
+def read_headers(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Each stored tensor of a model with its file and header entry. UserError if any is stored in a type that is not trained: a quantised model."""
+    entries = {name: (file, entry) for file in weight_files(folder) for name, entry in read_header(file)[0].items() if name != "__metadata__"}
+    for name, (file, entry) in entries.items():
         if entry["dtype"] not in DTYPES:
-            raise UserError(f"{folder}: {name} is stored as {entry['dtype']}; give the model's unquantised checkpoint ({', '.join(CODES.values())}).")
+            raise UserError(f"{file}: {name} is stored as {entry['dtype']}; give the model's unquantised checkpoint ({', '.join(CODES.values())}).")
     if not entries:
-        raise UserError(f"{folder}: its weight files hold no tensors.")
-    return DTYPES[next(iter(entries.values()))["dtype"]]
+        raise UserError(f"{folder}: its weight files hold no tensors; fetch the model again.")
+    return entries
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of a model's first stored tensor."""
+    return DTYPES[next(iter(read_headers(folder).values()))[1]["dtype"]]
 
 
 def held_name(stored: str, state: Mapping[str, Tensor]) -> str | None:
@@ -130,16 +167,15 @@ def _write_weights(state: Mapping[str, Tensor], source: Path, target: Path, dtyp
     if new != entries:
         text = json.dumps({**header, **new}, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the format wants the tensors aligned
-    with source.open("rb") as reader, target.open("wb") as writer:
+    with safe_open(source, framework="pt") as reader, target.open("wb") as writer:
         writer.write(len(text).to_bytes(8, "little") + text)
         for name, entry in entries.items():
-            if held := held_name(name, state):
-                value = state[held].detach().to("cpu", DTYPES[new[name]["dtype"]]).contiguous()
-                writer.write(value.flatten().view(torch.uint8).numpy().data)
-            else:
-                start, end = entry["data_offsets"]
-                reader.seek(8 + len(raw) + start)
-                writer.write(reader.read(end - start))
+            held = held_name(name, state)
+            value = state[held].detach().cpu() if held else reader.get_tensor(name)
+            if value.dtype != DTYPES[entry["dtype"]] and torch.equal((stored := reader.get_tensor(name)).to(value.dtype), value):
+                value = stored  # not trained, so not rounded to the dtype of training either
+            value = value.to(DTYPES[new[name]["dtype"]]).contiguous()
+            writer.write(value.flatten().view(torch.uint8).numpy().data)
     return max((entry["data_offsets"][1] for entry in new.values()), default=0), new != entries
 
 

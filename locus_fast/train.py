@@ -65,7 +65,7 @@ class Experience:
 def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]:
     """One run into the folder `out`; returns the summary. `stop` is asked between microbatches. Whatever ends the run, what was done is saved."""
     started = time.perf_counter()
-    setup = set_up(config, training=True)
+    setup = set_up(config, out)
     model = setup.model
     lr_of = {part: config.lr * share for part, share in zip(PARTS, config.rates, strict=True)}
     optimizer = make_optimizer(config.optimizer, parameter_groups(model, lr_of), config.weight_decay)

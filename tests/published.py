@@ -11,15 +11,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from locus_fast.prompts import QUESTIONS
 
+PHOTOGRAPHS = Path(__file__).parent / "photos"  # real ones, with boxes
 SPECIAL = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"),
     *("<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
@@ -85,7 +84,7 @@ def config_of(family: str) -> dict[str, Any]:
         "num_attention_heads": 4,
         "num_hidden_layers": 2 if family == "qwen2.5-vl" else 3,
         "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-06,
+        "rms_norm_eps": 1e-05 if family == "mimo-vl" else 1e-06,
         "vocab_size": bpe().get_vocab_size() + 6,  # padded, as the published ones are
     }
     if family == "qwen3-vl":
@@ -169,16 +168,3 @@ def write_files(folder: Path, family: str) -> None:
     (folder / "tokenizer.json").write_text(bpe().to_str())
     (folder / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]) + "\n")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-
-
-def draw_photographs(folder: Path, sizes: list[tuple[int, int]]) -> Path:
-    """Smooth random images of these (width, height) with boxes, and the JSONL that lists them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    lines = []
-    for i, (width, height) in enumerate(sizes):
-        coarse = rng.integers(0, 256, (height // 12, width // 12, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
-        lines += [json.dumps({"image": f"{i}.png", "bbox": [8 + 22 * k, 10 + 9 * k, 26 + 22 * k, 29 + 9 * k]}) for k in range(4)]
-    (folder / "boxes.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "boxes.jsonl"

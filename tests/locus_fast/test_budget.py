@@ -112,7 +112,7 @@ def test_a_run_takes_the_devices_memory(tmp_path: Path, monkeypatch, capsys) -> 
     assert not planned["halved"]
     assert 0 < planned["tokens"] < 100_000
     monkeypatch.setattr(budget, "free_memory", lambda device: GIB // 100)
-    monkeypatch.setattr(runtime, "load_model", None)  # refused before anything is loaded
+    monkeypatch.setattr(runtime, "load_source", None)  # refused before anything is loaded
     assert train.main([*arguments[:-1], str(tmp_path / "small")]) == 2
     assert "that are free on the device" in capsys.readouterr().err
     assert not (tmp_path / "small").exists()

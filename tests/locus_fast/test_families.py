@@ -83,6 +83,23 @@ def test_two_images(loaded, index: int) -> None:
     torch.testing.assert_close(prompt.scale[:2] * torch.tensor(SIZES[index]), torch.tensor(ends).float())
 
 
+@pytest.mark.parametrize(("size", "limits"), [((900, 31), (3136, 9000)), ((30, 900), (100_000, 200_000)), ((500, 375), (65536, 65600))])
+def test_image_and_cue_have_limits_of_their_own(loaded, size: tuple[int, int], limits: tuple[int, int]) -> None:
+    """Each is what the image processor makes of it by itself under its limits."""
+    folder, model, tokenizer = loaded
+    of_cue, spec = (1024, 4096), PatchSpec.of(model.config, folder)
+    prompter = Prompter(tokenizer, model.config, spec, question="direct", image_pixels=limits, cue_pixels=of_cue)
+    image, cue = photograph(*size), photograph(47, 33)
+    prompt = prompter(Example(image, cue, (1.0, 2.0, 20.0, 21.0), "small", "random"))
+    processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    alone = [
+        processor(Image.fromarray(each), return_tensors="pt", size={"shortest_edge": least, "longest_edge": most})
+        for each, (least, most) in ((image, limits), (cue, of_cue))
+    ]
+    assert torch.equal(prompt.grids, torch.cat([each["image_grid_thw"] for each in alone]))
+    torch.testing.assert_close(prompt.patches, torch.cat([each["pixel_values"] for each in alone]), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_one_image(loaded, size: tuple[int, int]) -> None:
     """As the trained checkpoint is asked afterwards."""

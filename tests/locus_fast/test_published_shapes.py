@@ -2,8 +2,8 @@
 
 The lists are written as patterns with layer numbers, from the architectures' own definitions; they were not fetched from the hub for this test. What
 holds them to the published indexes are figures that those state and others quote: 729 tensors and `total_size` 16,584,333,312 for
-Qwen2.5-VL-7B-Instruct; 713 tensors, 315 of them the vision tower's, and 8,875,631,616 for Qwen3-VL-4B (Instruct and Thinking have one architecture).
-MiMo-VL-7B is a Qwen2.5-VL with the language model of MiMo-7B; its sizes here are that model's, and no published total was at hand to hold them to.
+Qwen2.5-VL-7B-Instruct; 713 tensors and 8,875,631,616, of which the vision tower's 315 are 830,695,424, for Qwen3-VL-4B (Instruct and Thinking have
+one architecture); 16,612,434,432 for MiMo-VL-7B-RL, a Qwen2.5-VL with the language model of MiMo-7B and a wider MLP in the vision tower, 3,456.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def qwen3_names() -> set[str]:
 
 QWEN25_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "fullatt_block_indexes": [7, 15, 23, 31]}
 QWEN3_VISION = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "deepstack_visual_indexes": [5, 11, 17]}
-# family: (its text sizes, its vision sizes, tensor names, parameters or None)
-SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], set[str], int | None]] = {
+# family: (its text sizes, its vision sizes, tensor names, parameters)
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], set[str], int]] = {
     "qwen2.5-vl": (
         {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
         | {"vocab_size": 152064},
@@ -85,9 +85,9 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], set[str], int | None]] =
     "mimo-vl": (
         {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
         | {"vocab_size": 151680},
-        {**QWEN25_VISION, "window_size": 112, "out_hidden_size": 4096},
+        {**QWEN25_VISION, "intermediate_size": 3456, "window_size": 112, "out_hidden_size": 4096},
         qwen25_names(layers=36),
-        None,
+        16_612_434_432 // 2,
     ),
     "qwen3-vl": (
         {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -117,8 +117,9 @@ def test_parameters(full) -> None:
     expected = SHAPES[family][3]
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    if expected:
-        assert sum(p.numel() for p in model.parameters()) == expected
+    assert sum(p.numel() for p in model.parameters()) == expected
+    if family == "qwen3-vl":
+        assert sum(p.numel() for p in model.model.visual.parameters()) == 830_695_424 // 2
 
 
 def test_published_names_are_the_models(full) -> None:

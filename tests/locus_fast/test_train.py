@@ -338,14 +338,14 @@ def halve(weights: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (lambda folder: (folder / "model.safetensors").unlink(), "has no *.safetensors weights"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has neither model.safetensors nor"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "pickle format"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100), "could not be loaded"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100), "no whole safetensors file"),
         (lambda folder: (folder / "preprocessor_config.json").write_text("{}"), "image_mean"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
-        (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template"),
-        (lambda folder: halve(folder / "model.safetensors"), "tensors are missing"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "(there is none): copy the base model's"),
+        (lambda folder: halve(folder / "model.safetensors"), "tensors are in none of its weight files"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "llama"),
     ],
 )

@@ -1,0 +1,40 @@
+"""Whether a disk holds what a run will write, known before anything is loaded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from locus_fast.config import Config
+from locus_fast.cost.shapes import ModelShape
+from locus_fast.cost.traffic import STATE_BYTES
+from locus_fast.errors import UserError
+from locus_fast.optim import default_optimizer
+from locus_fast.shards import weight_files
+from locus_fast.source import Source
+
+GIB = 1024**3
+
+
+def check_disk(config: Config, source: Source, kind: torch.dtype, out: Path) -> None:
+    """Raises UserError if the disk of the run folder `out` has no room for the checkpoints that are still to be written and for `final/`.
+
+    A checkpoint is the weights in their dtype of training, `kind`, and the optimizer's state of those that are trained; adapters are not counted.
+    """
+    shape = ModelShape.of(source.config)
+    of_state = {"adamw": 8, "adamw-master": 12}.get(default_optimizer(config.optimizer, kind), STATE_BYTES)
+    trained = shape.vision.parameters * (max(config.rates[:2]) > 0) + shape.text.parameters * (config.rates[2] > 0)
+    each = 0 if config.lora else (shape.vision.parameters + shape.text.parameters) * kind.itemsize + trained * of_state
+    due = {config.steps, *(range(config.save_every, config.steps, config.save_every) if config.save_every else ())}
+    count = sum(not (out / "checkpoints" / f"step-{step:06d}").exists() for step in due)
+    final = sum(file.stat().st_size for file in weight_files(source.folder)) if config.export == "merged" else 0
+    free = shutil.disk_usage(out).free
+    if final + count * each > free:
+        parts = f"final/ {final / GIB:.2f}" + (f", {count} checkpoints of {each / GIB:.2f} each" if each else "")
+        fewer = " or save fewer checkpoints (--save-every)" if count > 1 and each else ""
+        raise UserError(
+            f"{out}: the run writes {(final + count * each) / GIB:.2f} GiB ({parts}), and its disk has {free / GIB:.2f} GiB free: "
+            f"make room, name another disk with --out{fewer}."
+        )
