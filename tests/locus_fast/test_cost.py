@@ -255,6 +255,8 @@ def test_the_tiny_preset_is_the_embedded_base() -> None:
         (["--cue", "0x10"], "expected WIDTHxHEIGHT"),
         (["--replies", "0"], "expected a whole number of at least 1, not '0'"),
         (["--reply-tokens", "many"], "expected a whole number"),
+        (["--replies", "1000000000"], "expected a whole number of at most 4096, not '1000000000'"),
+        (["--image=-640x480"], "expected WIDTHxHEIGHT"),
         (["--preset", "gpt"], "--preset must be one of tiny, qwen2.5-vl-7b"),
         (["--model", "nowhere/at/all"], "there is no such folder"),
         (["--reference", "fp8"], "invalid choice: 'fp8'"),
