@@ -213,9 +213,10 @@ def clip_and_step(optimizer: torch.optim.Optimizer, *, denominator: float | Tens
 
 
 def reserve(gradients: list[Tensor]) -> None:
-    """Asks the allocator for what a step needs at most besides what is there, and gives it back: three float32 copies of the largest tensor, as 8-bit
-    states have. A step that does not fit so raises torch.OutOfMemoryError while nothing has moved yet."""
-    torch.empty(3 * max(gradient.numel() for gradient in gradients), dtype=torch.float32, device=gradients[0].device)
+    """Asks the allocator for what a step needs besides what is there, and gives it back: a float32 copy of the largest tensor below float32. A step
+    that does not fit so raises torch.OutOfMemoryError while nothing has moved."""
+    low = max((gradient.numel() for gradient in gradients if gradient.dtype != torch.float32), default=0)
+    torch.empty(low, dtype=torch.float32, device=gradients[0].device)
 
 
 def _uncompiled(device: torch.device) -> Any:

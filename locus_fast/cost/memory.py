@@ -9,7 +9,7 @@ at a time is recomputed. Keys and values of prompts stay either way.
 The decoder keeps its buffers through the step: replies' keys for the longest reply allowed, and a copy of the prompts', on CUDA rounded up.
 
 The peak is the largest of the step's moments: decoding, the reference's pass, the head's backward, the last layer's backward of replies, of
-prompts and of the tower, and the gradient of the embedding table.
+prompts and of the tower, the gradient of the embedding table, and the optimizer's step.
 """
 
 from __future__ import annotations
@@ -137,6 +137,7 @@ def peak_memory(
         "prompts' backward": (2 * P * kept, tower + prompt, matrix + P * in_layer),
         "tower's forward": (0.0, tower, seeing),
         "tower's backward": (0.0, N * of_patch, N * in_block * trained.vision),
+        "optimizer's step": (0.0, 0.0, 4 * text.head_parameters * trained.language * (weight_bytes < 4)),  # see `optim.reserve`
     }
     if reference != "none":
         moments["reference"] = (2 * P * kept, tower + prompt + replies, max(seeing * trained.tower, reading))

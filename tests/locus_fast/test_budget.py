@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, Group, Trained, group_
 from locus_fast.errors import UserError
 from locus_fast.prompts import QUESTIONS
 from locus_fast.runtime import set_up
+from tests.locus_fast.test_adapters import needs_peft
 
 SHAPE = PUBLISHED["qwen2.5-vl-7b"]
 WAYS = {"reference": "copy", "max_tokens": 512}
@@ -150,19 +152,35 @@ def test_a_questions_text_is_no_longer_than_planned(question: str) -> None:
     assert words < budget.TEXT_TOKENS / 1.2  # a published tokenizer's tokens of these words
 
 
-def test_a_run_takes_the_devices_memory(tmp_path: Path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("more", [[], pytest.param(["--lora", "4"], marks=needs_peft)])
+def test_a_run_takes_the_devices_memory(more: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    """And says in one line what it chose and why; refused where it does not fit, before anything is loaded."""
     monkeypatch.setattr(budget, "free_memory", lambda device: GIB)
-    arguments = [*SHORT, "--steps", "1", "--tokens", "0", "--checkpointing", "-1", "--out", str(tmp_path / "run")]
+    arguments = [*SHORT, "--steps", "1", "--tokens", "0", "--checkpointing", "-1", *more, "--out", str(tmp_path / "run")]
     assert train.main(arguments) == 0
     planned = json.loads((tmp_path / "run" / "summary.json").read_text())["plan"]
-    assert planned["reason"] in capsys.readouterr().err
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("microbatches of ")]
+    assert said == [planned["reason"]]
+    assert re.fullmatch(
+        r"microbatches of [\d,]+ tokens, (no|every) layer recomputed: up to 0\.\d of 1\.0 GiB with the longest replies, \d+ of the largest prompts "
+        r"\(\d+ tokens\); by FLOPs and bytes faster than the other way",
+        said[0],
+    )
     assert not planned["halved"]
     assert 0 < planned["tokens"] < 100_000
     monkeypatch.setattr(budget, "free_memory", lambda device: GIB // 100)
-    monkeypatch.setattr(runtime, "load_model", None)  # refused before anything is loaded
+    monkeypatch.setattr(runtime, "load_model", None)
     assert train.main([*arguments[:-1], str(tmp_path / "small")]) == 2
-    assert "that are free on the device" in capsys.readouterr().err
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert "that are free on the device" in error[0]
     assert not (tmp_path / "small").exists()
+
+
+def test_without_a_device_to_ask_the_choice_is_said_too(tmp_path: Path, capsys) -> None:
+    assert train.main([*SHORT, "--steps", "1", "--tokens", "0", "--checkpointing", "-1", "--out", str(tmp_path / "run")]) == 0
+    said = "microbatches of 32,768 tokens, every layer recomputed: not chosen by memory, there is no device to ask\n"
+    assert said in capsys.readouterr().err
 
 
 BACKWARD = train.backward
