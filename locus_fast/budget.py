@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,13 +16,17 @@ from transformers import AutoConfig
 
 from locus_fast.checkpoint import weight_dtype
 from locus_fast.config import Config
-from locus_fast.cost.plan import TEXT_TOKENS, Plan, plan, unplanned
-from locus_fast.cost.shapes import ModelShape, group_of
+from locus_fast.cost.plan import AUTO_CHECKPOINTING, TEXT_TOKENS, Plan, plan, unplanned
+from locus_fast.cost.shapes import ModelShape, Trained, group_of
 from locus_fast.cost.traffic import STATE_BYTES
+from locus_fast.errors import UserError
 from locus_fast.optim import default_optimizer
 from locus_fast.rollout import Decoder
 
 T = TypeVar("T")
+NO_ROOM = "hold the reference in fewer bytes (--reference nf4 or host), take --optimizer adamw8bit, or train less (--rates, --lora)"
+RANK = 16  # of the adapters that are proposed where nothing else fits
+SHORTEST = 40  # tokens that a proposal leaves a reply: a box, said without thinking
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -29,20 +34,33 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
+def trained_by(config: Config) -> Trained:
+    """What a run trains."""
+    return Trained.adapters(config.lora) if config.lora else Trained(*(rate > 0 for rate in config.rates))
+
+
 def plan_for(config: Config, folder: Path, dtype: torch.dtype | None, device: torch.device) -> Plan:
     """The plan of a training run of the model in this folder, from its config.json and the device's free memory.
 
     Prompts are taken to be between the fewest and the most pixels that an image and its cue may have, and replies as long as they may be. Raises
-    UserError if one does not fit.
+    UserError if one does not fit, which names the largest setting that does.
     """
     memory = free_memory(device)
-    if memory is None or config.lora:  # adapters leave most of a card free, and the ledger counts training of whole weights
+    if memory is None:
         return unplanned(config.tokens, config.checkpointing)
     try:
         described = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError):
         return unplanned(config.tokens, config.checkpointing)  # loading says what is wrong with it
     shape, kind = ModelShape.of(described), weight_dtype(folder, described, dtype)
+    try:
+        return planned(config, shape, kind, memory)
+    except UserError as error:
+        raise UserError(f"{error} {remedy(config, shape, kind, memory)}") from None
+
+
+def planned(config: Config, shape: ModelShape, kind: torch.dtype, memory: int) -> Plan:
+    """The plan of a run of a model of this shape and type of weights in so many bytes."""
     pixels = config.image_pixels, config.cue_pixels
     groups = [
         group_of(
@@ -55,7 +73,7 @@ def plan_for(config: Config, folder: Path, dtype: torch.dtype | None, device: to
         )
         for end in (1, 0)
     ]
-    train_vision = max(config.rates[:2]) > 0
+    moved = torch.float32 if config.lora else kind  # the type of what is trained
     return plan(
         shape,
         groups,
@@ -65,14 +83,47 @@ def plan_for(config: Config, folder: Path, dtype: torch.dtype | None, device: to
         checkpointing=config.checkpointing,
         rollout_tokens=config.rollout_tokens,
         reference="none" if config.kl == 0 else "copy" if config.reference == "auto" else config.reference,
-        train_vision=train_vision,
-        trained=shape.vision.parameters * train_vision + shape.text.parameters * (config.rates[2] > 0),
+        trained=trained_by(config),
+        quantised=config.quantize != "off",
         max_tokens=config.max_tokens,
         weight_bytes=kind.itemsize,
-        gradient_bytes=kind.itemsize,
-        state_bytes={"adamw": 8, "adamw-master": 12}.get(default_optimizer(config.optimizer, kind), STATE_BYTES),
+        gradient_bytes=moved.itemsize,
+        state_bytes={"adamw": 8, "adamw-master": 12}.get(default_optimizer(config.optimizer, moved), STATE_BYTES),
         width=kind.itemsize,
     )
+
+
+def remedy(config: Config, shape: ModelShape, kind: torch.dtype, memory: int) -> str:
+    """The sentence that names the largest setting that fits, where a run as asked for does not."""
+    for words, changed in remedies(config):
+        low, high = 0, changed.max_tokens + 1
+        while high - low > 1:  # replies may be `low` tokens long, and not `high`
+            middle = changed.max_tokens if high > changed.max_tokens else (low + high) // 2
+            try:
+                planned(replace(changed, max_tokens=middle), shape, kind, memory)
+                low = middle
+            except UserError:
+                high = middle
+        if low >= min(SHORTEST, config.max_tokens):
+            return f"This fits: {' '.join([*words, *([f'--max-tokens {low}'] if low < config.max_tokens else [])])}."
+    return "Take a larger device, a smaller --model, fewer --replies or smaller --image-pixels."
+
+
+def remedies(config: Config) -> Iterator[tuple[list[str], Config]]:
+    """(options, configuration with them) that take less and less memory: recomputation, references in fewer bytes and none, adapters."""
+    words: list[str] = []
+    if config.checkpointing not in (AUTO_CHECKPOINTING, 1):
+        words, config = ["--checkpointing 1"], replace(config, checkpointing=1)
+    yield words, config
+    if not config.lora:
+        for kind in ("int8", "nf4", "host") if config.kl > 0 else ():
+            yield [*words, f"--reference {kind}"], replace(config, reference=kind)
+        config = replace(config, reference="auto")
+        yield [*words, "--kl 0"], replace(config, kl=0.0)
+        words, config = [*words, f"--lora {RANK}"], replace(config, lora=RANK, optimizer="auto")
+        yield words, config
+    if config.quantize == "off":
+        yield [*words, "--quantize nf4"], replace(config, quantize="nf4")
 
 
 class Budget:
@@ -83,32 +134,40 @@ class Budget:
         self.halved = False
 
     def halve(self) -> None:
-        self.tokens, self.rollout, self.halved = self.tokens // 2, self.rollout // 2, True
+        self.tokens, self.rollout, self.halved = max(1, self.tokens // 2), max(1, self.rollout // 2), True
 
-    def retry(self, run: Callable[[], T], largest: float, decoder: Decoder) -> T:
+    def shares(self, costs: Sequence[float], budget: float) -> list[float]:
+        """What each of these costs takes of a budget: no more than all of it once it was halved, so that a larger prompt rides alone."""
+        return [min(cost, budget) for cost in costs] if self.halved else list(costs)
+
+    def retry(self, run: Callable[[], T], decoder: Decoder, what: str = "the step") -> T:
         """run(), and if the device's memory does not hold it, run() again with half the budget, which then stays. `run` must start anew each time.
 
-        largest: the cost of the largest group, which half the budget has to allow. Raises torch.OutOfMemoryError where it does not, and the second
-        time.
+        Raises torch.OutOfMemoryError the second time.
         """
         try:
             return run()
         except torch.OutOfMemoryError:
-            if self.halved or self.tokens // 2 < largest:
+            if self.halved:
                 raise
-        decoder.release()  # past the except clause, whose traceback holds the step's tensors
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        make_room(decoder)  # past the except clause, whose traceback holds the step's tensors
         self.halve()
         tqdm.write(
-            f"out of memory: the step is done again in microbatches of {self.tokens:,} tokens, half as many, as are those after", file=sys.stderr
+            f"out of memory: {what} is done again in microbatches of {self.tokens:,} tokens, half as many, as are those after", file=sys.stderr
         )
         return run()
 
     def too_small(self, checkpointing: int) -> str:
-        """The sentence for a run that ends for want of memory."""
+        """What to say of a run that ends for want of memory."""
         again = " again, after the budget of a microbatch was halved" if self.halved else ""
         more = "" if checkpointing == 1 else ", or set --checkpointing 1"
         less = f"--tokens (now {self.tokens}), --max-tokens or the most of --image-pixels"
-        return f"the device ran out of memory{again}: lower {less}{more}, and go on with --resume."
+        return f"the device ran out of memory{again}: lower {less}{more}"
+
+
+def make_room(decoder: Decoder) -> None:
+    """Gives back what can be made anew: the decoder's buffers and graphs, and the allocator's free blocks."""
+    decoder.release()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

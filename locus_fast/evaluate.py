@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from locus_fast.errors import UserError
 from locus_fast.policy import prefill
 from locus_fast.rollout import Sampling
 from locus_fast.runtime import Interrupt, Setup, batches, prefetch, set_up
+from locus_fast.types import Prompt
 
 SIZES = ("tiny", "small", "large")
 BATCHES_AHEAD = 64  # prompts packed at a time
@@ -46,31 +49,51 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(setup: Setup, label: str, stop: Callable[[], bool]) -> Evaluation | None:
-    """Ask every held-out cue once, greedily. None if `stop` said so before the end."""
+    """Ask every held-out cue once, greedily. None if `stop` said so before the end. Raises UserError if the device's memory does not do."""
     count = setup.cues.held_out_count
-    sampling = Sampling(replies=1, max_tokens=setup.config.max_tokens, temperature=0.0, top_p=1.0)
-    boxes, valids, scores, sizes = [], [], [], []
+    done: list[Evaluation] = []
     prompts = prefetch(lambda i: setup.prompter(setup.cues.held_out(i)), range(count), setup.config.workers, ahead=BATCHES_AHEAD)
-    with tqdm(total=count, desc=label, unit="cue", leave=False) as bar:
+    with closing(prompts), tqdm(total=count, desc=label, unit="cue", leave=False) as bar:
         for start in range(0, count, BATCHES_AHEAD):
             chunk = []
             for _ in range(min(BATCHES_AHEAD, count - start)):
                 chunk.append(next(prompts))
                 if stop():
-                    break
-            setup.skipped.add(chunk)
-            for indices, batch in batches(setup, chunk, start, [setup.most(prompt, 1) for prompt in chunk], setup.budget.tokens):
-                if stop():
-                    prompts.close()
                     return None
-                rollout = setup.decoder.generate(prefill(setup.model, batch), sampling, seed=0, groups=indices)
-                reading = read_boxes(*setup.whole(rollout), setup.table, **setup.reading)
-                scores.append(torch.where(reading.valid, iou(reading.box, batch.target), 0.0).cpu())
-                valids.append(reading.valid.cpu())
-                boxes.append((reading.box.cpu() / torch.stack([p.scale for p in batch.prompts])) * reading.valid.cpu()[:, None])
-                sizes += [p.size_class for p in batch.prompts]
-                bar.update(len(indices))
-    return Evaluation(torch.cat(boxes), torch.cat(valids), torch.cat(scores), tuple(sizes))
+            setup.skipped.add(chunk)
+            try:
+                answered = setup.budget.retry(partial(answer, setup, chunk, start, stop), setup.decoder, "answering")
+            except torch.OutOfMemoryError:
+                raise UserError(f"{setup.budget.too_small(checkpointing=1)}.") from None
+            if answered is None:
+                return None
+            done.append(answered)
+            bar.update(len(chunk))
+    return joined(done)
+
+
+def joined(parts: Sequence[Evaluation]) -> Evaluation:
+    """One evaluation of several, end to end."""
+    box, valid, score = (torch.cat([getattr(part, name) for part in parts]) for name in ("box", "valid", "iou"))
+    return Evaluation(box, valid, score, tuple(size for part in parts for size in part.size_class))
+
+
+def answer(setup: Setup, chunk: list[Prompt], start: int, stop: Callable[[], bool]) -> Evaluation | None:
+    """Greedy answers to held-out prompts, the first of which is cue `start`, in their order. None if `stop` said so between microbatches."""
+    sampling = Sampling(replies=1, max_tokens=setup.config.max_tokens, temperature=0.0, top_p=1.0)
+    done, order = [], []
+    most = setup.budget.shares([setup.most(prompt, 1) for prompt in chunk], setup.budget.tokens)
+    for indices, batch in batches(setup, chunk, start, most, setup.budget.tokens):
+        if stop():
+            return None
+        rollout = setup.decoder.generate(prefill(setup.model, batch), sampling, seed=0, groups=indices)
+        reading = read_boxes(*setup.whole(rollout), setup.table, **setup.reading)
+        valid, score = reading.valid.cpu(), torch.where(reading.valid, iou(reading.box, batch.target), 0.0).cpu()
+        box = (reading.box.cpu() / torch.stack([p.scale for p in batch.prompts])) * valid[:, None]
+        done.append(Evaluation(box, valid, score, ()))
+        order += indices
+    whole, place = joined(done), torch.tensor(order).argsort()
+    return Evaluation(whole.box[place], whole.valid[place], whole.iou[place], tuple(prompt.size_class for prompt in chunk))
 
 
 def table_of(summary: dict) -> str:

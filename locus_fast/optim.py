@@ -184,12 +184,13 @@ def clip_and_step(optimizer: torch.optim.Optimizer, *, denominator: float | Tens
     Returns the norm before clipping, float32 []: 0 if no parameter has a gradient, and then nothing is done. If it is not finite, the step is one
     with gradients of 0 and rates of 0: no weight moves, moments decay. Nothing is read back from the device, except with bitsandbytes, whose rates
     are numbers on the host: there such a step is left out. The gradients are overwritten. Stochastic rounding draws from `seed` alone, which should
-    differ from update to update; the global generators are left as they were.
+    differ from update to update; the global generators are left as they were. A torch.OutOfMemoryError comes before anything was changed.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros((), device=parameters[0].device)
+    reserve(gradients)
     norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(norms)) / denominator
     finite = norm.isfinite()
@@ -209,6 +210,13 @@ def clip_and_step(optimizer: torch.optim.Optimizer, *, denominator: float | Tens
         (torch.cuda if device.type == "cuda" else torch.default_generator).manual_seed(seed)
         optimizer.step()
     return norm
+
+
+def reserve(gradients: list[Tensor]) -> None:
+    """Asks the allocator for what a step needs besides what is there, and gives it back: a float32 copy of the largest tensor below float32. A step
+    that does not fit so raises torch.OutOfMemoryError while nothing has moved."""
+    low = max((gradient.numel() for gradient in gradients if gradient.dtype != torch.float32), default=0)
+    torch.empty(low, dtype=torch.float32, device=gradients[0].device)
 
 
 def _uncompiled(device: torch.device) -> Any:

@@ -28,6 +28,11 @@ class Totals:
         for name, value in values.items():
             self.peaks[name] = torch.maximum(self.peaks[name], value) if name in self.peaks else value
 
+    def join(self, other: Totals) -> None:
+        """Adds what another has."""
+        self.add(**other.sums)
+        self.peak(**other.peaks)
+
     def read(self, **more: Tensor) -> dict[str, float]:
         """Everything as numbers, `more` included: one readback."""
         values = {**self.sums, **self.peaks, **more}

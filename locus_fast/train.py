@@ -4,7 +4,7 @@ A step, for each microbatch of whole groups:
 
     prompts -- prefill, gradients on, once a group --> keys and values of every layer, kept in the graph
         -> decode G replies on them -> token ids -> reward -> advantage
-        -> one forward over all reply tokens on the same keys and values -> GRPO loss -> one backward through replies and prompts
+        -> one forward over all reply tokens on the same keys and values -> GRPO loss -> one backward, through replies and then prompts
 
 and then one optimizer step. There is no second engine and no weight sync: the sampler is the policy. Left out on purpose: a value network,
 partial groups, and any correction for a sampler that differs from the trainer.
@@ -18,48 +18,36 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from locus_kernels.box_reward import BoxReward, box_reward
-from locus_kernels.shared_prefix_attention import send
 from torch import Tensor
 from tqdm import tqdm
 
+from locus_fast.budget import NO_ROOM, make_room, trained_by
 from locus_fast.checkpoint import is_hub_id, latest_checkpoint, load_checkpoint, save_adapters, save_checkpoint, save_model
 from locus_fast.config import Config, parse
 from locus_fast.cost.flops import COLUMNS, PROMPT_ROWS, step_flops, total
 from locus_fast.cost.shapes import Group
 from locus_fast.errors import UserError
 from locus_fast.evaluate import evaluate
+from locus_fast.experience import Experience, parts, select
 from locus_fast.grpo import MEANS, grpo_loss
 from locus_fast.optim import PARTS, clip_and_step, make_optimizer, parameter_groups, rate_factor
-from locus_fast.packing import PromptBatch, Replies, pack
+from locus_fast.packing import PromptBatch, Replies
 from locus_fast.policy import Prefix, checkpoint_activations, prefill, reply_logprob, trains_vision
 from locus_fast.reference import Reference, make_reference
 from locus_fast.report import Metrics, draw_curve, draw_samples
 from locus_fast.rollout import Sampling
 from locus_fast.runtime import Interrupt, Setup, batches, prefetch, set_up
+from locus_fast.seam import cut
 from locus_fast.totals import Totals, summarise
 from locus_fast.types import Prompt, Rollout
 
 DROPPED_STEPS = 5  # steps in a row without a finite gradient that end the run
-
-
-@dataclass(frozen=True)
-class Experience:
-    """A microbatch's rollouts and all that training on them needs. R replies, T tokens of the live groups: those whose rewards differ."""
-
-    batch: PromptBatch
-    rollout: Rollout
-    lengths: list[list[int]]  # of each group's replies, on the host
-    live: list[int]  # groups with a gradient
-    advantage: Tensor  # float32 [R]
-    weight: Tensor  # float32 [R], of each token of a reply
-    old: Tensor | None = None  # float32 [T], once known
-    reference: Tensor | None = None  # float32 [T]
 
 
 def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]:
@@ -88,7 +76,7 @@ def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]
             if config.save_every and done % config.save_every == 0 and done < config.steps:
                 save_checkpoint(out, model, setup.folder, optimizer, done)
     except torch.OutOfMemoryError:
-        raise UserError(setup.budget.too_small(setup.plan.checkpointing)) from None
+        raise UserError(f"{setup.budget.too_small(setup.plan.checkpointing)}, and go on with --resume.") from None
     finally:
         save_checkpoint(out, model, setup.folder, optimizer, done)
         if config.export == "adapter":
@@ -145,26 +133,31 @@ def train_step(
     chunk = [next(prompts) for _ in range(config.prompts)]
     setup.skipped.add(chunk)
     waited = time.perf_counter() - clock
-    largest = max(setup.most(prompt, config.replies) for prompt in chunk)
-    done = setup.budget.retry(lambda: first_update(setup, reference, optimizer, chunk, step, stop), largest, setup.decoder)
+    done = setup.budget.retry(lambda: first_update(setup, reference, optimizer, chunk, step, stop), setup.decoder)
     if done is None:
         return None
     totals, experiences, denominator = done
     # a policy whose own log-probs are not numbers earns no reward, so it has no gradient to show it: the step is dropped as if its norm were none
     gone = torch.where(torch.as_tensor(totals.sums["not_finite"]) > 0, torch.nan, float(denominator))
     factor = rate_factor(step, config.steps, config.warmup, config.schedule)
-    number = step * config.updates
-    norms = [clip_and_step(optimizer, denominator=gone, factor=factor, clip=config.grad_clip, seed=config.seed + number)]
-    for again in range(1, config.updates):  # further updates on the same rollouts: the prefix again, against the stored old log-probs
-        optimizer.zero_grad(set_to_none=True)
-        for experience in experiences:
-            prefix = prefill(setup.model, experience.batch)
-            replies = Replies.of(experience.batch, experience.rollout, experience.lengths, experience.live)
-            logprob, _ = reply_logprob(setup.model, prefix, replies, config.temperature)
-            backward(config, experience, replies, logprob, totals)
-            spend(setup, totals, experience, COLUMNS[1:4])
-        norms.append(clip_and_step(optimizer, denominator=gone, factor=factor, clip=config.grad_clip, seed=config.seed + number + again))
+    norms = []
+    for again in range(config.updates):
+        if again:
+            totals.join(setup.budget.retry(lambda: further_update(setup, optimizer, experiences), setup.decoder))
+        norms.append(update(setup, optimizer, gone, factor, config.seed + step * config.updates + again))
     return summarise(totals, chunk, step, torch.stack(norms), config.lr * factor, time.perf_counter() - clock, waited)
+
+
+def update(setup: Setup, optimizer: torch.optim.Optimizer, denominator: Tensor, factor: float, seed: int) -> Tensor:
+    """The optimizer's step, and where memory is short once more without the decoder's buffers: nothing has moved by then. The gradient's norm."""
+    for last in (False, True):
+        try:
+            return clip_and_step(optimizer, denominator=denominator, factor=factor, clip=setup.config.grad_clip, seed=seed)
+        except torch.OutOfMemoryError:
+            if last:
+                raise UserError(f"the optimizer's step found no memory: {NO_ROOM}, and go on with --resume.") from None
+        make_room(setup.decoder)
+    raise AssertionError
 
 
 def first_update(
@@ -176,7 +169,7 @@ def first_update(
     totals, experiences = Totals(), []
     denominator = 0
     optimizer.zero_grad(set_to_none=True)
-    most = [setup.most(prompt, config.replies) for prompt in chunk]
+    most = setup.budget.shares([setup.most(prompt, config.replies) for prompt in chunk], setup.budget.rollout)
     for indices, batch in batches(setup, chunk, step * config.prompts, most, setup.budget.rollout):
         if stop():
             return None
@@ -202,24 +195,21 @@ def first_update(
     return totals, experiences, denominator
 
 
-def select(setup: Setup, whole: Experience, groups: Sequence[int]) -> Experience:
-    """Some of an experience's groups, packed anew; itself for all of them."""
-    if len(groups) == len(whole.lengths):
-        return whole
-    G = setup.config.replies
-    rows = send(torch.tensor([b * G + g for b in groups for g in range(G)]), setup.device)
-    rollout = Rollout(whole.rollout.ids[rows], whole.rollout.lengths[rows], whole.rollout.logprob[rows])
-    batch = PromptBatch.of([whole.batch.prompts[b] for b in groups], setup.model.config, setup.device)
-    live = [place for place, b in enumerate(groups) if b in whole.live]
-    return Experience(batch, rollout, [whole.lengths[b] for b in groups], live, whole.advantage[rows], whole.weight[rows])
-
-
-def parts(setup: Setup, whole: Experience) -> Iterator[Experience]:
-    """The microbatches to train on of a rollout that is wider than one: its live groups, whose lengths are known by now."""
-    prompts = [whole.batch.prompts[b] for b in whole.live]
-    costs = [setup.cost(prompt, sum(whole.lengths[b])) for prompt, b in zip(prompts, whole.live, strict=True)]
-    for chosen in pack(prompts, costs, setup.budget.tokens):
-        yield select(setup, whole, [whole.live[place] for place in chosen])
+def further_update(setup: Setup, optimizer: torch.optim.Optimizer, experiences: list[Experience]) -> Totals:
+    """The gradient of the same rollouts' loss at the weights as they are now: the prefix again, against the stored old log-probs. Returns what it
+    adds to the metrics."""
+    totals = Totals()
+    optimizer.zero_grad(set_to_none=True)
+    for whole in experiences:
+        for experience in parts(setup, whole):
+            prefix, onward = cut(prefill(setup.model, experience.batch))
+            replies = Replies.of(experience.batch, experience.rollout, experience.lengths, experience.live)
+            logprob, _ = reply_logprob(setup.model, prefix, replies, setup.config.temperature)
+            del prefix
+            backward(setup.config, experience, replies, logprob, totals)
+            onward()
+            spend(setup, totals, experience, COLUMNS[1:4])
+    return totals
 
 
 def learn(setup: Setup, reference: Reference | None, experience: Experience, prefix: Prefix, totals: Totals) -> Experience:
@@ -229,6 +219,7 @@ def learn(setup: Setup, reference: Reference | None, experience: Experience, pre
     totals.add(cost=sum(setup.cost(prompt, sum(n)) for prompt, n in zip(experience.batch.prompts, experience.lengths, strict=True)))
     totals.add(room=float(setup.budget.tokens))
     replies = Replies.of(experience.batch, experience.rollout, experience.lengths, experience.live)
+    prefix, onward = cut(prefix)
     logprob, entropy = reply_logprob(setup.model, prefix, replies, config.temperature)
     alive, anchor = select(setup, experience, experience.live), None
     if reference is not None:
@@ -238,6 +229,7 @@ def learn(setup: Setup, reference: Reference | None, experience: Experience, pre
             anchor, _ = reply_logprob(base, prefill(base, alive.batch, shared), theirs, config.temperature)
     del prefix
     backward(config, replace(experience, reference=anchor), replies, logprob, totals)
+    onward()
     compare_with_sampler(totals, experience.rollout, replies, logprob.detach(), entropy)
     return replace(alive, old=logprob.detach(), reference=anchor)
 
@@ -252,7 +244,7 @@ def spend(setup: Setup, totals: Totals, experience: Experience, columns: Sequenc
     passes: dict[str, Any] = {
         "checkpointing": setup.plan.checkpointing,
         "reference": setup.config.kl > 0,
-        "train_vision": trains_vision(setup.model),
+        "trained": trained_by(setup.config),
     }
     floor = step_flops(setup.shape, groups, executed=False, **passes)
     packed = [[group for group in groups if group.live == live] for live in (True, False)] if wide else [groups]
@@ -357,8 +349,8 @@ def main(arguments: list[str]) -> int:
             config = parse(arguments)
             out, made = run_folder(config), not config.resume
             summary = train(config, out, lambda: interrupt.requested)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, torch.OutOfMemoryError) as error:
+        print(f"error: {error if isinstance(error, UserError) else f'the device ran out of memory: {NO_ROOM}.'}", file=sys.stderr)
         if out and made and not (out / "checkpoints").exists():
             shutil.rmtree(out)  # we made it and nothing was done: the mended command may use the name
         return 2

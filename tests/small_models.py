@@ -17,8 +17,8 @@ CLASSES = {
 }
 
 
-def small_model(family: str, seed: int = 0):
-    """Float32, two query heads a key head, window attention or deep stack, and our attention."""
+def small_model(family: str, seed: int = 0, **text_settings: int):
+    """Float32, two query heads a key head, window attention or deep stack, and our attention. text_settings: of another language model."""
     config_class, model_class = CLASSES[family]
     text = {
         "hidden_size": 64,
@@ -32,8 +32,9 @@ def small_model(family: str, seed: int = 0):
         "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
         "bos_token_id": 1,
         "eos_token_id": 2,
+        **text_settings,
     }
-    vision = {"depth": 3, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 64}
+    vision = {"depth": 3, "hidden_size": 32, "out_hidden_size": text["hidden_size"], "num_heads": 2, "intermediate_size": 64}
     vision |= {"fullatt_block_indexes": [1], "window_size": 56} if family == "qwen2_5_vl" else {"deepstack_visual_indexes": [0, 1]}
     torch.manual_seed(seed)
     tokens = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}

@@ -24,15 +24,17 @@ class _Parser(argparse.ArgumentParser):
 
 def size(text: str) -> tuple[int, int]:
     """(width, height) of WIDTHxHEIGHT."""
-    if not (match := re.fullmatch(r"(\d+)x(\d+)", text)) or not (int(match[1]) and int(match[2])):
+    if not (match := re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)) or not (int(match[1]) and int(match[2])):
         raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT in pixels, such as 640x480, not '{text}'")
     return int(match[1]), int(match[2])
 
 
-def at_least(least: int):
+def at_least(least: int, most: int = 1_000_000):
     def number(text: str) -> int:
         if not re.fullmatch(r"-?\d+", text) or int(text) < least:
             raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, not '{text}'")
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at most {most}, not '{text}'")
         return int(text)
 
     return number
@@ -48,8 +50,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--image", type=size, default=(640, 480), help="the image's WIDTHxHEIGHT in pixels (default: 640x480)")
     add("--cue", type=size, default=(64, 64), help="the cue's WIDTHxHEIGHT in pixels (default: 64x64)")
     add("--text-tokens", type=at_least(1), default=TEXT_TOKENS, help="a prompt's tokens besides its images' (default: %(default)s)")
-    add("--prompts", type=at_least(1), default=d.prompts, help="prompts a step (default: %(default)s)")
-    add("--replies", type=at_least(1), default=d.replies, help="replies a prompt (default: %(default)s)")
+    add("--prompts", type=at_least(1, 4096), default=d.prompts, help="prompts a step (default: %(default)s)")
+    add("--replies", type=at_least(1, 4096), default=d.replies, help="replies a prompt (default: %(default)s)")
     add("--reply-tokens", type=at_least(1), default=100, help="tokens of a reply (default: %(default)s)")
     add("--max-tokens", type=at_least(1), default=d.max_tokens, help="longest reply that the decoder has room for (default: %(default)s)")
     add("--tokens", type=at_least(0), default=AUTO_TOKENS, help="budget of a microbatch in tokens; 0: what fits (default: %(default)s)")

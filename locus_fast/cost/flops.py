@@ -4,17 +4,19 @@ A matrix product of [m, k] and [k, n] is 2 m k n FLOPs. A pass over tokens costs
 each query-key pair (scores, and their product with the values). The backward of a product is two products. Norms, rotations and activations are
 left out, as everywhere in this field.
 
-The floor is what any exact step must do: each prompt and each reply token once forward and twice backward, the recomputation that activation
-checkpointing asks for, the reference once, and decoding. What is spent (`executed`) adds what fused kernels do again in backward, the logits' tiles
-and the attention scores, and the decoding of rows that ended before they were moved out.
+The floor is what any exact step must do: each prompt and each reply token once forward and twice backward (once through what is frozen, and not at
+all before the first thing that is trained), the recomputation that activation checkpointing asks for, the reference once, and decoding. What is spent
+(`executed`) adds what fused kernels do again in backward, the logits' tiles and the attention scores, and the decoding of rows that ended before
+they were moved out.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from locus_fast.cost.shapes import Group, ModelShape, VisionShape, recomputed, rung
+from locus_fast.cost.shapes import EVERYTHING, Group, ModelShape, TextShape, Trained, VisionShape, recomputed, rung
 
 COLUMNS = ("rollout", "forward", "recompute", "backward", "reference")
 PROMPT_ROWS = ("vision", "vision attention", "prompt", "prompt attention")
@@ -44,6 +46,10 @@ def causal_pairs(tokens: int, causal: str) -> int:
     return tokens * (tokens + 1) // 2 if causal == "exact" else tokens * tokens
 
 
+def patches(groups: Iterable[Group]) -> int:
+    return sum(group.patches for group in groups)
+
+
 def block_flops(vision: VisionShape) -> tuple[int, int]:
     """FLOPs a patch of one vision block's matrices, and of its last one alone."""
     last = 2 * vision.hidden * vision.intermediate
@@ -63,82 +69,124 @@ def step_flops(
     *,
     checkpointing: int,
     reference: bool,
-    train_vision: bool = True,
+    trained: Trained = EVERYTHING,
     executed: bool = False,
     causal: str = "exact",
 ) -> Table:
     """FLOPs of one microbatch's step by part and pass; those of a step are the sums over its microbatches.
 
-    reference: whether there is a KL term; executed: what is spent rather than the floor; causal: "exact", or "square" to compare with
-    `torch.utils.flop_counter`. Groups that are not live stop after decoding. checkpointing: 0, or every how many-th layer is recomputed, all
-    but its last product, which nothing in backward reads.
+    reference: whether there is a KL term; trained: what has gradients; executed: what is spent rather than the floor; causal: "exact", or "square" to
+    compare with `torch.utils.flop_counter`. Groups that are not live stop after decoding. checkpointing: 0, or every how many-th layer is
+    recomputed, all but its last product, which nothing in backward reads.
     """
-    vision, text = shape.vision, shape.text
     live = [group for group in groups if group.live]
-    layer, down = 2 * text.matrices, 2 * text.hidden * text.intermediate
+    through = list(groups) if executed and live else live  # flat groups' prompts ride through the packed backward of the others'
+    passes: dict[str, Any] = {"checkpointing": checkpointing, "trained": trained, "twice": 2.5 if executed else 2.0}
+    table = {
+        **vision_flops(shape.vision, groups, live, through, **passes),
+        **language_flops(shape.text, groups, live, through, causal=causal, executed=executed, **passes),
+    }
+    if not trained.tower and (not executed or len(live) == len(groups)):  # the frozen tower sees once, for the reference too
+        table["vision"]["reference"] = table["vision attention"]["reference"] = 0
+    if not reference:
+        for row in table.values():
+            row["reference"] = 0
+    return table | decode_flops(shape, groups, executed, trained.rank)
+
+
+def vision_flops(
+    vision: VisionShape,
+    groups: Sequence[Group],
+    live: Sequence[Group],
+    through: Sequence[Group],
+    *,
+    checkpointing: int,
+    trained: Trained,
+    twice: float,
+) -> Table:
+    """The tower's rows of `step_flops`. through: groups that go through backward; twice: attention's backward over its forward."""
     block, last = block_flops(vision)
     embed, mergers = tower_ends(vision)
-    twice = 2.5 if executed else 2.0  # attention's backward reads the scores, which a fused kernel recomputes
-    layers, blocks = recomputed(text.layers, checkpointing), recomputed(vision.depth, checkpointing)
+    again = recomputed(vision.depth, checkpointing) * (block - last)
+    back = (embed + 2 * vision.depth * block) * trained.vision
+    back += mergers * (trained.projector + trained.tower)  # the weights' gradients and the inputs', which begin with a norm of the projector's
 
-    def patches(chosen: Iterable[Group]) -> int:
-        return sum(group.patches for group in chosen)
+    def row(flops: Callable[[Iterable[Group]], float], again: float, backward: float) -> dict[str, float]:
+        return {"forward": flops(groups), "recompute": again, "backward": backward, "reference": flops(live)}
 
-    def image_pairs(chosen: Iterable[Group], every: int = 1) -> int:
+    def matrices(chosen: Iterable[Group]) -> float:
+        return patches(chosen) * (embed + vision.depth * block + mergers)
+
+    def pairs(chosen: Iterable[Group], every: int = 1) -> float:
         return 4 * vision.hidden * sum(vision.pairs(*grid, every) for group in chosen for grid in group.grids)
 
-    def prompt_pairs(chosen: Iterable[Group]) -> int:
-        return 4 * text.queries * text.layers * sum(causal_pairs(group.prompt, causal) for group in chosen)
-
-    def row(forward: float, of_live: float, again: float, backward: float) -> dict[str, float]:
-        return {
-            "forward": forward,
-            "recompute": again,
-            "backward": backward,
-            "reference": of_live if reference else 0,
-        }
-
-    through = list(groups) if executed and live else live  # flat groups' prompts ride through the packed backward of the others'
-    N, live_N = patches(groups), patches(live)
-    P, live_P, through_P = (sum(group.prompt for group in chosen) for chosen in (groups, live, through))
-    fed, scored = sum(sum(group.fed) for group in live), sum(sum(group.replies) for group in live)
-    trained_N = patches(through) if train_vision else 0
-    pixels, pixels_again = (image_pairs(through, every) if train_vision and every else 0 for every in (1, checkpointing))
-    own = 4 * text.queries * text.layers * sum(n * group.prompt + causal_pairs(n, causal) for group in live for n in group.fed)
-    tower = embed + vision.depth * block + mergers
-    head = 2 * scored * text.head_parameters
-    table = {
-        "vision": row(N * tower, live_N * tower, trained_N * blocks * (block - last), trained_N * (2 * tower - embed)),
-        "vision attention": row(image_pairs(groups), image_pairs(live), pixels_again, twice * pixels),
-        "prompt": row(
-            P * text.layers * layer, live_P * text.layers * layer, through_P * layers * (layer - down), 2 * through_P * text.layers * layer
+    return {
+        "vision": row(matrices, patches(through) * again * trained.vision, patches(through) * back),
+        "vision attention": row(
+            pairs, pairs(through, checkpointing) if checkpointing and trained.vision else 0, twice * pairs(through) * trained.vision
         ),
-        "prompt attention": row(
-            prompt_pairs(groups), prompt_pairs(live), prompt_pairs(through) * layers // text.layers, twice * prompt_pairs(through)
-        ),
-        "replies": row(fed * text.layers * layer, fed * text.layers * layer, fed * layers * (layer - down), 2 * fed * text.layers * layer),
-        "reply attention": row(own, own, own * layers // text.layers, twice * own),
-        "head": row(head, head, 0, 2 * head),
     }
-    if executed:
-        table["head"]["recompute"] = head
-    return table | decode_flops(shape, groups, executed)
 
 
-def decode_flops(shape: ModelShape, groups: Sequence[Group], executed: bool) -> Table:
+def language_flops(
+    text: TextShape,
+    groups: Sequence[Group],
+    live: Sequence[Group],
+    through: Sequence[Group],
+    *,
+    checkpointing: int,
+    trained: Trained,
+    twice: float,
+    causal: str,
+    executed: bool,
+) -> Table:
+    """The language model's rows of `step_flops`, but for decoding. Adapters run beside every matrix, but not in the reference."""
+    L, whole, rank = text.layers, trained.language, trained.rank
+    layer, beside = 2 * text.matrices, 2 * text.adapters(rank)
+    last = 2 * text.hidden * (rank or text.intermediate)
+    entry = 2 * text.hidden * (text.queries + 2 * text.keys + 3 * rank)  # the first layer's inputs' gradient, which frozen embeddings do not want
+    again = recomputed(text.layers, checkpointing) * (layer + beside - last)
+    pixels = whole or trained.tower  # whether prompts have a gradient at the first layer
+    back = L * (layer * (1 + whole) + 2 * beside)
+    fed, scored = sum(sum(group.fed) for group in live), sum(sum(group.replies) for group in live)
+    P, live_P, through_P = (sum(group.prompt for group in chosen) for chosen in (groups, live, through))
+
+    def prompt_pairs(chosen: Iterable[Group]) -> int:
+        return 4 * text.queries * L * sum(causal_pairs(group.prompt, causal) for group in chosen)
+
+    def row(forward: float, again: float, backward: float, reference: float) -> dict[str, float]:
+        return {"forward": forward, "recompute": again, "backward": backward, "reference": reference}
+
+    def attention(forward: float, pairs: float, reference: float) -> dict[str, float]:
+        return row(forward, pairs * recomputed(L, checkpointing) // L, twice * pairs, reference)
+
+    own = 4 * text.queries * L * sum(n * group.prompt + causal_pairs(n, causal) for group in live for n in group.fed)
+    head = 2 * scored * text.head_parameters
+    return {
+        "prompt": row(P * L * (layer + beside), through_P * again, through_P * (back - entry * (not pixels)), live_P * L * layer),
+        "prompt attention": attention(prompt_pairs(groups), prompt_pairs(through), prompt_pairs(live)),
+        "replies": row(fed * L * (layer + beside), fed * again, fed * (back - entry * (not whole)), fed * L * layer),
+        "reply attention": attention(own, own, own),
+        "head": row(head, head * executed, head * (1 + whole), head),
+    }
+
+
+def decode_flops(shape: ModelShape, groups: Sequence[Group], executed: bool, rank: int = 0) -> Table:
     """FLOPs of sampling, the last three rows of the table. executed: rows go on until the next smaller number of rows holds all that still run.
 
-    A prompt's first logits are computed once for all its replies."""
+    A prompt's first logits are computed once for all its replies. rank: of adapters, 0 for none."""
     text = shape.text
-    lengths = [n for group in groups for n in group.replies]
+    lengths = sorted(n for group in groups for n in group.replies)
     if executed:
-        running = (sum(n > at for n in lengths) for at in range(1, max(lengths, default=1)))
-        rows = sum(min(len(lengths), rung(n)) for n in running)
+        rows, before = 0, 1
+        for ended, n in enumerate(lengths):
+            rows += (n - before) * min(len(lengths), rung(len(lengths) - ended))
+            before = n
     else:
         rows = sum(n - 1 for n in lengths)
     pairs = sum(n * group.prompt + causal_pairs(n, "exact") for group in groups for n in group.fed)
     return {
-        "decode": {"rollout": 2 * text.matrices * text.layers * rows},
+        "decode": {"rollout": 2 * (text.matrices + text.adapters(rank)) * text.layers * rows},
         "decode attention": {"rollout": 4 * text.queries * text.layers * pairs},
         "decode head": {"rollout": 2 * text.head_parameters * (len(groups) + rows)},
     }
@@ -161,9 +209,9 @@ def total(table: Table, columns: Iterable[str] = COLUMNS) -> float:
     return sum(passes.get(column, 0) for passes in table.values() for column in columns)
 
 
-def model_flops(shape: ModelShape, groups: Sequence[Group], *, reference: bool, train_vision: bool = True) -> float:
+def model_flops(shape: ModelShape, groups: Sequence[Group], *, reference: bool, trained: Trained = EVERYTHING) -> float:
     """What MFU counts: the floor without any recomputation, vision tower and decoding included, over one microbatch."""
-    return total(step_flops(shape, groups, checkpointing=0, reference=reference, train_vision=train_vision))
+    return total(step_flops(shape, groups, checkpointing=0, reference=reference, trained=trained))
 
 
 def rates(flops: float, seconds: float, device: str) -> dict[str, float]:

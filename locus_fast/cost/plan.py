@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from locus_fast.cost.flops import group_cost, step_flops, total
 from locus_fast.cost.memory import peak_memory
-from locus_fast.cost.shapes import Group, ModelShape
+from locus_fast.cost.shapes import EVERYTHING, Group, ModelShape
 from locus_fast.cost.traffic import step_bytes
 from locus_fast.errors import UserError
 
@@ -79,7 +79,8 @@ class Room:
         passes: dict[str, Any] = {"checkpointing": checkpointing, "reference": self.ways.get("reference", "none") != "none"}
         width = self.width(group, budget)
         microbatches = [[group] * min(width, self.prompts - done) for done in range(0, self.prompts, width)]
-        flops = self.prompts * total(step_flops(self.shape, [group], executed=True, **passes))
+        trained = self.ways.get("trained", EVERYTHING)
+        flops = self.prompts * total(step_flops(self.shape, [group], executed=True, trained=trained, **passes))
         return flops + RIDGE * sum(step_bytes(self.shape, microbatches, **passes).values())
 
 
@@ -99,7 +100,7 @@ def plan(
     groups: what a prompt and its replies may be, the largest first and the longest replies in each (a budget is in FLOPs, and groups of other
     proportions fill the memory otherwise: it has to hold for each); memory_bytes: free on the device; prompts: of a step;
     ways: further arguments of `peak_memory`. Raises UserError if the model does not fit, or with --tokens to be chosen not one group, with the
-    parts of the memory and the mend.
+    parts of the memory.
     """
     room = Room(shape, memory_bytes, prompts, rollout_tokens, ways)
     choices = (0, 1) if checkpointing == AUTO_CHECKPOINTING else (checkpointing,)
@@ -107,7 +108,7 @@ def plan(
     fitting = {
         each: budget for each, budget in found.items() if budget and all(room.holds(group, room.width(group, budget), each) for group in groups)
     }
-    if not fitting:
+    if not (fits := bool(fitting)):
         check_room(room, groups, choices[-1], chosen=not tokens)
         fitting = {choices[-1]: tokens}
     best = min(fitting, key=lambda each: room.time(groups[0], fitting[each], each))
@@ -116,7 +117,9 @@ def plan(
     why = (
         f"up to {used / GIB:.1f} of {memory_bytes / GIB:.1f} GiB with the longest replies, {width} of the largest prompts ({groups[0].prompt} tokens)"
     )
-    if len(choices) > 1:
+    if not fits:
+        why += "; with so long replies it does not fit"
+    elif len(choices) > 1:
         why += "; by FLOPs and bytes faster than the other way" if len(fitting) > 1 else "; the other way does not fit"
     return Plan(budget, best, f"{described(budget, best)}: {why}")
 
@@ -137,20 +140,10 @@ def check_room(room: Room, groups: Sequence[Group], checkpointing: int, chosen: 
     group = max(groups, key=lambda group: sum(room.parts(group, 1, checkpointing).values()))
     parts = room.parts(group, 1, checkpointing)
     least = sum(parts[name] for name in ("weights", "gradients", "optimizer states", "reference"))
-    most = (1 - FREE) * room.memory_bytes
-    if not chosen and least <= most:
+    if not chosen and least <= (1 - FREE) * room.memory_bytes:
         return
-    if least > most:
-        mend = "take a larger device or a smaller --model, do without the reference (--kl 0), or freeze parts (--rates)"
-    else:
-        mend = "lower --max-tokens, --replies or the most of --image-pixels" + ("" if checkpointing == 1 else ", or set --checkpointing 1")
-        shorter = group
-        while max(shorter.replies) > 1 and not room.holds(shorter, 1, checkpointing):
-            shorter = replace(shorter, replies=tuple(max(1, n // 2) for n in shorter.replies))
-        if room.holds(shorter, 1, checkpointing):
-            mend += f"; --max-tokens {max(shorter.replies)} would fit"
     named = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items() if value)
     raise UserError(
         f"one prompt and its replies take {sum(parts.values()) / GIB:.1f} GiB ({named}), more than the {room.memory_bytes / GIB:.1f} GiB that are "
-        f"free on the device less {FREE:.0%}; {mend}."
+        f"free on the device less {FREE:.0%}."
     )

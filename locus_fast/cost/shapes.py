@@ -55,14 +55,22 @@ class VisionShape:
         return self.channels * self.frames * self.patch**2
 
     @property
-    def parameters(self) -> int:
+    def block_parameters(self) -> int:
         h, norm = self.hidden, self.hidden * (1 if self.gated else 2)  # LayerNorm has a bias
         mlp = 3 * h * self.intermediate + 2 * self.intermediate + h if self.gated else 2 * h * self.intermediate + self.intermediate + h
-        block = 2 * norm + 3 * h * h + 3 * h + h * h + h + mlp
-        wide = h * self.merge**2
+        return 2 * norm + 3 * h * h + 3 * h + h * h + h + mlp
+
+    @property
+    def parameters(self) -> int:
+        embed = self.patch_values * self.hidden + (0 if self.gated else self.hidden)
+        return embed + self.positions * self.hidden + self.depth * self.block_parameters + self.projector_parameters
+
+    @property
+    def projector_parameters(self) -> int:
+        """Of the mergers, DeepStack's included."""
+        wide = self.hidden * self.merge**2
         merger = wide * wide + wide + wide * self.out + self.out
-        embed = self.patch_values * h + (0 if self.gated else h)
-        return embed + self.positions * h + self.depth * block + norm + merger + len(self.deepstack) * (2 * wide + merger)
+        return self.hidden * (1 if self.gated else 2) + merger + len(self.deepstack) * (2 * wide + merger)
 
     def sequences(self, rows: int, columns: int) -> list[int]:
         """Patches of each attention window of an image of rows x columns patches, cut as Qwen2.5-VL cuts it (arXiv 2502.13923, section 2.1.1)."""
@@ -110,6 +118,10 @@ class TextShape:
     def matrices(self) -> int:
         """Elements of one layer's weight matrices."""
         return self.hidden * (2 * self.queries + 2 * self.keys + 3 * self.intermediate)
+
+    def adapters(self, rank: int) -> int:
+        """Elements of one layer's adapters of that rank: two matrices beside each of its seven."""
+        return rank * (7 * self.hidden + 2 * self.queries + 2 * self.keys + 3 * self.intermediate)
 
     @property
     def layer_parameters(self) -> int:
@@ -176,6 +188,32 @@ class ModelShape:
             ),
         )
 
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run trains: whole parts of the model; or adapters of a rank beside the language layers' matrices, and then nothing else."""
+
+    vision: bool = True
+    projector: bool = True
+    language: bool = True
+    rank: int = 0
+
+    @staticmethod
+    def adapters(rank: int) -> Trained:
+        return Trained(vision=False, projector=False, language=False, rank=rank)
+
+    @property
+    def tower(self) -> bool:
+        """Whether the vision tower, its projector included, has a backward."""
+        return self.vision or self.projector
+
+    def parameters(self, shape: ModelShape) -> int:
+        """How many parameters of the model are trained; adapters are not of the model."""
+        vision, projector = shape.vision.parameters, shape.vision.projector_parameters
+        return (vision - projector) * self.vision + projector * self.projector + shape.text.parameters * self.language
+
+
+EVERYTHING = Trained()
 
 QWEN25_VISION = VisionShape(32, 1280, 16, 3420, 3584, patch=14, merge=2, gated=True, window=112, full=(7, 15, 23, 31))
 QWEN3_VISION = VisionShape(24, 1024, 16, 4096, 2560, patch=16, merge=2, deepstack=(5, 11, 17), positions=2304)

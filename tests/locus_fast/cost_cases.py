@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from locus_fast import cost
 from locus_fast.cost.shapes import Group
 from locus_fast.packing import PromptBatch, Replies
 from locus_fast.rollout import Vocabulary
@@ -33,3 +35,39 @@ def answers(batch: PromptBatch, groups: list[Group]) -> Replies:
     lengths = [list(group.replies) for group in groups]
     ids = torch.arange(max(map(max, lengths)), device=batch.ids.device).expand(sum(map(len, lengths)), -1)
     return Replies.of(batch, Rollout(ids, ids[:, 0], ids.float()), lengths, range(len(groups)))
+
+
+def attention_forward(q, k, v, *_, out_shape=None, **__) -> int:
+    return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+
+def attention_backward(_, q, k, v, *__, out_shape=None, **___) -> int:
+    return 10 * q[0] * q[1] * q[2] * k[2] * q[3]  # two products' two gradients, and the scores again
+
+
+def batched_product(a, b, *_, out_shape=None, **__) -> int:
+    """Without outer products: that is how older versions of `transformers` multiply positions by frequencies."""
+    return 2 * a[0] * a[1] * a[2] * b[2] * (a[2] > 1)
+
+
+# The CPU's attention and our operators, by the same rules as the CUDA ones that torch.utils.flop_counter knows.
+FORMULAS = {
+    torch.ops.aten.bmm: batched_product,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    torch.ops.locus_kernels.linear_logprob: lambda hidden, weight, *_, out_shape=None, **__: 2 * hidden[0] * weight[0] * weight[1],
+    torch.ops.locus_kernels.linear_logprob_backward: lambda _, __, hidden, weight, *rest, out_shape=None, **___: (
+        2 * hidden[0] * weight[0] * weight[1] * (1 + sum(rest[-2:]))  # the logits again, and each gradient that is wanted
+    ),
+}
+
+
+def counted(run):
+    """(FLOPs, result) of run()."""
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        result = run()
+    return counter.get_total_flops(), result
+
+
+def spent(table: cost.flops.Table, parts: tuple[str, ...], *columns: str) -> float:
+    return sum(table[part].get(column, 0) for part in parts for column in columns)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from locus_fast import budget, runtime, train
+from locus_fast import budget, evaluate, optim, runtime, train
+from locus_fast.budget import planned, remedy
 from locus_fast.checkpoint import TINY_BASE
 from locus_fast.config import PRESETS, Config, parse
 from locus_fast.cost import peak_memory, plan
 from locus_fast.cost.plan import GIB, TOKENS, Room, unplanned
-from locus_fast.cost.shapes import PUBLISHED, Group, group_of
+from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, Group, Trained, group_of
 from locus_fast.errors import UserError
 from locus_fast.prompts import QUESTIONS
 from locus_fast.runtime import set_up
+from tests.locus_fast.test_adapters import needs_peft
 
 SHAPE = PUBLISHED["qwen2.5-vl-7b"]
 WAYS = {"reference": "copy", "max_tokens": 512}
@@ -69,24 +73,69 @@ def test_a_wide_rollout_leaves_less_for_training() -> None:
 @pytest.mark.parametrize(
     ("gib", "groups", "words"),
     [
-        (24, extremes(), ["(weights 15.45, gradients 15.45, optimizer states 15.68, reference 15.45,", "24.0 GiB that are free", "--kl 0"]),
-        (69, extremes(replies=16, max_tokens=4096), ["activations", "lower --max-tokens, --replies or the most of --image-pixels", "would fit"]),
+        (24, extremes(), ["(weights 15.45, gradients 15.45, optimizer states 15.68, reference 15.45,", "24.0 GiB that are free"]),
+        (69, extremes(replies=16, max_tokens=4096), ["activations", "69.0 GiB that are free"]),
     ],
 )
-def test_too_small_a_device_names_the_parts_and_the_mend(gib: int, groups: list[Group], words: list[str]) -> None:
+def test_too_small_a_device_names_the_parts(gib: int, groups: list[Group], words: list[str]) -> None:
     with pytest.raises(UserError) as raised:
         plan(SHAPE, groups, memory_bytes=gib * GIB, prompts=128, reference="copy")
     for each in words:
         assert each in str(raised.value)
 
 
-def test_parts_that_are_not_trained_take_less() -> None:
-    group = extremes()[0]
-    whole, frozen = (
-        peak_memory(SHAPE, [group], checkpointing=1, trained=trained, train_vision=trained is None) for trained in (None, SHAPE.text.parameters)
+def card(config: Config, gib: float) -> str:
+    """What is said of a 7B run on a card of that size; empty if it fits."""
+    try:
+        planned(config, SHAPE, torch.bfloat16, round(gib * GIB))
+    except UserError as error:
+        return f"{error} {remedy(config, SHAPE, torch.bfloat16, round(gib * GIB))}"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("gib", "arguments", "mend"),
+    [
+        (68, ["--replies", "32", "--checkpointing", "0"], ["--checkpointing", "1", "--max-tokens"]),
+        (66, [], ["--reference", "int8"]),
+        (60, ["--max-tokens", "64"], ["--reference", "nf4"]),
+        (52, [], ["--kl", "0"]),
+        (40, ["--reference", "host", "--optimizer", "adamw-master"], ["--lora", "16"]),
+        (17, [], ["--lora", "16", "--quantize", "nf4"]),
+        (11, ["--lora", "64"], ["--quantize", "nf4", "--max-tokens"]),
+    ],
+)
+def test_the_largest_setting_that_fits_is_named_and_fits(gib: float, arguments: list[str], mend: list[str]) -> None:
+    base = ["--preset", "qwen2.5-vl-7b"]
+    said = card(parse([*base, *arguments]), gib)
+    assert "This fits: " in said
+    named = said.split("This fits: ")[1].rstrip(".").split(" ")
+    assert all(word in named for word in mend), said
+    config = parse([*base, *([] if "--lora" in named else arguments), *named])  # adapters have an optimizer and a reference of their own
+    assert not card(config, gib)
+    if "--max-tokens" in named:
+        assert card(replace(config, max_tokens=config.max_tokens + 1), gib)
+
+
+def test_where_nothing_fits_it_says_so() -> None:
+    assert card(parse(["--preset", "qwen2.5-vl-7b"]), 2).endswith(
+        "Take a larger device, a smaller --model, fewer --replies or smaller --image-pixels."
     )
-    assert frozen["gradients"] == 2 * SHAPE.text.parameters < whole["gradients"]
-    assert sum(frozen.values()) < sum(whole.values())
+
+
+def test_a_budget_that_is_given_and_too_large_is_kept_and_said() -> None:
+    made = plan(SHAPE, extremes(), memory_bytes=72 * GIB, prompts=128, tokens=900_000, **WAYS)
+    assert made.tokens == 900_000
+    assert "with so long replies it does not fit" in made.reason
+
+
+def test_parts_that_are_not_trained_take_less() -> None:
+    group, frozen = extremes()[0], Trained(vision=False, projector=False)
+    whole, language, adapters = (peak_memory(SHAPE, [group], checkpointing=1, trained=t) for t in (EVERYTHING, frozen, Trained.adapters(16)))
+    assert language["gradients"] == 2 * SHAPE.text.parameters < whole["gradients"]
+    assert sum(adapters.values()) < sum(language.values()) < sum(whole.values())
+    assert adapters["gradients"] == 2 * 28 * SHAPE.text.adapters(16)
+    assert sum(Trained(*parts).parameters(SHAPE) for parts in ((True, False, False), (False, True, False), (False, False, True))) == SHAPE.parameters
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -103,32 +152,52 @@ def test_a_questions_text_is_no_longer_than_planned(question: str) -> None:
     assert words < budget.TEXT_TOKENS / 1.2  # a published tokenizer's tokens of these words
 
 
-def test_a_run_takes_the_devices_memory(tmp_path: Path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("more", [[], pytest.param(["--lora", "4"], marks=needs_peft)])
+def test_a_run_takes_the_devices_memory(more: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    """And says in one line what it chose and why; refused where it does not fit, before anything is loaded."""
     monkeypatch.setattr(budget, "free_memory", lambda device: GIB)
-    arguments = [*SHORT, "--steps", "1", "--tokens", "0", "--checkpointing", "-1", "--out", str(tmp_path / "run")]
+    arguments = [*SHORT, "--steps", "1", "--tokens", "0", "--checkpointing", "-1", *more, "--out", str(tmp_path / "run")]
     assert train.main(arguments) == 0
     planned = json.loads((tmp_path / "run" / "summary.json").read_text())["plan"]
-    assert planned["reason"] in capsys.readouterr().err
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("microbatches of ")]
+    assert said == [planned["reason"]]
+    assert re.fullmatch(
+        r"microbatches of [\d,]+ tokens, (no|every) layer recomputed: up to 0\.\d of 1\.0 GiB with the longest replies, \d+ of the largest prompts "
+        r"\(\d+ tokens\); by FLOPs and bytes faster than the other way",
+        said[0],
+    )
     assert not planned["halved"]
     assert 0 < planned["tokens"] < 100_000
     monkeypatch.setattr(budget, "free_memory", lambda device: GIB // 100)
     monkeypatch.setattr(runtime, "load_source", None)  # refused before anything is loaded
     assert train.main([*arguments[:-1], str(tmp_path / "small")]) == 2
-    assert "that are free on the device" in capsys.readouterr().err
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert "that are free on the device" in error[0]
     assert not (tmp_path / "small").exists()
 
 
-class OutOfMemory:
-    """The trainer's backward, which at given calls leaves its gradient behind and then finds no memory."""
+def test_without_a_device_to_ask_the_choice_is_said_too(tmp_path: Path, capsys) -> None:
+    assert train.main([*SHORT, "--steps", "1", "--tokens", "0", "--checkpointing", "-1", "--out", str(tmp_path / "run")]) == 0
+    said = "microbatches of 32,768 tokens, every layer recomputed: not chosen by memory, there is no device to ask\n"
+    assert said in capsys.readouterr().err
 
-    def __init__(self, *calls: int):
-        self.backward, self.calls, self.count = train.backward, calls, 0
+
+BACKWARD = train.backward
+
+
+class OutOfMemory:
+    """A function, by default the trainer's backward, that at given calls does its work and then finds no memory."""
+
+    def __init__(self, *calls: int, of=BACKWARD):
+        self.function, self.calls, self.count = of, calls, 0
 
     def __call__(self, *arguments):
         self.count += 1
-        self.backward(*arguments)
+        result = self.function(*arguments)
         if self.count in self.calls:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return result
 
 
 def numbers(out: Path) -> list[dict]:
@@ -151,14 +220,84 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(tmp_path: Path, monke
     assert any((value - base[name].float()).abs().max() > 1e-4 for name, value in theirs.items())
 
 
-@pytest.mark.parametrize(("tokens", "calls"), [("1400", (2, 4)), ("450", (1,))])
-def test_out_of_memory_that_halving_does_not_mend(tmp_path: Path, monkeypatch, capsys, tokens: str, calls: tuple[int, ...]) -> None:
-    """A second error, or a budget whose half does not hold the largest prompt: saved, and one sentence."""
-    monkeypatch.setattr(train, "backward", OutOfMemory(*calls))
-    assert train.main([*SHORT, "--steps", "2", "--tokens", tokens, "--out", str(tmp_path / "run")]) == 2
+def test_out_of_memory_that_halving_does_not_mend(tmp_path: Path, monkeypatch, capsys) -> None:
+    """A second error: saved, and one sentence."""
+    monkeypatch.setattr(train, "backward", OutOfMemory(2, 4))
+    assert train.main([*SHORT, "--steps", "2", "--tokens", "1400", "--out", str(tmp_path / "run")]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1
     assert "the device ran out of memory" in error[0]
     assert "lower --tokens (now" in error[0]
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
     assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("rollout_tokens", ["0", "900"])
+def test_a_prompt_larger_than_the_halved_budget_rides_alone(rollout_tokens: str, tmp_path: Path, monkeypatch) -> None:
+    assert train.main([*SHORT, "--steps", "1", "--tokens", "450", "--out", str(tmp_path / "whole")]) == 0
+    monkeypatch.setattr(train, "backward", OutOfMemory(1))
+    arguments = [*SHORT, "--steps", "1", "--tokens", "450", "--rollout-tokens", rollout_tokens]
+    assert train.main([*arguments, "--out", str(tmp_path / "halved")]) == 0
+    assert json.loads((tmp_path / "halved" / "summary.json").read_text())["plan"]["halved"]
+    (whole,), (halved,) = numbers(tmp_path / "whole"), numbers(tmp_path / "halved")
+    for name in ("reward", "loss", "grad_norm"):
+        assert halved[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-7)
+
+
+def test_a_further_update_is_halved_too(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Against the stored log-probs, which go with their groups: the run is the one with narrow microbatches."""
+    arguments = [*SHORT, "--steps", "1", "--updates", "3", "--lr", "1e-3", "--kl", "0.1"]
+    assert train.main([*arguments, "--tokens", "1400", "--out", str(tmp_path / "whole")]) == 0
+    calls = OutOfMemory()
+    monkeypatch.setattr(train, "backward", calls)
+    assert train.main([*arguments, "--tokens", "1400", "--out", str(tmp_path / "counted")]) == 0
+    first = calls.count // 3  # microbatches an update
+    capsys.readouterr()
+    monkeypatch.setattr(train, "backward", OutOfMemory(first + 2))
+    assert train.main([*arguments, "--tokens", "1400", "--out", str(tmp_path / "halved")]) == 0
+    assert "out of memory: the step is done again in microbatches of 700 tokens" in capsys.readouterr().err
+    (whole,), (halved,) = numbers(tmp_path / "whole"), numbers(tmp_path / "halved")
+    for name in ("reward", "loss", "kl", "grad_norm", "ratio_max", "clip_low", "clip_high", "flops"):
+        assert halved[name] == pytest.approx(whole[name], rel=2e-3, abs=1e-5), name
+    ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("halved", "whole"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_the_optimizers_step_without_memory(failures: int, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Nothing has moved when it is found out: once more without the decoder's buffers, which changes nothing; else the steps before it are saved."""
+    assert train.main([*SHORT, "--steps", "2", "--tokens", "1400", "--out", str(tmp_path / "plain")]) == 0
+    monkeypatch.setattr(optim, "reserve", OutOfMemory(*range(2, 2 + failures), of=optim.reserve))
+    code = train.main([*SHORT, "--steps", "2", "--tokens", "1400", "--out", str(tmp_path / "short")])
+    ours, theirs = numbers(tmp_path / "short"), numbers(tmp_path / "plain")
+    assert ours[0]["grad_norm"] == theirs[0]["grad_norm"]
+    weights = load_file(tmp_path / "short" / "final" / "model.safetensors")
+    if failures == 1:
+        assert code == 0
+        assert ours[1]["grad_norm"] == theirs[1]["grad_norm"]
+        assert all(torch.equal(weights[name], value) for name, value in load_file(tmp_path / "plain" / "final" / "model.safetensors").items())
+        return
+    assert code == 2
+    assert "the optimizer's step found no memory: hold the reference in fewer bytes (--reference nf4 or host)" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "short" / "checkpoints").iterdir()] == ["step-000001"]
+    assert train.main(["--resume", str(tmp_path / "short"), "--reference", "host"]) == 0
+    weights = load_file(tmp_path / "short" / "final" / "model.safetensors")
+    assert all(torch.equal(weights[name], value) for name, value in load_file(tmp_path / "plain" / "final" / "model.safetensors").items())
+
+
+@pytest.mark.parametrize(("calls", "code"), [((1,), 0), ((1, 2), 2)])
+def test_answering_without_memory(calls: tuple[int, ...], code: int, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(evaluate, "prefill", OutOfMemory(*calls, of=evaluate.prefill))
+    assert train.main([*SHORT, "--steps", "1", "--tokens", "1400", "--out", str(tmp_path / "run")]) == code
+    error = capsys.readouterr().err
+    assert "out of memory: answering is done again in microbatches of 700 tokens" in error
+    assert ("error: the device ran out of memory again, after the budget of a microbatch was halved: lower --tokens" in error) == (code == 2)
+    assert (tmp_path / "run").exists() == (code == 0)
+
+
+def test_out_of_memory_before_the_first_step(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(train, "make_reference", OutOfMemory(1, of=train.make_reference))
+    assert train.main([*SHORT, "--steps", "1", "--out", str(tmp_path / "run")]) == 2
+    assert "error: the device ran out of memory: hold the reference in fewer bytes" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

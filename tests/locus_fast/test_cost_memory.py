@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from locus_fast import cost
-from locus_fast.cost.memory import decoder_bytes
-from locus_fast.cost.shapes import PUBLISHED, Group, ModelShape
+from locus_fast.adapters import add_adapters
+from locus_fast.cost.memory import decoder_bytes, reference_bytes
+from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, Group, ModelShape, Trained
 from locus_fast.errors import UserError
+from locus_fast.optim import parameter_groups
 from locus_fast.packing import PromptBatch, Replies
 from locus_fast.policy import checkpoint_activations, prefill, reply_logprob
+from locus_fast.quantize import quantize
+from locus_fast.reference import Reference, make_reference
 from locus_fast.rollout import Decoder, Sampling, Vocabulary
+from locus_fast.seam import cut
 from locus_fast.types import Prompt
 from tests.locus_fast.cost_cases import ENDLESS, FAMILIES, group_like, work
+from tests.locus_fast.test_adapters import needs_peft
 from tests.small_models import small_model, small_prompt
 
 
@@ -32,18 +36,40 @@ def measured_peak(run) -> int:
     return most
 
 
-def engine_step(model, reference, prompts: list[Prompt], groups: list[Group]) -> None:
-    """One microbatch as the trainer runs it: sampling, replies, reference, backward. Its replies have room for their tokens and end at once."""
+def engine_step(model, reference: Reference | None, prompts: list[Prompt], groups: list[Group], whole: bool = False) -> None:
+    """One microbatch as the trainer runs it: sampling, replies, reference, backward. Its replies have room for their tokens and end at once. whole:
+    in one backward, which the trainer does not."""
     batch = PromptBatch.of(prompts, model.config, "cpu")
-    prefix, decoder = prefill(model, batch), Decoder(model, Vocabulary(ENDLESS.allowed, torch.arange(3)))
+    prefix, decoder = prefill(model, batch), Decoder(model, Vocabulary(torch.arange(model.lm_head.out_features) < 3, torch.arange(3)))
     longest = max(max(group.replies) for group in groups)
     played = decoder.generate(prefix, Sampling(len(groups[0].replies), longest, 1.0, 1.0), seed=0, groups=range(len(groups)))
     replies = Replies.of(batch, played, [list(group.replies) for group in groups], range(len(groups)))
+    prefix, onward = (prefix, lambda: None) if whole else cut(prefix)
     logprob, _ = reply_logprob(model, prefix, replies, 1.0)
+    del prefix
     if reference is not None:
-        with torch.no_grad():
-            reply_logprob(reference, prefill(reference, batch), replies, 1.0)
+        with torch.no_grad(), reference.model() as base:
+            reply_logprob(base, prefill(base, batch), replies, 1.0)
     logprob.sum().backward()
+    onward()
+
+
+def predicted_over_measured(model, trained: Trained, grids, words: int, replies: list[int], checkpointing: int, kl: bool, quantised=False) -> float:
+    """Of the peak of a step of two prompts, weights and gradients included."""
+    if checkpointing:
+        checkpoint_activations(model, checkpointing)
+    reference = make_reference(model) if kl else None
+    prompts = [small_prompt(model, grids, words, seed) for seed in range(2)]
+    groups = [group_like(prompt, replies) for prompt in prompts]
+    engine_step(model, reference, prompts, groups)  # so that the gradients are there, as from the second microbatch on
+    measured = measured_peak(lambda: engine_step(model, reference, prompts, groups))
+    shape = ModelShape.of(model.config)
+    logits = 4 * sum(map(sum, (group.replies for group in groups))) * shape.text.vocabulary
+    tile = (2 + trained.language) * logits  # the CPU's head: logits, gradient and their sum's
+    ways = {"weight_bytes": 4, "gradient_bytes": 4, "state_bytes": 0, "width": 4, "static": False, "reference": "copy" if kl else "none"}
+    parts = cost.peak_memory(shape, groups, checkpointing=checkpointing, tile=tile, trained=trained, quantised=quantised, **ways)
+    static = parts["weights"] + parts["gradients"] + parts["reference"]
+    return sum(parts.values()) / (measured + static)
 
 
 @pytest.mark.parametrize(("checkpointing", "kl"), [(0, False), (0, True), (1, True), (2, True)])
@@ -53,19 +79,85 @@ def engine_step(model, reference, prompts: list[Prompt], groups: list[Group]) ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peak_memory_is_within_15_percent_of_the_measured(family: str, checkpointing: int, kl: bool, grids, words: int, replies: list[int]) -> None:
     model = small_model(family)
-    reference = copy.deepcopy(model).requires_grad_(False) if kl else None
-    if checkpointing:
-        checkpoint_activations(model, checkpointing)
-    prompts = [small_prompt(model, grids, words, seed) for seed in range(2)]
+    assert predicted_over_measured(model, EVERYTHING, grids, words, replies, checkpointing, kl) == pytest.approx(1, abs=0.15)
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 6, "num_attention_heads": 16, "vocab_size": 1500}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_weights_outweigh_activations(family: str) -> None:
+    model = small_model(family, **WIDE)
+    assert predicted_over_measured(model, EVERYTHING, [(16, 24), (8, 8)], 9, [16] * 4, 1, False) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("trained", "quantised"),
+    [
+        (Trained(vision=False), False),
+        (Trained(vision=False, projector=False), False),
+        (Trained(vision=False, language=False), False),
+        (Trained(language=False), False),
+        pytest.param(Trained.adapters(8), False, marks=needs_peft),
+        pytest.param(Trained.adapters(8), True, marks=needs_peft),
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_frozen_keeps_less(family: str, trained: Trained, quantised: bool, checkpointing: int) -> None:
+    model = small_model(family, num_hidden_layers=4)
+    if quantised:
+        pytest.importorskip("bitsandbytes")
+        quantize(model, "nf4", torch.device("cpu"))
+    if trained.rank:
+        add_adapters(model, trained.rank, 8.0)
+    else:
+        parameter_groups(model, {"vision": trained.vision, "projector": trained.projector, "language": trained.language})
+    ratio = predicted_over_measured(model, trained, [(24, 32), (4, 4)], 30, [16] * 4, checkpointing, family == "qwen3_vl", quantised)
+    assert ratio == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [0, 1])
+@pytest.mark.parametrize("replies", [[7] * 3, [1] * 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_backward_in_two_is_backward(family: str, replies: list[int], checkpointing: int) -> None:
+    """The same gradients, replies of a single token included, and the layers' gradients are not held a second time."""
+    one, two = (small_model(family, **WIDE) for _ in range(2))
+    prompts = [small_prompt(one, [(4, 8), (4, 4)], 9, seed) for seed in range(2)]
     groups = [group_like(prompt, replies) for prompt in prompts]
-    engine_step(model, reference, prompts, groups)  # so that the gradients are there, as from the second microbatch on
-    measured = measured_peak(lambda: engine_step(model, reference, prompts, groups))
-    shape = ModelShape.of(model.config)
-    tile = 3 * 4 * sum(map(sum, (group.replies for group in groups))) * shape.text.vocabulary  # the CPU's head: logits, gradient and their sum's
-    ways = {"weight_bytes": 4, "gradient_bytes": 4, "state_bytes": 0, "width": 4, "static": False, "reference": "copy" if kl else "none"}
-    parts = cost.peak_memory(shape, groups, checkpointing=checkpointing, tile=tile, **ways)
-    static = parts["weights"] + parts["gradients"] + parts["reference"]
-    assert sum(parts.values()) == pytest.approx(measured + static, rel=0.15)
+    if checkpointing:
+        checkpoint_activations(one), checkpoint_activations(two)
+    for _ in range(2):
+        whole, halves = (
+            measured_peak(lambda: engine_step(one, None, prompts, groups, True)),
+            measured_peak(lambda: engine_step(two, None, prompts, groups)),
+        )
+    if max(replies) > 1:
+        assert whole - halves > 0.5 * 4 * ModelShape.of(one.config).text.layer_parameters * 6
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max()))
+
+
+@pytest.mark.parametrize("trained", [EVERYTHING, Trained(vision=False, projector=False), Trained(language=False), Trained(vision=False)])
+@pytest.mark.parametrize("kind", ["copy", "int8", "nf4", "host"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reference_takes_what_is_said(family: str, kind: str, trained: Trained) -> None:
+    """On the device: what is not shared with the policy; of one that is paged, what is there for the whole pass and two layers."""
+    if kind in ("int8", "nf4"):
+        pytest.importorskip("bitsandbytes")
+    model = small_model(family, **WIDE)
+    parameter_groups(model, {"vision": trained.vision, "projector": trained.projector, "language": trained.language})
+    shared = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
+    reference = make_reference(model, kind)
+    core = reference.held.model
+    layers = [] if kind != "host" else [*core.language_model.layers[2:], *core.visual.blocks]
+    paged = {p.data_ptr() for layer in layers for p in layer.parameters()}
+    own = {t.data_ptr(): t.nbytes for t in (*reference.held.parameters(), *reference.held.buffers()) if t.data_ptr() not in shared | paged}
+    scales = [p.quant_state for p in reference.held.parameters() if getattr(p, "quant_state", None) is not None]
+    held = sum(own.values()) + sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in scales)
+    assert reference_bytes(ModelShape.of(model.config), kind, 4, trained) == pytest.approx(held, rel=0.05)
 
 
 def test_the_decoders_buffers_are_counted_as_they_are() -> None:

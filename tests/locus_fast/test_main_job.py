@@ -27,6 +27,15 @@ def test_the_main_job_learns(seed: int, tmp_path: Path) -> None:
     assert gain(tmp_path / "run") >= 0.10
 
 
+def test_8_bit_states_end_where_float32_ones_do(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    ends = []
+    for optimizer in ("adamw", "adamw8bit"):
+        assert train.main(["--out", str(tmp_path / optimizer), "--seed", "3", "--optimizer", optimizer]) == 0
+        ends.append(gain(tmp_path / optimizer))
+    assert ends[0] == pytest.approx(ends[1], abs=0.02)
+
+
 def test_permuted_rewards_teach_nothing(tmp_path: Path, monkeypatch) -> None:
     """The control: each group's rewards dealt out among its replies at random. Everything else, the spread of advantages included, is the same."""
     shuffle = torch.Generator().manual_seed(0)

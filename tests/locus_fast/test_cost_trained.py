@@ -1,0 +1,137 @@
+"""What is trained decides what backward costs: FLOPs of frozen parts, adapters and 4-bit bases against the counted ones, in the trainer too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from locus_kernels.linear_logprob import linear_logprob
+from torch.utils.flop_counter import FlopCounterMode
+
+from locus_fast import cost, train
+from locus_fast.adapters import add_adapters
+from locus_fast.budget import trained_by
+from locus_fast.config import parse
+from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, ModelShape, Trained
+from locus_fast.optim import PARTS, make_optimizer, parameter_groups
+from locus_fast.policy import checkpoint_activations, prefill, reply_hidden, see
+from locus_fast.quantize import quantize
+from locus_fast.reference import make_reference
+from locus_fast.runtime import set_up
+from tests.locus_fast.cost_cases import FAMILIES, FORMULAS, answers, counted, spent, work
+from tests.locus_fast.test_adapters import needs_peft
+
+ADAPTERS = pytest.param(Trained.adapters(7), marks=needs_peft)
+KINDS = [
+    EVERYTHING,
+    Trained(vision=False),
+    Trained(projector=False),
+    Trained(vision=False, projector=False),
+    Trained(language=False),
+    Trained(vision=False, language=False),
+    Trained(projector=False, language=False),
+    ADAPTERS,
+]
+
+
+def rates(trained: Trained) -> dict[str, float]:
+    return dict(zip(PARTS, map(float, (trained.vision, trained.projector, trained.language)), strict=True))
+
+
+def check_flops(model, batch, groups, checkpointing: int, trained: Trained) -> None:
+    """Every pass of a microbatch against the counter, exactly."""
+    if checkpointing:
+        checkpoint_activations(model, checkpointing)
+    ways = {"checkpointing": checkpointing, "reference": True, "trained": trained, "executed": True, "causal": "square"}
+    table = cost.step_flops(ModelShape.of(model.config), groups, **ways)
+    scored = answers(batch, groups)
+
+    vision, features = counted(lambda: see(model, batch.patches, batch.grids, batch.vision))
+    prompt, prefix = counted(lambda: prefill(model, batch, features))
+    replies, hidden = counted(lambda: reply_hidden(model, prefix, scored))
+    head, logprob = counted(lambda: linear_logprob(hidden, model.lm_head.weight, scored.ids, 1.0)[0])
+    backward, _ = counted(lambda: logprob.sum().backward())
+
+    for parts, flops in {("vision", "vision attention"): vision, ("prompt", "prompt attention"): prompt}.items():
+        assert spent(table, parts, "forward") == flops
+    assert spent(table, ("vision", "vision attention"), "reference") == (vision if trained.tower else 0)
+    assert spent(table, ("replies", "reply attention"), "forward") == replies
+    assert spent(table, ("head",), "forward") == head
+    assert spent(table, tuple(table), "backward", "recompute") == backward
+
+
+@pytest.mark.parametrize("checkpointing", [0, 1, 2])
+@pytest.mark.parametrize("trained", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_are_the_counted_ones(family: str, trained: Trained, checkpointing: int) -> None:
+    model, batch, groups = work(family)
+    if trained.rank:
+        add_adapters(model, trained.rank, 8.0)
+    else:
+        parameter_groups(model, rates(trained))
+    check_flops(model, batch, groups, checkpointing, trained)
+
+
+@needs_peft
+def test_flops_over_a_4_bit_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    product = torch.ops.bitsandbytes.gemm_4bit
+    monkeypatch.setitem(FORMULAS, product, lambda x, _, shape, *__, out_shape=None, **___: 2 * torch.Size(x).numel() * shape[0])
+    model, batch, groups = work("qwen2_5_vl")
+    quantize(model, "nf4", torch.device("cpu"))
+    add_adapters(model, 4, 8.0)
+    check_flops(model, batch, groups, 1, Trained.adapters(4))
+
+
+@needs_peft
+def test_the_reference_has_no_adapters() -> None:
+    shape, group = PUBLISHED["qwen2.5-vl-7b"], cost.Group(((34, 46), (4, 4)), 523, (100,) * 8)
+    whole, adapted = (cost.step_flops(shape, [group], checkpointing=0, reference=True, trained=t) for t in (EVERYTHING, Trained.adapters(16)))
+    for part in ("prompt", "replies", "head"):
+        assert adapted[part]["reference"] == whole[part]["reference"]
+        assert part == "head" or adapted[part]["forward"] > whole[part]["forward"]
+    assert cost.total(adapted, ["backward"]) < 0.6 * cost.total(whole, ["backward"])
+    assert adapted["decode"]["rollout"] > whole["decode"]["rollout"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--rates", "0", "0", "1", "--checkpointing", "1"],
+        ["--rates", "1", "1", "0", "--updates", "2"],
+        ["--rates", "0", "1", "0", "--rollout-tokens", "9000"],
+        pytest.param(["--lora", "4", "--updates", "2"], marks=needs_peft),
+        pytest.param(["--lora", "4", "--checkpointing", "2", "--kl", "0"], marks=needs_peft),
+    ],
+)
+def test_the_trainers_metric_is_what_is_counted(options: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Exactly, over a whole step but for the sampling, which the counter does not see whole; groups that are flat included."""
+
+    def square(*arguments, **ways):
+        table = cost.step_flops(*arguments, **ways, causal="square")
+        return {part: {column: n for column, n in passes.items() if column != "rollout"} for part, passes in table.items()}
+
+    monkeypatch.setattr(train, "step_flops", square)
+    config = parse(["--prompts", "5", "--replies", "2", "--eval-cues", "1", "--tokens", "1500", "--device", "cpu", *options])
+    setup = set_up(config)
+    model, sampling = setup.model, []
+    if config.checkpointing:
+        checkpoint_activations(model, config.checkpointing)
+    optimizer = make_optimizer("adamw", parameter_groups(model, dict(zip(PARTS, config.rates, strict=True))), 0.0)
+    reference = make_reference(model) if config.kl else None
+    generate = setup.decoder.generate
+
+    def sampled(*arguments, **ways):
+        flops, rollout = counted(lambda: generate(*arguments, **ways))
+        sampling.append(flops)
+        return rollout
+
+    setup.decoder.generate = sampled
+    prompts = iter([setup.prompter(setup.cues.train(i)) for i in range(5)])
+    model.train()
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        numbers = train.train_step(setup, reference, optimizer, prompts, 0, lambda: False)
+    assert trained_by(config).rank == config.lora
+    assert 0 < numbers["flops"] == counter.get_total_flops() - sum(sampling)
