@@ -20,6 +20,7 @@ from locus_fast.cost.plan import AUTO_CHECKPOINTING, TEXT_TOKENS, Plan, plan, un
 from locus_fast.cost.shapes import ModelShape, Trained, group_of
 from locus_fast.cost.traffic import STATE_BYTES
 from locus_fast.errors import UserError
+from locus_fast.fused import can_fuse
 from locus_fast.optim import default_optimizer
 from locus_fast.rollout import Decoder
 
@@ -86,6 +87,7 @@ def planned(config: Config, shape: ModelShape, kind: torch.dtype, memory: int) -
         trained=trained_by(config),
         quantised=config.quantize != "off",
         max_tokens=config.max_tokens,
+        fused=can_fuse(torch.device("cuda")),
         weight_bytes=kind.itemsize,
         gradient_bytes=moved.itemsize,
         state_bytes={"adamw": 8, "adamw-master": 12}.get(default_optimizer(config.optimizer, moved), STATE_BYTES),

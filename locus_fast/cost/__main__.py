@@ -111,7 +111,7 @@ def flop_lines(shape: ModelShape, group: Group, ways: dict[str, Any]) -> Iterato
 
 def chosen(shape: ModelShape, group: Group, options: argparse.Namespace) -> tuple[Plan, int, dict[str, float]]:
     """(the plan, groups a microbatch, peak bytes by part). Where not even one group fits, one with every layer recomputed."""
-    ways: dict[str, Any] = {"reference": options.reference, "max_tokens": max(options.max_tokens, options.reply_tokens)}
+    ways: dict[str, Any] = {"reference": options.reference, "max_tokens": max(options.max_tokens, options.reply_tokens), "fused": True}
     room = Room(shape, options.memory * GIB, options.prompts, 0, ways)
     wanted = {"tokens": options.tokens, "checkpointing": options.checkpointing}
     try:
@@ -143,8 +143,10 @@ def report(shape: ModelShape, group: Group, options: argparse.Namespace) -> Iter
     rows.append(["sum", scaled(sum(mine.values()), unit, 1), scaled(sum(theirs.values()), unit, 1)])
     yield from table_lines(["part", "ours", "repeat"], rows)
     yield ""
-    launches, syncs = step_launches(shape, microbatches, **ways), step_syncs(microbatches)
-    yield "kernel launches of a step, eager: " + ", ".join(f"{part} {n:,}" for part, n in launches.items()) + f"; sum {sum(launches.values()):,}"
+    launches, syncs = step_launches(shape, microbatches, **ways, fused=True), step_syncs(microbatches)
+    eager = sum(step_launches(shape, microbatches, **ways, fused=False).values())
+    parts = ", ".join(f"{part} {n:,}" for part, n in launches.items())
+    yield f"kernel launches of a step, without graphs: {parts}; sum {sum(launches.values()):,} (without liger-kernel {eager:,})"
     yield "host syncs of a step: " + ", ".join(f"{cause} {n:,}" for cause, n in syncs.items()) + f"; sum {sum(syncs.values()):,}"
     yield ""
     used = sum(memory.values())

@@ -2,7 +2,8 @@
 
 What backward needs of one token in one language layer, in elements of the activations' type, for the eager modules of `transformers`: in each of two
 norms the output before and after its weight (2 hidden), and its input in float32; queries, attention output, keys and values; the gate before and
-after its activation, the up projection and their product (4 intermediate). A vision block is counted the same way. Of a frozen layer the inputs of
+after its activation, the up projection and their product (4 intermediate). A vision block is counted the same way. liger-kernel's operators, `fused`
+below, keep of a norm its input as it came and its output, and do without the gate after its activation. Of a frozen layer the inputs of
 its weights need not stay; an adapter keeps its matrix's input in float32. With activation checkpointing only each layer's input stays, and one layer
 at a time is recomputed. Keys and values of prompts stay either way.
 
@@ -26,9 +27,9 @@ REFERENCES = ("none", "copy", "int8", "nf4", "host")
 QUANTISED = {"int8": 1.0, "nf4": 0.5 + (1 + 4 / 256) / 64}
 
 
-def text_layer_bytes(text: TextShape, width: int, trained: Trained = EVERYTHING) -> float:
+def text_layer_bytes(text: TextShape, width: int, trained: Trained = EVERYTHING, fused: bool = False) -> float:
     """What backward keeps of one token in one language layer, for activations of `width` bytes; its keys and values are counted apart."""
-    norm = 4 + width * trained.language  # of an element: its input in float32, and for the gradient of its weight the output before that
+    norm = width if fused else 4 + width * trained.language  # of an element: its input, in float32, and for its weight's gradient what that scales
     norms = norm * (2 * text.hidden + (text.queries + text.keys) * text.qk_norm)
     inputs: float = 2 * text.hidden + text.intermediate  # of the matrices, but the attention's output, which is kept anyway
     if trained.rank and width < 4:
@@ -36,14 +37,14 @@ def text_layer_bytes(text: TextShape, width: int, trained: Trained = EVERYTHING)
     inputs *= trained.language or trained.rank > 0
     between = 4 * 7 * trained.rank
     log_sum_exp = 4 * text.heads
-    return norms + between + log_sum_exp + width * (inputs + 2 * text.queries + 3 * text.intermediate)
+    return norms + between + log_sum_exp + width * (inputs + 2 * text.queries + (3 - fused) * text.intermediate)
 
 
-def block_bytes(vision: VisionShape, width: int) -> float:
+def block_bytes(vision: VisionShape, width: int, fused: bool = False) -> float:
     """The same of one patch in one vision block. Queries and keys after their rotation, the product that holds the values, and the output: 6
     hidden."""
-    norms = 2 * ((4 + 2 * width) if vision.gated else 2 * width) * vision.hidden
-    return norms + 4 * vision.heads + width * (6 * vision.hidden + (4 if vision.gated else 2) * vision.intermediate)
+    norms = 2 * (2 * width + 4 * (vision.gated and not fused)) * vision.hidden
+    return norms + 4 * vision.heads + width * (6 * vision.hidden + (4 - fused if vision.gated else 2) * vision.intermediate)
 
 
 def tower_ends_bytes(vision: VisionShape, width: int) -> float:
@@ -92,6 +93,7 @@ def peak_memory(
     max_tokens: int | None = None,
     rollout: Sequence[Group] = (),
     static: bool = True,
+    fused: bool = False,
     weight_bytes: float = 2,
     gradient_bytes: float = 2,
     state_bytes: float = STATE_BYTES,
@@ -102,9 +104,9 @@ def peak_memory(
 
     checkpointing: 0, or every how many-th layer is recomputed; reference: one of REFERENCES; trained: what has gradients and states; quantised: the
     language layers' matrices are nf4; max_tokens: longest reply allowed, by default the longest there is; rollout: the widest rollout where it is
-    wider than `groups`; static: decoder buffers as on CUDA; weight_bytes, gradient_bytes, state_bytes: of each parameter (an adapter's weight has 4);
-    width: of an activation's element; tile: the logits that the head holds at a time (0 for a fused kernel). Gradients are counted in full: from
-    the second microbatch on they are there.
+    wider than `groups`; static: decoder buffers as on CUDA; fused: with liger-kernel's operators; weight_bytes, gradient_bytes, state_bytes: of each
+    parameter (an adapter's weight has 4); width: of an activation's element; tile: the logits that the head holds at a time (0 for a fused kernel).
+    Gradients are counted in full: from the second microbatch on they are there.
     """
     if reference not in REFERENCES:
         raise UserError(f"--reference must be one of {', '.join(REFERENCES)}, not '{reference}'.")
@@ -113,7 +115,7 @@ def peak_memory(
     lengths = [n for group in groups for n in group.replies]
     rows, scored, fed = len(lengths), sum(lengths), sum(lengths) - len(lengths)
     kept = kept_bytes(shape, width)
-    layer, block = text_layer_bytes(text, width, trained), block_bytes(vision, width)
+    layer, block = text_layer_bytes(text, width, trained, fused), block_bytes(vision, width, fused)
     layers, blocks = recomputed(text.layers, checkpointing), recomputed(vision.depth, checkpointing)
     of_token = layers * width * text.hidden + (text.layers - layers) * layer  # kept in all layers
     of_patch = (blocks * width * vision.hidden + (vision.depth - blocks) * block) * trained.vision
@@ -122,8 +124,12 @@ def peak_memory(
     prompt, replies = P * (of_token + ends), fed * (of_token + ends)
     own_keys = fed * kept * (text.layers - layers) / text.layers
     table = gradient_bytes * text.head_parameters * trained.language  # as large as head or embedding, before it is added to the others
-    in_layer = layer * recomputes_last(text.layers, checkpointing) + width * (2 * text.intermediate + 4 * text.hidden)  # of a token whose layer is
-    in_block = block * recomputes_last(vision.depth, checkpointing) + width * (2 * vision.intermediate + 4 * vision.hidden)  # in backward
+    in_layer = layer * recomputes_last(text.layers, checkpointing) + width * (
+        (2 - fused) * text.intermediate + 4 * text.hidden
+    )  # of a token whose layer is
+    in_block = block * recomputes_last(vision.depth, checkpointing) + width * (
+        (2 - fused * vision.gated) * vision.intermediate + 4 * vision.hidden
+    )  # in backward
     matrix = gradient_bytes * text.hidden * text.intermediate * trained.language  # one weight's gradient, before it is added
     matrix += width * text.hidden * text.intermediate * quantised  # one weight, dequantised
     seeing = N * width * (3 * vision.intermediate + 4 * vision.hidden)

@@ -41,8 +41,8 @@ def step_bytes(
 
 @dataclass(frozen=True)
 class Launches:
-    """Kernels that the modules of `transformers` start in one pass in bfloat16: a + b a layer, with attention over packed sequences as one. Counted
-    as the operators that are not views, on the path that CUDA takes; tests/locus_fast/test_cost.py repeats the count."""
+    """Kernels that a model starts in one pass in bfloat16: a + b a layer, with attention over packed sequences as one. Counted as the operators that
+    are not views, and liger-kernel's own, on the path that CUDA takes; tests/locus_fast/test_cost.py repeats the count."""
 
     vision: tuple[int, int]  # forward
     vision_backward: tuple[int, int]
@@ -52,18 +52,21 @@ class Launches:
     text_again: int
 
 
-LAUNCHES = {
-    "qwen2_5_vl": Launches((29, 40), (35, 90), 38, (24, 38), (26, 91), 36),
-    "qwen3_vl": Launches((30, 24), (53, 54), 22, (28, 54), (26, 119), 52),
+LAUNCHES = {  # (family, whether norms, gates and rotations are fused)
+    ("qwen2_5_vl", False): Launches((29, 40), (35, 90), 38, (24, 38), (26, 91), 36),
+    ("qwen2_5_vl", True): Launches((22, 14), (22, 50), 12, (17, 14), (12, 52), 12),
+    ("qwen3_vl", False): Launches((30, 24), (53, 54), 22, (28, 54), (26, 119), 52),
+    ("qwen3_vl", True): Launches((30, 13), (53, 40), 11, (21, 16), (13, 56), 14),
 }
 # A layer, beyond the one attention that is counted: replies attend in two pieces and merge them, decoding writes its keys.
 MERGE, MERGE_BACKWARD, DECODE = 8, 5, 3
-SAMPLE = 48  # a decoding step outside the layers: embedding, head, sampling, bookkeeping
+SAMPLE = {False: 44, True: 37}  # a decoding step outside the layers: embedding, last norm, head, sampling, bookkeeping; by fused
 
 
-def step_launches(shape: ModelShape, microbatches: Sequence[Sequence[Group]], *, checkpointing: int, reference: bool) -> dict[str, int]:
-    """Kernel launches of a step by part, without CUDA graphs (which make a decoding step one launch) and without the optimizer's."""
-    counts, D, L = LAUNCHES[shape.family], shape.vision.depth, shape.text.layers
+def step_launches(shape: ModelShape, microbatches: Sequence[Sequence[Group]], *, checkpointing: int, reference: bool, fused: bool) -> dict[str, int]:
+    """Kernel launches of a step by part, without CUDA graphs (which make a decoding step one launch) and without the optimizer's. fused: with
+    liger-kernel's operators (locus_fast.fused)."""
+    counts, D, L = LAUNCHES[shape.family, fused], shape.vision.depth, shape.text.layers
     tower = counts.vision[0] + counts.vision[1] * D
     prompt = counts.text[0] + counts.text[1] * L
     back = counts.vision_backward[0] + counts.vision_backward[1] * D + 2 * (counts.text_backward[0] + counts.text_backward[1] * L)
@@ -72,7 +75,7 @@ def step_launches(shape: ModelShape, microbatches: Sequence[Sequence[Group]], *,
     forward = tower + 2 * prompt + MERGE * L
     return {
         "forward": M * forward,
-        "decode": steps * ((counts.text[1] + DECODE) * L + SAMPLE),
+        "decode": steps * ((counts.text[1] + DECODE) * L + SAMPLE[fused]),
         "recompute": M * again,
         "backward": M * (back + MERGE_BACKWARD * L),
         "reference": M * forward if reference else 0,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +19,12 @@ from locus_fast.checkpoint import TINY_BASE
 from locus_fast.cost.__main__ import main, shape_of
 from locus_fast.cost.shapes import PUBLISHED, Group, ModelShape, group_of
 from locus_fast.cost.traffic import step_launches
+from locus_fast.fused import fuse
 from locus_fast.packing import PromptBatch
 from locus_fast.policy import checkpoint_activations, prefill, reply_hidden
 from locus_fast.rollout import Decoder, Sampling, Vocabulary
 from tests.locus_fast.cost_cases import ENDLESS, FAMILIES, GRIDS, REPLIES, answers, counted, group_like, spent, work
+from tests.locus_fast.liger_cases import leave_kernels_out
 from tests.small_models import CLASSES, small_model, small_prompt
 
 
@@ -169,38 +173,50 @@ VIEWS = {
 
 
 class Operators(TorchDispatchMode):
-    """Counts dispatched operators that compute."""
+    """Counts dispatched operators that compute, and kernels that are counted elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: Counter[str]) -> None:
         super().__init__()
-        self.launches = 0
+        self.kernels, self.launches = kernels, 0
+
+    def __enter__(self) -> Operators:
+        self.launches -= self.kernels.total()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.launches += self.kernels.total()
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.launches += function.name().split("::")[1].split(".")[0] not in VIEWS
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("checkpointing", [0, 1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_launches_of_a_step(family: str, checkpointing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_of_a_step(family: str, checkpointing: int, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the path that CUDA takes, with tensors that hold no values."""
+    kernels = leave_kernels_out(monkeypatch) if fused else Counter()
     for module in (layout, packing, rollout):
         monkeypatch.setattr(module, "send", lambda tensor, device: tensor.to(device))
     model = small_model(family)
     prompts = [small_prompt(model, grids, words=5, seed=0) for grids in GRIDS]
     model = model.to("meta", torch.bfloat16)
     model.locus_backend = backends._torch_cuda()
+    if fused:
+        fuse(model)
     batch, groups = PromptBatch.of(prompts, model.config, "meta"), [group_like(p, r) for p, r in zip(prompts, REPLIES, strict=True)]
     if checkpointing:
         checkpoint_activations(model, checkpointing)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     scored = answers(batch, groups)
-    with Operators() as forward:
+    with Operators(kernels) as forward:
         hidden = reply_hidden(model, prefill(model, batch), scored)
-    with Operators() as backward:
+    with Operators(kernels) as backward:
         hidden.sum().backward()
-    table = step_launches(ModelShape.of(model.config), [groups], checkpointing=checkpointing, reference=False)
+    table = step_launches(ModelShape.of(model.config), [groups], checkpointing=checkpointing, reference=False, fused=fused)
     assert forward.launches == pytest.approx(table["forward"], rel=0.05)
     assert backward.launches == pytest.approx(table["backward"] + table["recompute"], rel=0.05)
 
@@ -209,13 +225,14 @@ def test_launches_of_a_step(family: str, checkpointing: int, monkeypatch: pytest
     words = Vocabulary(*(t.to("meta") for t in (ENDLESS.allowed, ENDLESS.stops)))
     with torch.no_grad():
         prefix = prefill(model.eval(), batch)
-        few, more = (decoding(model, words, prefix, tokens) for tokens in (2, 7))
+        few, more = (decoding(model, words, prefix, tokens, kernels) for tokens in (2, 7))
     a_step = [replace(group, replies=(6,) * 3) for group in groups]
-    assert more - few == pytest.approx(step_launches(ModelShape.of(model.config), [a_step], checkpointing=0, reference=False)["decode"], rel=0.05)
+    table = step_launches(ModelShape.of(model.config), [a_step], checkpointing=0, reference=False, fused=fused)
+    assert more - few == pytest.approx(table["decode"], rel=0.05)
 
 
-def decoding(model, words: Vocabulary, prefix, tokens: int) -> int:
-    with Operators() as steps:
+def decoding(model, words: Vocabulary, prefix, tokens: int, kernels: Counter[str]) -> int:
+    with Operators(kernels) as steps:
         Decoder(model, words, static=True).generate(prefix, Sampling(3, tokens, 1.0, 1.0), seed=0, groups=[0, 1])
     return steps.launches
 

@@ -11,6 +11,7 @@ from locus_fast.adapters import add_adapters
 from locus_fast.cost.memory import decoder_bytes, reference_bytes
 from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, Group, ModelShape, Trained
 from locus_fast.errors import UserError
+from locus_fast.fused import fuse
 from locus_fast.optim import parameter_groups
 from locus_fast.packing import PromptBatch, Replies
 from locus_fast.policy import checkpoint_activations, prefill, reply_logprob
@@ -20,6 +21,7 @@ from locus_fast.rollout import Decoder, Sampling, Vocabulary
 from locus_fast.seam import cut
 from locus_fast.types import Prompt
 from tests.locus_fast.cost_cases import ENDLESS, FAMILIES, group_like, work
+from tests.locus_fast.liger_cases import leave_kernels_out
 from tests.locus_fast.test_adapters import needs_peft
 from tests.small_models import small_model, small_prompt
 
@@ -54,7 +56,9 @@ def engine_step(model, reference: Reference | None, prompts: list[Prompt], group
     onward()
 
 
-def predicted_over_measured(model, trained: Trained, grids, words: int, replies: list[int], checkpointing: int, kl: bool, quantised=False) -> float:
+def predicted_over_measured(
+    model, trained: Trained, grids, words: int, replies: list[int], checkpointing: int, kl: bool, quantised=False, fused=False
+) -> float:
     """Of the peak of a step of two prompts, weights and gradients included."""
     if checkpointing:
         checkpoint_activations(model, checkpointing)
@@ -67,7 +71,7 @@ def predicted_over_measured(model, trained: Trained, grids, words: int, replies:
     logits = 4 * sum(map(sum, (group.replies for group in groups))) * shape.text.vocabulary
     tile = (2 + trained.language) * logits  # the CPU's head: logits, gradient and their sum's
     ways = {"weight_bytes": 4, "gradient_bytes": 4, "state_bytes": 0, "width": 4, "static": False, "reference": "copy" if kl else "none"}
-    parts = cost.peak_memory(shape, groups, checkpointing=checkpointing, tile=tile, trained=trained, quantised=quantised, **ways)
+    parts = cost.peak_memory(shape, groups, checkpointing=checkpointing, tile=tile, trained=trained, quantised=quantised, fused=fused, **ways)
     static = parts["weights"] + parts["gradients"] + parts["reference"]
     return sum(parts.values()) / (measured + static)
 
@@ -80,6 +84,21 @@ def predicted_over_measured(model, trained: Trained, grids, words: int, replies:
 def test_peak_memory_is_within_15_percent_of_the_measured(family: str, checkpointing: int, kl: bool, grids, words: int, replies: list[int]) -> None:
     model = small_model(family)
     assert predicted_over_measured(model, EVERYTHING, grids, words, replies, checkpointing, kl) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("trained", [EVERYTHING, pytest.param(Trained.adapters(8), marks=needs_peft)], ids=["all", "adapters"])
+@pytest.mark.parametrize("checkpointing", [0, 1, 2])
+@pytest.mark.parametrize("replies", [[32] * 8, [4] * 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_modules_keep_less(family: str, replies: list[int], checkpointing: int, trained: Trained, monkeypatch) -> None:
+    """With liger-kernel's operators, whose kernels are left out: they do not allocate."""
+    leave_kernels_out(monkeypatch, with_values=True)
+    model = small_model(family)
+    fuse(model)
+    if trained.rank:
+        add_adapters(model, trained.rank, 8.0)
+    ratio = predicted_over_measured(model, trained, [(16, 24), (8, 8)], 60, replies, checkpointing, kl=True, fused=True)
+    assert ratio == pytest.approx(1, abs=0.15)
 
 
 WIDE = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 6, "num_attention_heads": 16, "vocab_size": 1500}

@@ -6,7 +6,6 @@ import types
 
 import pytest
 import torch
-import triton
 from locus_kernels.shared_prefix_attention import backends, layout
 
 from locus_fast import packing, rollout
@@ -14,6 +13,7 @@ from locus_fast.fused import fuse
 from locus_fast.packing import PromptBatch, Replies
 from locus_fast.policy import checkpoint_activations, prefill, reply_logprob
 from locus_fast.types import Rollout
+from tests.locus_fast.liger_cases import leave_kernels_out
 from tests.small_models import VOCABULARY, small_model, small_prompt
 
 LENGTHS = [[5, 4, 1], [5, 5, 2]]
@@ -30,7 +30,7 @@ def task(request, monkeypatch):
     model = model.to("meta", torch.bfloat16)
     model.locus_backend = backends._torch_cuda()
     if fused:
-        monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda self, *_, **__: None)  # all that liger-kernel does but its kernels
+        leave_kernels_out(monkeypatch)
         fuse(model)
     return model, PromptBatch.of(prompts, model.config, "meta")
 
