@@ -185,14 +185,23 @@ def first_update(
         denominator += share
         count(totals, batch, rollout, scored, flat, live)
         whole = Experience(batch, rollout, lengths, live, scored.advantage, weight)
-        spend(setup, totals, whole, COLUMNS, wide=not kept)
-        held = [prefix] if kept else []
+        reused = kept and pays(setup, whole)
+        spend(setup, totals, whole, COLUMNS, again=not reused)
+        held = [prefix] if reused else []
         del prefix  # a wide rollout's keys and values make room, and a microbatch's do before the next one's are made
-        for part in [whole] if kept else parts(setup, whole):
+        for part in [whole] if reused else parts(setup, whole):
             if part.live:
                 experience = learn(setup, reference, part, held.pop() if held else prefill(setup.model, part.batch), totals)
                 experiences += [experience] if config.updates > 1 else []
     return totals, experiences, denominator
+
+
+def pays(setup: Setup, whole: Experience) -> bool:
+    """Whether the rollout's prefix should be trained on: its backward goes through flat groups' prompts too, to no end, and a forward pass of the
+    live ones alone costs less where they are few."""
+    prompts = [setup.cost(prompt, 0) for prompt in whole.batch.prompts]
+    live = sum(prompts[group] for group in whole.live)
+    return live >= (2 + (setup.plan.checkpointing > 0)) * (sum(prompts) - live)  # a backward is two forwards, and one more where it is recomputed
 
 
 def further_update(setup: Setup, optimizer: torch.optim.Optimizer, experiences: list[Experience]) -> Totals:
@@ -234,9 +243,9 @@ def learn(setup: Setup, reference: Reference | None, experience: Experience, pre
     return replace(alive, old=logprob.detach(), reference=anchor)
 
 
-def spend(setup: Setup, totals: Totals, experience: Experience, columns: Sequence[str], wide: bool = False) -> None:
-    """Counts the FLOPs of some passes over a microbatch from its shapes: the model's, those of the floor, and those spent. wide: its live prompts are
-    prefilled once more, apart from the flat ones."""
+def spend(setup: Setup, totals: Totals, experience: Experience, columns: Sequence[str], again: bool = False) -> None:
+    """Counts the FLOPs of some passes over a microbatch from its shapes: the model's, those of the floor, and those spent. again: its live prompts
+    are prefilled once more, apart from the flat ones."""
     groups = [
         Group(tuple((h, w) for _, h, w in prompt.grids.tolist()), len(prompt.ids), tuple(experience.lengths[b]), b in experience.live)
         for b, prompt in enumerate(experience.batch.prompts)
@@ -247,11 +256,11 @@ def spend(setup: Setup, totals: Totals, experience: Experience, columns: Sequenc
         "trained": trained_by(setup.config),
     }
     floor = step_flops(setup.shape, groups, executed=False, **passes)
-    packed = [[group for group in groups if group.live == live] for live in (True, False)] if wide else [groups]
+    packed = [[group for group in groups if group.live == live] for live in (True, False)] if again else [groups]
     tables = [step_flops(setup.shape, chosen, executed=True, **passes) for chosen in packed]
-    again = sum(tables[0][row]["forward"] for row in PROMPT_ROWS) if wide else 0
+    prefills = sum(tables[0][row]["forward"] for row in PROMPT_ROWS) if again else 0
     totals.add(model_flops=total(floor, [column for column in columns if column != "recompute"]), floor_flops=total(floor, columns))
-    totals.add(spent_flops=sum(total(table, columns) for table in tables) + again)
+    totals.add(spent_flops=sum(total(table, columns) for table in tables) + prefills)
 
 
 def sampling_of(config: Config) -> Sampling:

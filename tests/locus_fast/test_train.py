@@ -125,6 +125,30 @@ def test_a_rollout_wider_than_a_microbatch(run: Path, tmp_path: Path) -> None:
     assert 0 < wide["fill"] <= 1
 
 
+@pytest.mark.parametrize("live", [0, 1, 5])
+def test_a_few_live_groups_are_prefilled_again(live: int, tmp_path: Path, monkeypatch) -> None:
+    """The same update as with the flat groups' prompts in its backward, for about the floor's FLOPs."""
+    score, rows = train.score, []
+
+    def mostly_flat(*arguments):
+        scored = score(*arguments)
+        flat = torch.arange(len(scored.zero_variance)) >= live
+        return scored._replace(zero_variance=flat, advantage=torch.randn(len(flat), 8, generator=torch.Generator().manual_seed(0)).flatten())
+
+    monkeypatch.setattr(train, "score", mostly_flat)
+    for pays in (train.pays, lambda *_: True):
+        monkeypatch.setattr(train, "pays", pays)
+        out = tmp_path / str(len(rows))
+        assert train.main([*SHORT, "--out", str(out), "--tokens", "90000", "--steps", "1"]) == 0
+        rows += timeless(out / "metrics.jsonl")
+    ours, through = rows
+    assert ours["zero_variance_groups"] == 6 - live
+    for name in ("reward", "grad_norm", "loss", "kl", "sampler_gap") if live else ("reward", "grad_norm"):
+        assert ours[name] == pytest.approx(through[name], rel=1e-3, abs=1e-6), name
+    assert ours["flops_over_floor"] < 1.12
+    assert (through["flops_over_floor"] > 1.5) == (live == 1)
+
+
 def test_resuming_gives_the_same_run(run: Path, tmp_path: Path) -> None:
     """Two steps, then the third: the metrics and the weights of a run in one go. Lines past the last checkpoint are written again."""
     out = tmp_path / "run"
