@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from locus_fast.budget import trained_by
 from locus_fast.config import Config
 from locus_fast.cost.shapes import ModelShape
 from locus_fast.cost.traffic import STATE_BYTES
@@ -25,8 +26,7 @@ def check_disk(config: Config, source: Source, kind: torch.dtype, out: Path) -> 
     """
     shape = ModelShape.of(source.config)
     of_state = {"adamw": 8, "adamw-master": 12}.get(default_optimizer(config.optimizer, kind), STATE_BYTES)
-    trained = shape.vision.parameters * (max(config.rates[:2]) > 0) + shape.text.parameters * (config.rates[2] > 0)
-    each = 0 if config.lora else (shape.vision.parameters + shape.text.parameters) * kind.itemsize + trained * of_state
+    each = 0 if config.lora else shape.parameters * kind.itemsize + trained_by(config).parameters(shape) * of_state
     due = {config.steps, *(range(config.save_every, config.steps, config.save_every) if config.save_every else ())}
     count = sum(not (out / "checkpoints" / f"step-{step:06d}").exists() for step in due)
     final = sum(file.stat().st_size for file in weight_files(source.folder)) if config.export == "merged" else 0
