@@ -16,12 +16,12 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 from locus_fast.adapters import has_adapters, is_adapter_folder, load_adapters, write_adapters
-from locus_fast.errors import UserError
+from locus_fast.errors import UserError, reason
 from locus_fast.families import family_of
 from locus_fast.optim import load_state_tensors, state_tensors
 from locus_fast.policy import use_attention
 from locus_fast.shards import load_weights, stored_dtype, write_model
-from locus_fast.source import Source, check_config, read_source, reason
+from locus_fast.source import Source, check_config, read_source
 
 transformers_logging.disable_progress_bar()
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from locus_fast.errors import UserError
+from locus_fast.errors import UserError, reason
 from locus_fast.families import Frame, family_of, frame_of
 from locus_fast.preprocess import PatchSpec
 from locus_fast.types import Example, Prompt
@@ -35,7 +35,7 @@ def template_pieces(tokenizer: Any, text: str, images: int, placeholder: int) ->
     try:
         ids = list(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
     except Exception as error:  # templates raise what they like
-        fails = "there is none" if not tokenizer.chat_template else f"{type(error).__name__}, {str(error).strip().splitlines()[0]}"
+        fails = "there is none" if not tokenizer.chat_template else reason(error)
         raise UserError(f"{where} cannot be used for {images} images ({fails}): {mend}.") from None
     at = [i for i, token in enumerate(ids) if token == placeholder]
     if len(at) != images:

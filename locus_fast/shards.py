@@ -74,7 +74,9 @@ def read_header(file: Path) -> tuple[dict[str, Any], bytes]:
             at = end
         if size != 8 + len(raw) + at:
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): correct its permissions, or fetch it again.") from None
+    except (ValueError, KeyError, TypeError):
         raise UserError(_damaged(file)) from None
     return header, raw
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from locus_fast.errors import UserError
+from locus_fast.errors import UserError, reason
 from locus_fast.families import family_named, family_of
 from locus_fast.preprocess import PatchSpec
 from locus_fast.shards import held_name, read_headers
@@ -77,11 +77,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object: copy the base model's.")
     return content
-
-
-def reason(error: Exception) -> str:
-    """An error's kind and the first line of what it says."""
-    return ", ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def _check_rotary(folder: Path, text: Any) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from locus_fast import budget, checkpoint, disk, runtime, shards, train
 from locus_fast.checkpoint import load_model
+from locus_fast.errors import UserError
 from locus_fast.source import read_source
 from tests.published import PHOTOGRAPHS, write_checkpoint, write_shards
 
@@ -147,6 +148,7 @@ BAD: dict[str, tuple[Spoil, str]] = {
     ),
     "template with a slip": (template("{% for m in %}"), "cannot be used for 2 images (TemplateSyntaxError, "),
     "template that refuses": (template("{{ raise_exception('text only') }}"), "cannot be used for 2 images (TemplateError, text only)"),
+    "template that refuses without a word": (template("{{ raise_exception('') }}"), "cannot be used for 2 images (TemplateError): copy"),
     "template of text": (template("{{ 'user: ' + messages[0].content }}"), "cannot be used for 2 images (TypeError, "),
     "template that is no text": (text("chat_template.json", '{"chat_template": 3}'), "chat_template.json has no text chat_template"),
     "no preprocessor": (absent("preprocessor_config.json"), "preprocessor_config.json must be readable JSON with image_mean and image_std"),
@@ -242,6 +244,19 @@ def test_a_card_too_small(tmp_path: Path, monkeypatch, capsys) -> None:
         with pytest.raises(TypeError, match="not callable"):
             train.main([*arguments, *advice, "--out", str(tmp_path / f"b{memory}")])
     assert advised >= {"--kl", "--image-pixels"}
+
+
+def test_a_shard_that_may_not_be_read(tmp_path: Path, monkeypatch) -> None:
+    folder, opened = write_checkpoint(tmp_path / "model", "qwen2.5-vl"), Path.open
+
+    def refused(file: Path, *arguments: Any, **options: Any) -> Any:
+        if file.name == SECOND:
+            raise PermissionError(13, "Permission denied")
+        return opened(file, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(UserError, match=rf"{SECOND} cannot be read \(Permission denied\): correct its permissions"):
+        read_source(folder)
 
 
 def test_what_is_read_before_the_weights_leaves_the_config_alone(tmp_path: Path) -> None:
