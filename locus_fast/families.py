@@ -1,7 +1,7 @@
 """What a model family adds to its architecture in `transformers`, one small record each, and the rules that the records name.
 
 To add a family, add a line to FAMILIES under its config's `model_type`, naming what differs from the defaults. The rest is read from a checkpoint's
-own files: patch sizes and the placeholder's id from config.json, normalisation from preprocessor_config.json, the turns of a conversation and a
+own files: patch sizes and the placeholder's id from config.json, normalisation from the processor's config, the turns of a conversation and a
 thinking model's opening from its chat template.
 """
 

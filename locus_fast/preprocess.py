@@ -37,13 +37,19 @@ class PatchSpec:
 
     @staticmethod
     def of(config: Any, folder: Path) -> PatchSpec:
-        """From a model's config and the `preprocessor_config.json` in its folder."""
-        vision, path = config.vision_config, folder / "preprocessor_config.json"
+        """From a model's config and its folder: the image processor's part of processor_config.json, where newer versions of `transformers` save it,
+        else preprocessor_config.json. Raises UserError without three means and three deviations."""
+        vision, path = config.vision_config, folder / "processor_config.json"
         try:
-            stated = json.loads(path.read_text())
+            stated = json.loads(path.read_text()).get("image_processor") if path.is_file() else None
+            if stated is None:
+                path = folder / "preprocessor_config.json"
+                stated = json.loads(path.read_text())
             mean, std = (tuple(float(v) for v in stated[key]) for key in ("image_mean", "image_std"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} must be readable JSON with image_mean and image_std: {error}.") from None
+        if not len(mean) == len(std) == 3 or not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std):
+            raise UserError(f"{path} must give image_mean and image_std as three numbers each, the second above 0.")
         return PatchSpec(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, mean, std)  # type: ignore[arg-type]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +45,7 @@ def read_source(folder: Path) -> Source:
     _check_rotary(folder, config.get_text_config())
     tokenizer = load_tokenizer(folder)
     _check_tokens(folder, config, tokenizer)
-    spec = PatchSpec.of(config, folder)
-    if not len(spec.mean) == len(spec.std) == 3 or not all(map(math.isfinite, spec.mean)) or not all(0 < s < math.inf for s in spec.std):
-        raise UserError(f"{folder / 'preprocessor_config.json'} must give image_mean and image_std as three numbers each, the second above 0.")
-    return Source(folder, config, tokenizer, spec)
+    return Source(folder, config, tokenizer, PatchSpec.of(config, folder))
 
 
 def check_config(folder: Path) -> None:

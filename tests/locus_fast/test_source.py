@@ -264,3 +264,20 @@ def test_what_is_read_before_the_weights_leaves_the_config_alone(tmp_path: Path)
         folder = write_checkpoint(tmp_path / dtype, "qwen2.5-vl")
         fields("config.json", torch_dtype=dtype)(folder)
         assert read_source(folder).config.dtype == getattr(torch, dtype)
+
+
+def test_an_image_processor_within_the_processors_config(tmp_path: Path) -> None:
+    """As `transformers` 5 saves it; it goes before a file of its own."""
+    folder = write_checkpoint(tmp_path / "model", "qwen3-vl")
+    expected = read_source(folder).spec
+    own = folder / "preprocessor_config.json"
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen3VLProcessor"}))
+    assert read_source(folder).spec == expected
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": json.loads(own.read_text())}))
+    fields(own.name, image_mean=[0.1, 0.2, 0.3])(folder)
+    assert read_source(folder).spec == expected
+    own.unlink()
+    assert read_source(folder).spec == expected
+    (folder / "processor_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"processor_config\.json must be readable JSON"):
+        read_source(folder)
