@@ -57,7 +57,7 @@ def plan_for(config: Config, folder: Path, dtype: torch.dtype | None, device: to
     try:
         return planned(config, shape, kind, memory)
     except UserError as error:
-        raise UserError(f"{error} {remedy(config, shape, kind, memory)}") from None
+        raise UserError(f"{error}; {remedy(config, shape, kind, memory)}.") from None
 
 
 def planned(config: Config, shape: ModelShape, kind: torch.dtype, memory: int) -> Plan:
@@ -96,7 +96,7 @@ def planned(config: Config, shape: ModelShape, kind: torch.dtype, memory: int) -
 
 
 def remedy(config: Config, shape: ModelShape, kind: torch.dtype, memory: int) -> str:
-    """The sentence that names the largest setting that fits, where a run as asked for does not."""
+    """Words that name the largest setting that fits, where a run as asked for does not."""
     for words, changed in remedies(config):
         low, high = 0, changed.max_tokens + 1
         while high - low > 1:  # replies may be `low` tokens long, and not `high`
@@ -107,8 +107,8 @@ def remedy(config: Config, shape: ModelShape, kind: torch.dtype, memory: int) ->
             except UserError:
                 high = middle
         if low >= min(SHORTEST, config.max_tokens):
-            return f"This fits: {' '.join([*words, *([f'--max-tokens {low}'] if low < config.max_tokens else [])])}."
-    return "Take a larger device, a smaller --model, fewer --replies or smaller --image-pixels."
+            return f"this fits: {' '.join([*words, *([f'--max-tokens {low}'] if low < config.max_tokens else [])])}"
+    return "take a larger device, a smaller --model, fewer --replies or smaller --image-pixels"
 
 
 def remedies(config: Config) -> Iterator[tuple[list[str], Config]]:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +151,15 @@ def train_step(
 
 def update(setup: Setup, optimizer: torch.optim.Optimizer, denominator: Tensor, factor: float, seed: int) -> Tensor:
     """The optimizer's step, and where memory is short once more without the decoder's buffers: nothing has moved by then. The gradient's norm."""
-    for last in (False, True):
-        try:
-            return clip_and_step(optimizer, denominator=denominator, factor=factor, clip=setup.config.grad_clip, seed=seed)
-        except torch.OutOfMemoryError:
-            if last:
-                raise UserError(f"the optimizer's step found no memory: {NO_ROOM}, and go on with --resume.") from None
+    move = partial(clip_and_step, optimizer, denominator=denominator, factor=factor, clip=setup.config.grad_clip, seed=seed)
+    try:
+        return move()
+    except torch.OutOfMemoryError:
         make_room(setup.decoder)
-    raise AssertionError
+    try:
+        return move()
+    except torch.OutOfMemoryError:
+        raise UserError(f"the optimizer's step found no memory: {NO_ROOM}, and go on with --resume.") from None
 
 
 def first_update(

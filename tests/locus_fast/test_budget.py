@@ -89,7 +89,7 @@ def card(config: Config, gib: float) -> str:
     try:
         planned(config, SHAPE, torch.bfloat16, round(gib * GIB))
     except UserError as error:
-        return f"{error} {remedy(config, SHAPE, torch.bfloat16, round(gib * GIB))}"
+        return f"{error}; {remedy(config, SHAPE, torch.bfloat16, round(gib * GIB))}"
     return ""
 
 
@@ -108,8 +108,8 @@ def card(config: Config, gib: float) -> str:
 def test_the_largest_setting_that_fits_is_named_and_fits(gib: float, arguments: list[str], mend: list[str]) -> None:
     base = ["--preset", "qwen2.5-vl-7b"]
     said = card(parse([*base, *arguments]), gib)
-    assert "This fits: " in said
-    named = said.split("This fits: ")[1].rstrip(".").split(" ")
+    assert "; this fits: " in said
+    named = said.split("this fits: ")[1].split(" ")
     assert all(word in named for word in mend), said
     config = parse([*base, *([] if "--lora" in named else arguments), *named])  # adapters have an optimizer and a reference of their own
     assert not card(config, gib)
@@ -119,7 +119,7 @@ def test_the_largest_setting_that_fits_is_named_and_fits(gib: float, arguments: 
 
 def test_where_nothing_fits_it_says_so() -> None:
     assert card(parse(["--preset", "qwen2.5-vl-7b"]), 2).endswith(
-        "Take a larger device, a smaller --model, fewer --replies or smaller --image-pixels."
+        "; take a larger device, a smaller --model, fewer --replies or smaller --image-pixels"
     )
 
 
