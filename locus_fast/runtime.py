@@ -7,7 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,6 @@ from locus_fast.source import Source, read_source
 from locus_fast.tiny.scenes import SceneCues
 from locus_fast.types import CueSource, Prompt, Rollout
 
-SMALLER: list[dict[str, Any]] = [  # settings that take less memory, those nearest to the recipe first
-    {},
-    {"reference": "int8"},
-    {"reference": "host"},
-    {"kl": 0.0},
-    {"kl": 0.0, "rates": (0.0, 0.0, 1.0)},
-]
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -128,26 +121,7 @@ def plan_run(config: Config, source: Source, device: torch.device, out: Path) ->
         stored = str(kind).removeprefix("torch.")
         raise UserError(f"{source.folder}: its weights are {stored}, in which small updates are lost: give --dtype bfloat16 or --dtype float32.")
     check_disk(config, source, kind, out)
-    try:
-        return plan_for(config, source.folder, DTYPES[config.dtype], device)
-    except UserError as error:
-        raise UserError(f"{str(error).rstrip('.')}{what_fits(config, source, device)}.") from None
-
-
-def what_fits(config: Config, source: Source, device: torch.device) -> str:
-    """The settings nearest to those of a run too large for the device that it does hold, worded to end the sentence that says so."""
-    ways = [way for way in SMALLER if config.kl or "reference" not in way]
-    for way, part in ((way, part) for way in ways for part in (1, 2, 4)):
-        most = [max(least, pixels // part) for least, pixels in (config.image_pixels, config.cue_pixels)]
-        pixels = {"image_pixels": (config.image_pixels[0], most[0]), "cue_pixels": (config.cue_pixels[0], most[1])} if part > 1 else {}
-        changed = {name: value for name, value in {**way, **pixels}.items() if value != getattr(config, name)}
-        try:
-            plan_for(replace(config, **changed), source.folder, DTYPES[config.dtype], device)
-        except UserError:
-            continue
-        words = (f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in changed.items())
-        return f"; {' '.join(words)} would fit"
-    return "; no way of training all of the language model's weights fits, so train adapters (--lora 16, and with --quantize nf4 in 4 bits)"
+    return plan_for(config, source.folder, DTYPES[config.dtype], device)
 
 
 def open_model(config: Config, source: Source, device: torch.device) -> Any:
