@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -28,6 +30,7 @@ from tests.small_models import small_model, small_prompt
 
 def measured_peak(run) -> int:
     """The most bytes that run() holds at a time beyond what was there."""
+    gc.collect()  # or an earlier test's model goes while this one is measured
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         run()
     events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
