@@ -17,7 +17,7 @@ from bench.race_case import GROUP, KL, LEARNING_RATE, LENGTH, Case, luck
 from locus_fast.grpo import grpo_loss
 from locus_fast.optim import PARTS, clip_and_step, make_optimizer, parameter_groups
 from locus_fast.packing import PromptBatch, Replies
-from locus_fast.policy import prefill, reply_logprob, use_attention
+from locus_fast.policy import cut, prefill, reply_logprob, use_attention
 from locus_fast.rollout import Decoder, Sampling, Vocabulary
 from locus_fast.types import Rollout
 
@@ -50,7 +50,7 @@ class Ours:
         with self.phase("preprocess"):
             batch = PromptBatch.of([self.case.prompter(example) for example in self.case.examples], self.model.config, "cpu")
         with self.phase("prefill"):
-            prefix = prefill(self.model, batch)
+            prefix, onward = cut(prefill(self.model, batch))
         groups = range(len(batch.lengths))
         with self.phase("decode"):
             rollout = self.decoder.generate(prefix, SAMPLING, seed=self.seed, groups=groups)
@@ -79,6 +79,7 @@ class Ours:
                 kl_coefficient=KL,
             )
             loss.backward()
+            onward()
         with self.phase("optimizer"):
             clip_and_step(self.optimizer, denominator=sum(map(sum, lengths)), factor=1.0, clip=1.0, seed=self.seed)
         return batch, rollout, logprob.detach()

@@ -6,7 +6,8 @@ knows what to attend to (images, the prompts themselves, a group's prompt and th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -170,6 +171,25 @@ def prefill(model: Any, batch: PromptBatch, features: Features | None = None) ->
     context = PromptPass(batch.pairs, model.locus_backend)
     hidden = language(inputs_embeds=embeds[None], position_ids=batch.position[:, None], use_cache=False, locus=context, **extra).last_hidden_state
     return Prefix(batch, features, context.kv, hidden[0, batch.last])
+
+
+def cut(prefix: Prefix) -> tuple[Prefix, Callable[[], None]]:
+    """(the prefix to compute replies on, what takes its gradient on through the prompts when the replies' backward has run).
+
+    One backward through both would hold every weight's gradient of the replies' pass until the prompts' pass adds its own: as much memory as the
+    language model's gradients. Cut in two, each is added to the gradients that are there at once. The given prefix should not be used any more.
+    """
+    ends = [t for pair in prefix.kv.values() for t in pair] + [prefix.last_hidden]
+    leaves = [t.detach().requires_grad_(t.requires_grad) for t in ends]
+    kv = {layer: (leaves[2 * i], leaves[2 * i + 1]) for i, layer in enumerate(prefix.kv)}
+
+    def onward() -> None:
+        reached = [(end, leaf.grad) for end, leaf in zip(ends, leaves, strict=True) if leaf.grad is not None]
+        ends.clear()
+        leaves.clear()
+        torch.autograd.backward([end for end, _ in reached], [gradient for _, gradient in reached])
+
+    return replace(prefix, kv=kv, last_hidden=leaves[-1]), onward
 
 
 def reply_hidden(model: Any, prefix: Prefix, replies: Replies) -> Tensor:

@@ -16,11 +16,10 @@ from locus_fast.errors import UserError
 from locus_fast.fused import fuse
 from locus_fast.optim import parameter_groups
 from locus_fast.packing import PromptBatch, Replies
-from locus_fast.policy import checkpoint_activations, prefill, reply_logprob
+from locus_fast.policy import checkpoint_activations, cut, prefill, reply_logprob
 from locus_fast.quantize import quantize
 from locus_fast.reference import Reference, make_reference
 from locus_fast.rollout import Decoder, Sampling, Vocabulary
-from locus_fast.seam import cut
 from locus_fast.types import Prompt
 from tests.locus_fast.cost_cases import ENDLESS, FAMILIES, group_like, work
 from tests.locus_fast.liger_cases import leave_kernels_out
