@@ -85,7 +85,8 @@ def patches_of(pixels: Tensor, grids: Tensor, spec: PatchSpec) -> Tensor:
     layout = {"patch": spec.patch, "frames": spec.frames, "merge": spec.merge}
     if pixels.device.type != "cpu" and images:
         return patchify_images(images, sizes, **layout, mean=spec.mean, std=spec.std)[0]  # type: ignore[arg-type]
-    patches = torch.empty(pixels.numel() // (3 * spec.patch**2), 3 * spec.frames * spec.patch**2, device=pixels.device)
+    count, values = pixels.numel() // (3 * spec.patch**2), 3 * spec.frames * spec.patch**2
+    patches = torch.from_numpy(np.empty((count, values), np.float32))  # in huge pages, which NumPy asks for and PyTorch does not
     for image, part in zip(images, patches.split([h * w // spec.patch**2 for h, w in sizes]), strict=True):
         lines = BAND * spec.factor
         for band, there in zip(image.split(lines), part.split(lines * image.shape[1] // spec.patch**2), strict=True):

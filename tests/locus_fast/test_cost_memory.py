@@ -69,6 +69,7 @@ def predicted_over_measured(
     groups = [group_like(prompt, replies) for prompt in prompts]
     engine_step(model, reference, prompts, groups)  # so that the gradients are there, as from the second microbatch on
     measured = measured_peak(lambda: engine_step(model, reference, prompts, groups))
+    measured += sum(prompt.patches.nbytes for prompt in prompts)  # NumPy's memory, held through the step: the profiler does not see it
     shape = ModelShape.of(model.config)
     logits = 4 * sum(map(sum, (group.replies for group in groups))) * shape.text.vocabulary
     tile = (2 + trained.language) * logits  # the CPU's head: logits, gradient and their sum's
