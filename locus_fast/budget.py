@@ -7,14 +7,11 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig
 
-from locus_fast.checkpoint import weight_dtype
 from locus_fast.config import Config
 from locus_fast.cost.plan import AUTO_CHECKPOINTING, TEXT_TOKENS, Plan, plan, unplanned
 from locus_fast.cost.shapes import ModelShape, Trained, group_of
@@ -40,8 +37,13 @@ def trained_by(config: Config) -> Trained:
     return Trained.adapters(config.lora) if config.lora else Trained(*(rate > 0 for rate in config.rates))
 
 
-def plan_for(config: Config, folder: Path, dtype: torch.dtype | None, device: torch.device) -> Plan:
-    """The plan of a training run of the model in this folder, from its config.json and the device's free memory.
+def state_bytes(config: Config, kind: torch.dtype) -> float:
+    """Bytes of optimizer state of a parameter of this type."""
+    return {"adamw": 8, "adamw-master": 12}.get(default_optimizer(config.optimizer, kind), STATE_BYTES)
+
+
+def plan_for(config: Config, shape: ModelShape, kind: torch.dtype, device: torch.device) -> Plan:
+    """The plan of a training run of a model of this shape and type of weights, from the device's free memory.
 
     Prompts are taken to be between the fewest and the most pixels that an image and its cue may have, and replies as long as they may be. Raises
     UserError if one does not fit, which names the largest setting that does.
@@ -49,11 +51,6 @@ def plan_for(config: Config, folder: Path, dtype: torch.dtype | None, device: to
     memory = free_memory(device)
     if memory is None:
         return unplanned(config.tokens, config.checkpointing)
-    try:
-        described = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError):
-        return unplanned(config.tokens, config.checkpointing)  # loading says what is wrong with it
-    shape, kind = ModelShape.of(described), weight_dtype(folder, described, dtype)
     try:
         return planned(config, shape, kind, memory)
     except UserError as error:
@@ -90,7 +87,7 @@ def planned(config: Config, shape: ModelShape, kind: torch.dtype, memory: int) -
         fused=can_fuse(torch.device("cuda")),
         weight_bytes=kind.itemsize,
         gradient_bytes=moved.itemsize,
-        state_bytes={"adamw": 8, "adamw-master": 12}.get(default_optimizer(config.optimizer, moved), STATE_BYTES),
+        state_bytes=state_bytes(config, moved),
         width=kind.itemsize,
     )
 

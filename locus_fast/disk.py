@@ -7,12 +7,10 @@ from pathlib import Path
 
 import torch
 
-from locus_fast.budget import trained_by
+from locus_fast.budget import state_bytes, trained_by
 from locus_fast.config import Config
 from locus_fast.cost.shapes import ModelShape
-from locus_fast.cost.traffic import STATE_BYTES
 from locus_fast.errors import UserError
-from locus_fast.optim import default_optimizer
 from locus_fast.shards import weight_files
 from locus_fast.source import Source
 
@@ -25,8 +23,7 @@ def check_disk(config: Config, source: Source, kind: torch.dtype, out: Path) -> 
     A checkpoint is the weights in their dtype of training, `kind`, and the optimizer's state of those that are trained; adapters are not counted.
     """
     shape = ModelShape.of(source.config)
-    of_state = {"adamw": 8, "adamw-master": 12}.get(default_optimizer(config.optimizer, kind), STATE_BYTES)
-    each = 0 if config.lora else shape.parameters * kind.itemsize + trained_by(config).parameters(shape) * of_state
+    each = 0 if config.lora else shape.parameters * kind.itemsize + trained_by(config).parameters(shape) * state_bytes(config, kind)
     due = {config.steps, *(range(config.save_every, config.steps, config.save_every) if config.save_every else ())}
     count = sum(not (out / "checkpoints" / f"step-{step:06d}").exists() for step in due)
     final = sum(file.stat().st_size for file in weight_files(source.folder)) if config.export == "merged" else 0

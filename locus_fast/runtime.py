@@ -121,7 +121,7 @@ def plan_run(config: Config, source: Source, device: torch.device, out: Path) ->
         stored = str(kind).removeprefix("torch.")
         raise UserError(f"{source.folder}: its weights are {stored}, in which small updates are lost: give --dtype bfloat16 or --dtype float32.")
     check_disk(config, source, kind, out)
-    return plan_for(config, source.folder, DTYPES[config.dtype], device)
+    return plan_for(config, ModelShape.of(source.config), kind, device)
 
 
 def open_model(config: Config, source: Source, device: torch.device) -> Any:
