@@ -13,10 +13,10 @@ import importlib
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
+from locus_kernels.adamw8bit import adamw8bit_, from_dynamic_codes, new_state
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -100,6 +100,40 @@ class MasterAdamW(torch.optim.Optimizer):
                 p.copy_(state["master"])
 
 
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW with moments of 8 bits, whose steps stay those of float32 AdamW: see `locus_kernels.adamw8bit`.
+
+    Gradients are scaled as they are read, and bfloat16 weights rounded stochastically: by the seed of a step, the
+    parameter's number and the element alone.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], weight_decay: float) -> None:
+        super().__init__(groups, {"weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8})
+        self.gradient_scale: Tensor | None = None  # float32 [], of the next step; None for 1
+        self.seed = 0  # of the next step
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        scale = self.gradient_scale
+        number = 0
+        for group in self.param_groups:
+            numbers = range(number, number + len(group["params"]))
+            number += len(group["params"])
+            moved = [(i, p) for i, p in zip(numbers, group["params"], strict=True) if p.grad is not None]
+            adamw8bit_(
+                [p for _, p in moved],
+                [p.grad for _, p in moved],
+                [self.state[p] for _, p in moved],
+                lr=[group["lr"]] * len(moved),
+                gradient_scale=torch.ones((), device=group["lr"].device) if scale is None else scale,
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                seed=self.seed,
+                streams=[i for i, _ in moved],
+            )
+
+
 def default_optimizer(name: str, dtype: torch.dtype) -> str:
     """The optimizer that "auto" stands for with weights of that type; any other name is itself."""
     return name if name != "auto" else "adamw" if dtype == torch.float32 else "adamw8bit"
@@ -110,7 +144,8 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], weight_decay: float)
 
     - auto: adamw8bit if a weight is bfloat16, else adamw.
     - adamw: torch's fused AdamW, for float32 weights.
-    - adamw8bit: torchao's, states of 8 bits in blocks of 256, float32 for tensors without such blocks; bfloat16 weights are rounded stochastically.
+    - adamw8bit: states of 8 bits in blocks of 256, float32 for tensors without such blocks; bfloat16 weights are
+      rounded stochastically.
     - adamw-master: for bfloat16 weights, with float32 copies of them.
     - bnb-adamw8bit, bnb-paged-adamw8bit: bitsandbytes', for the float32 adapters of LoRA; paged moves states to the host when the device is full.
     Raises UserError for a name that is none of these, a library that is missing, or bfloat16 weights that the optimizer would not move.
@@ -134,7 +169,7 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], weight_decay: float)
         elif name == "adamw-master":
             optimizer = MasterAdamW(groups, weight_decay)
         else:
-            optimizer = _library("torchao", name).AdamW8bit(groups, weight_decay=weight_decay, bf16_stochastic_round=True)
+            optimizer = AdamW8bit(groups, weight_decay)
     make_state(optimizer)
     return optimizer
 
@@ -159,45 +194,45 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.init_state(group, p, number, index)
                 continue
             state = optimizer.state[p]
+            if isinstance(optimizer, AdamW8bit):
+                state.update(new_state(p))
+                continue
             state["step"] = torch.zeros((), device=p.device)
             if isinstance(optimizer, MasterAdamW):
                 state["master"] = p.detach().float().clone()
-            for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-                state[key] = _moment(optimizer, p, signed)
-
-
-def _moment(optimizer: torch.optim.Optimizer, p: Tensor, signed: bool) -> Tensor:
-    """A moment of 0. torchao would keep that of a small tensor in the weight's own type, and a running mean that moves by 1/1000 of a difference
-    stands still in bfloat16: after 1,000 equal gradients such weights would have gone a quarter too far."""
-    block = getattr(optimizer, "block_size", 0)
-    if block and p.numel() >= 4096 and p.numel() % block == 0:
-        from torchao.optim.subclass_8bit import OptimState8bit
-
-        return OptimState8bit.zeros(p.shape, signed, block, p.device, dtype=p.dtype)
-    return torch.zeros_like(p, dtype=torch.float32)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(p, dtype=torch.float32)
 
 
 @torch.no_grad()
 def clip_and_step(optimizer: torch.optim.Optimizer, *, denominator: float | Tensor, factor: float, clip: float, seed: int) -> Tensor:
-    """Divides the summed gradients by `denominator`, clips their global norm to `clip` and steps, at `factor` times each group's rate.
+    """Divides the summed gradients by `denominator`, clips their global norm to `clip` and steps, at `factor` times
+    each group's rate.
 
-    Returns the norm before clipping, float32 []: 0 if no parameter has a gradient, and then nothing is done. If it is not finite, the step is one
-    with gradients of 0 and rates of 0: no weight moves, moments decay. Nothing is read back from the device, except with bitsandbytes, whose rates
-    are numbers on the host: there such a step is left out. The gradients are overwritten. Stochastic rounding draws from `seed` alone, which should
-    differ from update to update; the global generators are left as they were. A torch.OutOfMemoryError comes before anything was changed.
+    Returns the norm before clipping, float32 []: 0 if no parameter has a gradient, and then nothing is done. If it is
+    not finite, the step is one with gradients of 0 and rates of 0: no weight moves, moments decay. Nothing is read
+    back from the device, except with bitsandbytes, whose rates are numbers on the host: there such a step is left
+    out. The gradients are overwritten, but for adamw8bit, which scales them as it reads them. Stochastic rounding
+    draws from `seed` alone, which should differ from update to update; the global generators are left as they were.
+    A torch.OutOfMemoryError comes before anything was changed.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros((), device=parameters[0].device)
-    reserve(gradients)
     norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(norms)) / denominator
     finite = norm.isfinite()
-    spoiled = ~finite
-    torch._foreach_mul_(gradients, (clip / norm.clamp(min=1e-12)).clamp(max=1.0) / denominator)
-    for gradient in gradients:
-        gradient.masked_fill_(spoiled, 0.0)
+    scale = (clip / norm.clamp(min=1e-12)).clamp(max=1.0) / denominator
+    scale = torch.where(finite, scale, 0.0).float()
+    if isinstance(optimizer, AdamW8bit):
+        optimizer.gradient_scale, optimizer.seed = scale, seed
+    else:
+        reserve(gradients)
+        spoiled = ~finite
+        torch._foreach_mul_(gradients, scale)
+        for gradient in gradients:
+            gradient.masked_fill_(spoiled, 0.0)
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(group["rate"] * factor).mul_(finite)
@@ -205,49 +240,55 @@ def clip_and_step(optimizer: torch.optim.Optimizer, *, denominator: float | Tens
             group["lr"] = group["rate"] * factor
         else:
             return norm
-    device = gradients[0].device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), _uncompiled(device):
-        (torch.cuda if device.type == "cuda" else torch.default_generator).manual_seed(seed)
-        optimizer.step()
+    optimizer.step()
     return norm
 
 
 def reserve(gradients: list[Tensor]) -> None:
-    """Asks the allocator for what a step needs besides what is there, and gives it back: a float32 copy of the largest tensor below float32. A step
-    that does not fit so raises torch.OutOfMemoryError while nothing has moved."""
+    """Asks the allocator for what a step needs besides what is there, and gives it back: a float32 copy of the
+    largest tensor below float32. A step that does not fit so raises torch.OutOfMemoryError while nothing has moved."""
     low = max((gradient.numel() for gradient in gradients if gradient.dtype != torch.float32), default=0)
     torch.empty(low, dtype=torch.float32, device=gradients[0].device)
 
 
-def _uncompiled(device: torch.device) -> Any:
-    """On the CPU torchao's step runs as it is written: compiling it takes seconds for each shape, and a C++ compiler."""
-    return torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext()
-
-
 def _state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], str, str, Any]]:
-    """(a parameter's state, key, name in a checkpoint, value) of the whole state but tables of constants; a tensor of codes comes as its parts."""
+    """(a parameter's state, key, name in a checkpoint, value) of the whole state but tables of constants."""
     if not optimizer.state:
         make_state(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, p in enumerate(parameters):
         for key, value in optimizer.state[p].items():
-            if hasattr(value, "__tensor_flatten__"):  # torchao
-                yield from ((optimizer.state[p], key, f"{index}.{key}.{part}", getattr(value, part)) for part in ("codes", "scale"))
-            elif not key.startswith("qmap"):
+            if not key.startswith("qmap"):
                 yield optimizer.state[p], key, f"{index}.{key}", value
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as plain tensors by name; `load_state_tensors` takes them back. Rates and settings are not in it."""
+    """The optimizer's state as plain tensors by name; `load_state_tensors` takes them back. Rates and settings are
+    not in it."""
     return {name: torch.as_tensor(value).contiguous() for _, _, name, value in _state_tensors(optimizer)}
+
+
+def _from_dynamic_codes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A saved state with the 8-bit moments of earlier versions, N.exp_avg.codes and so on, in today's form."""
+    old = {name.removesuffix(".exp_avg.codes") for name in tensors if name.endswith(".exp_avg.codes")}
+    kept = {name: value for name, value in tensors.items() if not name.endswith((".codes", ".scale"))}
+    for index in old:
+        moments = ("exp_avg", "exp_avg_sq")
+        first, second = ((tensors[f"{index}.{key}.codes"], tensors[f"{index}.{key}.scale"]) for key in moments)
+        kept |= {f"{index}.{key}": value for key, value in from_dynamic_codes(first, second).items()}
+    return kept
 
 
 @torch.no_grad()
 def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts a saved state in place. Raises ValueError if it is another optimizer's: names, shapes or dtypes that differ."""
+    """Puts a saved state in place. Raises ValueError if it is another optimizer's: names, shapes or dtypes that
+    differ."""
+    if isinstance(optimizer, AdamW8bit):
+        tensors = _from_dynamic_codes(tensors)
     places = list(_state_tensors(optimizer))
     if differing := {name for _, _, name, _ in places} ^ tensors.keys():
-        raise ValueError(f"the optimizer's state is of another optimizer or other parameters: {len(differing)} tensors, the first {min(differing)}")
+        what = f"{len(differing)} tensors, the first {min(differing)}"
+        raise ValueError(f"the optimizer's state is of another optimizer or other parameters: {what}")
     for state, key, name, value in places:
         saved = tensors[name]
         if not isinstance(value, Tensor):

@@ -143,7 +143,7 @@ def peak_memory(
         "prompts' backward": (2 * P * kept, tower + prompt, matrix + P * in_layer),
         "tower's forward": (0.0, tower, seeing),
         "tower's backward": (0.0, N * of_patch, N * in_block * trained.vision),
-        "optimizer's step": (0.0, 0.0, 4 * text.head_parameters * trained.language * (weight_bytes < 4)),  # see `optim.reserve`
+        "optimizer's step": (0.0, 0.0, 4 * text.head_parameters * trained.language * (state_bytes > 8)),  # beside master weights
     }
     if reference != "none":
         moments["reference"] = (2 * P * kept, tower + prompt + replies, max(seeing * trained.tower, reading))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from locus_fast.cost.flops import causal_pairs
 from locus_fast.cost.shapes import Group, ModelShape, recomputed
 
-STATE_BYTES = 2.03  # of a parameter's two AdamW moments: 8 bits each, and a float32 scale for each block of 256
+STATE_BYTES = 2 + 12 / 256  # of a parameter's two AdamW moments: 8 bits each, and three float32 a block of 256
 
 
 def kept_bytes(shape: ModelShape, width: int = 2) -> int:

@@ -1,4 +1,7 @@
-"""Compile the kernels of box_reward, sample and patchify at their real tile sizes; prints a JSON table. Run by test_compile_small_ops.py."""
+"""Compile the kernels of box_reward, sample, patchify and adamw8bit at their real tile sizes; prints a JSON table.
+
+Run by test_compile_small_ops.py.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import json
 import sys
 from typing import Any
 
+import triton.language as tl
+from locus_kernels.adamw8bit import triton as adamw
 from locus_kernels.box_reward import triton as box
 from locus_kernels.patchify import triton as patches
 from locus_kernels.sample import triton as sampling
@@ -56,6 +61,14 @@ def patchify(stage: str, side: int = 14) -> Case:
     return patches.second_kernel, {**pointers, "out": "*fp32", **scales, **sides}, {"enable_fp_fusion": False}
 
 
+def adamw8bit(value: tl.dtype, slope: tl.dtype, eight_bit: bool = True) -> Case:
+    """adamw8bit_kernel for weights and gradients of these types."""
+    numbers = dict.fromkeys(("beta1", "beta2", "eps", "weight_decay"), "fp32")
+    arguments = {"jobs": "*i64", "corrections": "*fp32", "gradient_scale": "*fp32", "jobs_count": "i32", **numbers}
+    constants = {"VALUES": value, "SLOPES": slope, "EIGHT_BIT": eight_bit, "ALIGNED": True, "SEARCH": 10}
+    return adamw.adamw8bit_kernel, {**arguments, **constants, "ROWS": adamw.ROWS}, {"num_warps": 4}
+
+
 EVERYWHERE = tuple(TARGETS)
 CASES: dict[str, tuple[Case, tuple[str, ...]]] = {
     "box_reward, groups of 8": (box_reward(8, 4, True), EVERYWHERE),
@@ -68,6 +81,9 @@ CASES: dict[str, tuple[Case, tuple[str, ...]]] = {
     "sample draw, mask and cut": (sample("draw", True, cut=True), EVERYWHERE),
     "sample draw, greedy": (sample("draw", True, greedy=True), ("sm_90",)),
     "sample threshold": (sample("threshold", True), EVERYWHERE),
+    "adamw8bit, bfloat16": (adamw8bit(tl.bfloat16, tl.bfloat16), EVERYWHERE),
+    "adamw8bit, float32": (adamw8bit(tl.float32, tl.float32), EVERYWHERE),
+    "adamw8bit, float32 moments": (adamw8bit(tl.bfloat16, tl.bfloat16, eight_bit=False), EVERYWHERE),
     "patchify first": (patchify("first"), EVERYWHERE),
     "patchify second": (patchify("second"), EVERYWHERE),
 }

@@ -1,4 +1,5 @@
-"""The kernels of box_reward, sample and patchify compile for chips that are not here: no spills, and registers and shared memory within a table."""
+"""The kernels of box_reward, sample, patchify and adamw8bit compile for chips that are not here: no spills, and
+registers and shared memory within a table."""
 
 from __future__ import annotations
 
@@ -23,6 +24,9 @@ TABLE = {
     "sample draw, mask and cut": (128, 128, 2048),
     "sample draw, greedy": (40, 64, 64),
     "sample threshold": (96, 128, 8192),
+    "adamw8bit, bfloat16": (128, 96, 8192),
+    "adamw8bit, float32": (168, 96, 8192),
+    "adamw8bit, float32 moments": (80, 64, 8192),
     "patchify first": (56, 48, 64),
     "patchify second": (128, 96, 64),
 }

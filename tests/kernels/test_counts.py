@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+from locus_kernels.adamw8bit import new_state
 from locus_kernels.box_reward import build_token_table
 from locus_kernels.grpo_loss import reference as grpo_reference
 from locus_kernels.linear_logprob import reference as head_reference
@@ -18,6 +19,7 @@ from tests.kernels.box_reward_cases import byte_level
 from tests.kernels.head_cases import Allocations
 
 triton = pytest.importorskip("triton")
+from locus_kernels.adamw8bit.triton import adamw8bit_triton  # noqa: E402
 from locus_kernels.box_reward.triton import box_reward_triton, read_boxes_triton  # noqa: E402
 from locus_kernels.grpo_loss import triton as grpo  # noqa: E402
 from locus_kernels.linear_logprob import triton as head  # noqa: E402
@@ -146,3 +148,15 @@ def test_patchify(launches) -> None:
         patches = patchify_images_triton([*images, images[0]], sizes, boxes, **constants)
     assert launches == ["first_kernel", "second_kernel"]
     assert seen.largest == patches.numel()  # the bytes between the passes and the plan are smaller
+
+
+def test_adamw8bit(launches) -> None:
+    """Any number of parameters: a launch for those in blocks, and one for those that are not."""
+    weights = [torch.zeros(shape, dtype=torch.bfloat16) for shape in ((64, 128), (33,), (16, 256)) * 40]
+    states, rate = [new_state(weight) for weight in weights], torch.tensor(1e-3)
+    settings = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "words": [(1, 2)] * 120}
+    where = {"lr": [rate] * 120, "gradient_scale": torch.ones(()), "corrections": torch.ones(120, 2)}
+    with Operations() as operations:
+        adamw8bit_triton(weights, weights, states, **where, **settings)
+    assert launches == ["adamw8bit_kernel"] * 2
+    assert not set(operations.names) & set(WAITING)

@@ -28,7 +28,6 @@ def test_the_main_job_learns(seed: int, tmp_path: Path) -> None:
 
 
 def test_8_bit_states_end_where_float32_ones_do(tmp_path: Path) -> None:
-    pytest.importorskip("torchao")
     ends = []
     for optimizer in ("adamw", "adamw8bit"):
         assert train.main(["--out", str(tmp_path / optimizer), "--seed", "3", "--optimizer", optimizer]) == 0

@@ -1,0 +1,297 @@
+"""8-bit AdamW held to float32 AdamW, torch's own. The kernel's cases are in interpret_adamw8bit.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from locus_kernels.adamw8bit import adamw8bit_, dequantize, from_dynamic_codes, new_state
+from locus_kernels.adamw8bit.reference import key, quantize, random_bits, round_to_bfloat16
+from torch import Tensor
+
+from tests.kernels.interpreter import run_cases
+
+STEPS = 200
+SHAPE = (16, 256)
+
+
+def test_the_kernel_under_the_interpreter() -> None:
+    run_cases("interpret_adamw8bit.py", interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_kernel_on_the_gpu() -> None:
+    run_cases("interpret_adamw8bit.py", interpret=False)
+
+
+# -------------------------------------------------------------------------------------------- beside float32 AdamW
+def noise(base: Tensor, rng: torch.Generator) -> Iterator[Tensor]:
+    """No mean: moments change sign all the time."""
+    while True:
+        yield base * torch.randn(SHAPE, generator=rng)
+
+
+def drift(base: Tensor, rng: torch.Generator) -> Iterator[Tensor]:
+    """A mean as large as the noise around it."""
+    sign = torch.randn(SHAPE, generator=rng).sign()
+    while True:
+        yield base * (sign + torch.randn(SHAPE, generator=rng))
+
+
+def turns(base: Tensor, rng: torch.Generator) -> Iterator[Tensor]:
+    """The same gradient, and its opposite every 20 steps."""
+    sign = torch.randn(SHAPE, generator=rng).sign()
+    while True:
+        yield from (base * sign for _ in range(20))
+        sign = -sign
+
+
+def sparse(base: Tensor, rng: torch.Generator) -> Iterator[Tensor]:
+    """99% zeros for 50 steps, then none."""
+    for step in range(STEPS):
+        gradient = base * torch.randn(SHAPE, generator=rng)
+        yield gradient * (torch.rand(SHAPE, generator=rng) < 0.01) if step < 50 else gradient
+
+
+def fading(base: Tensor, rng: torch.Generator) -> Iterator[Tensor]:
+    """Half of each block's gradients all but vanish after 40 steps."""
+    half = torch.arange(SHAPE[1]) % 2 == 0
+    for step in range(STEPS):
+        gradient = base * torch.randn(SHAPE, generator=rng)
+        yield torch.where(half | (step < 40), gradient, 1e-3 * gradient)
+
+
+def both(kind: Callable, spread: float, scale: float, seed: int = 0) -> tuple[Tensor, Tensor, float, float]:
+    """(weights of 8-bit AdamW after STEPS steps at a rate of 1 from 0, those of torch's AdamW, largest step of each).
+
+    Gradients of an element are of one size, lognormal with this spread within a block.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    base = torch.randn(SHAPE, generator=rng).mul(spread).exp() * scale
+    ours, theirs = torch.zeros(SHAPE), torch.nn.Parameter(torch.zeros(SHAPE))
+    state, peer = new_state(ours), torch.optim.AdamW([theirs], lr=1.0, weight_decay=0.0)
+    largest = [0.0, 0.0]
+    for step, gradient in zip(range(STEPS), kind(base, rng), strict=False):
+        before = ours.clone(), theirs.detach().clone()
+        one = torch.ones(())
+        adamw8bit_([ours], [gradient], [state], lr=[one], gradient_scale=one, seed=step, streams=[0])
+        theirs.grad = gradient.clone()
+        peer.step()
+        for i, (now, then) in enumerate(zip((ours, theirs.detach()), before, strict=True)):
+            largest[i] = max(largest[i], (now - then).abs().max().item())
+    return ours, theirs.detach(), *largest
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-8])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("kind", [noise, drift, turns, sparse, fading])
+def test_no_step_leaps_and_the_way_is_that_of_float32(kind: Callable, spread: float, scale: float) -> None:
+    ours, theirs, largest, peers_largest = both(kind, spread, scale)
+    assert peers_largest < 2
+    assert largest < 2
+    distance = ((ours - theirs).norm() / theirs.norm()).item()
+    assert distance < {0.0: 0.05, 0.5: 0.05, 1.0: 0.10}.get(spread, 0.20)
+
+
+@pytest.mark.parametrize("kind", [drift, turns])
+def test_steps_are_symmetric_in_sign(kind: Callable) -> None:
+    def mirrored(base: Tensor, rng: torch.Generator) -> Iterator[Tensor]:
+        return (-gradient for gradient in kind(base, rng))
+
+    assert torch.equal(both(kind, 1.0, 1e-4)[0], -both(mirrored, 1.0, 1e-4)[0])
+
+
+def test_constant_gradients_of_either_sign_move_weights_alike() -> None:
+    """400 steps of +1 and of -1 in one block: both go 400 rates, as in float32."""
+    ours = torch.zeros(SHAPE)
+    state, one = new_state(ours), torch.ones(())
+    gradient = torch.where(torch.arange(SHAPE[1]) % 2 == 0, 1.0, -1.0).expand(SHAPE)
+    for step in range(400):
+        adamw8bit_([ours], [gradient], [state], lr=[one], gradient_scale=one, seed=step, streams=[0])
+    torch.testing.assert_close(ours, -400 * gradient, rtol=1e-3, atol=0)
+
+
+def test_a_second_moment_follows_gradients_that_shrink() -> None:
+    """4,000 steps, the last 3,500 with half of the gradients a thousandth: on average each second moment is float32's.
+
+    Rounded to nearest it would stand still between two codes, three times too large.
+    """
+    rng = torch.Generator().manual_seed(0)
+    weight, second = torch.zeros(16, 256), torch.zeros(16, 256)
+    state, one = new_state(weight), torch.ones(())
+    shrink = torch.where(torch.arange(256) % 2 == 0, 1.0, 1e-3)
+    for step in range(4000):
+        gradient = torch.randn(16, 256, generator=rng) * (shrink if step >= 500 else 1.0)
+        second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        adamw8bit_([weight], [gradient], [state], lr=[one], gradient_scale=one, seed=step, streams=[0])
+    ratio = (dequantize(state)[1] / second).sqrt()
+    for half in (ratio[:, ::2], ratio[:, 1::2]):
+        assert half.mean().item() == pytest.approx(1, abs=0.02)
+        assert half.std() < 0.25
+
+
+# ------------------------------------------------------------------------------------------------------------ codes
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
+def test_codes_by_their_definition(spread: float) -> None:
+    """What is kept of a block lies within a code of what was given; zeros are zeros; nothing else becomes zero."""
+    rng = torch.Generator().manual_seed(1)
+    root = torch.randn(8, 256, generator=rng).mul(spread).exp()
+    root[:, 7] = 0
+    exp_avg = root * (torch.rand(8, 256, generator=rng) * 2 - 1)
+    draw = torch.rand(8, 256, generator=rng)
+    (parts, scale), (codes, low, high) = quantize(exp_avg, root, draw)
+    state = {"exp_avg_codes": parts, "exp_avg_scale": scale, "exp_avg_sq_codes": codes}
+    kept, square = dequantize(state | {"exp_avg_sq_low": low, "exp_avg_sq_high": high})
+    positive = root > 0
+    raised = root.maximum(1e-8 * root.amax(1, keepdim=True))
+    span = (root.amax(1) / raised.masked_fill(~positive, math.inf).amin(1)).log()
+    apart = (square.sqrt() / raised)[positive].log().abs()
+    assert (apart <= (span / 254 * 1.001 + 1e-6)[:, None].expand(8, 256)[positive]).all()
+    assert (square == 0).equal(~positive)
+    assert ((kept - exp_avg).abs() <= scale[:, None] / 254 * 1.01 * square.sqrt()).all()
+
+
+def test_second_moments_are_rounded_right_on_average() -> None:
+    """20,000 roundings of 254 values between the ends of a block: the mean's error is within 4 standard errors."""
+    root = torch.cat([torch.tensor([1e-3, 1.0]), torch.logspace(-2.9, -0.1, 254)]).expand(20_000, 256)
+    _, (codes, low, high) = quantize(root, root, torch.rand(root.shape, generator=torch.Generator().manual_seed(2)))
+    zeros = torch.zeros(root.shape, dtype=torch.int8)
+    state = {"exp_avg_codes": zeros, "exp_avg_scale": low, "exp_avg_sq_codes": codes}
+    kept = dequantize(state | {"exp_avg_sq_low": low, "exp_avg_sq_high": high})[1].sqrt().double()
+    error, deviation = kept.mean(0) / root[0].double() - 1, kept.std(0) / root[0].double()
+    assert (error.abs() <= 4 * deviation / math.sqrt(20_000) + 1e-5).all()
+
+
+def test_a_root_far_below_its_blocks_largest_is_raised_and_never_0() -> None:
+    root = torch.ones(1, 256)
+    root[0, :3] = torch.tensor([1e-30, 1e-12, 0.0])
+    _, (codes, low, _) = quantize(root, root, torch.zeros(1, 256))
+    assert codes[0, :4].tolist() == [1, 1, 0, 255]
+    assert low.item() == pytest.approx(1e-8)
+
+
+def test_states_of_dynamic_codes_are_read() -> None:
+    """Against what torchao, whose form it is, reads from them."""
+    peer = pytest.importorskip("torchao.optim.subclass_8bit").OptimState8bit
+    rng = torch.Generator().manual_seed(3)
+    first = torch.randn(16, 512, generator=rng)
+    states = [peer.zeros((16, 512), signed) for signed in (True, False)]
+    for state, value in zip(states, (first, first.square()), strict=True):
+        state.copy_(value)
+    ours = from_dynamic_codes(*((state.codes, state.scale) for state in states))
+    exp_avg, exp_avg_sq = dequantize(ours)
+    theirs, square = (state.dequantize() for state in states)
+    lost = (square == 0) & (theirs != 0)  # rounded to 0 there: between 0 and the smallest code
+    torch.testing.assert_close(exp_avg_sq[~lost], square[~lost], rtol=0.08, atol=1e-12)
+    assert (exp_avg_sq[lost] > 0).all()
+    assert (exp_avg_sq[lost] <= (square.view(-1, 256).amax(1, keepdim=True) * 1e-6).expand(-1, 256)[lost.view(-1, 256)]).all()
+    tolerance = ours["exp_avg_scale"].max() / 250 * exp_avg_sq.sqrt()
+    assert ((exp_avg - theirs).abs() <= tolerance).all()
+
+
+def test_the_step_is_torchaos_where_that_is_right() -> None:
+    """Gradients of one size and one sign a block, which dynamic codes hold exactly: the same weights after 20 steps."""
+    peer = pytest.importorskip("torchao.optim").AdamW8bit
+    ours = torch.randn(SHAPE, generator=torch.Generator().manual_seed(4))
+    theirs = torch.nn.Parameter(ours.clone())
+    optimizer = peer([theirs], lr=torch.tensor(1e-2), weight_decay=0.1)
+    state, one = new_state(ours), torch.ones(())
+    for step in range(20):
+        gradient = torch.full(SHAPE, 0.5 + 0.1 * step)
+        rate = torch.tensor(1e-2)
+        adamw8bit_([ours], [gradient], [state], lr=[rate], gradient_scale=one, weight_decay=0.1, seed=0, streams=[0])
+        theirs.grad = gradient
+        with torch.compiler.set_stance("force_eager"):
+            optimizer.step()
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=2e-6)
+
+
+# ----------------------------------------------------------------------------------------------------- random bits
+def test_random_bits_are_uniform_and_tell_everything_apart() -> None:
+    streams = [random_bits(key(seed, number), 0, 2**16, torch.device("cpu")) for seed in (0, 1) for number in (0, 1, 2)]
+    for bits in streams:
+        assert ((bits >= 0) & (bits < 2**32)).all()
+        for shift in range(0, 32, 8):
+            counts = torch.bincount((bits >> shift) & 255, minlength=256).double()
+            assert ((counts - 256).square() / 256).sum() < 360  # 99.999% of uniform ones, 255 degrees of freedom
+        share = bits.double() / 2**32 - 0.5
+        for lag in (1, 2, 255, 256):
+            assert abs((share[lag:] * share[:-lag]).mean().item() * 12) < 0.02
+    for i, one in enumerate(streams):
+        for other in streams[:i]:
+            assert (one == other).sum() < 3
+            assert abs(torch.corrcoef(torch.stack([one.double(), other.double()]))[0, 1]) < 0.02
+    later = random_bits(key(0, 0), 1000, 24, torch.device("cpu"))
+    assert torch.equal(later, streams[0][1000:1024])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_bfloat16_rounding_is_right_on_average(sign: int) -> None:
+    """0.02 + a third of the distance to its neighbour is rounded up a third of the time, in magnitude."""
+    low, high = torch.tensor([0.02]).bfloat16().float(), torch.tensor([0.02]).bfloat16().float() + 2.0**-13
+    assert high.bfloat16().float() == high
+    value = sign * (low + (high - low) / 3).expand(2**16)
+    rounded = round_to_bfloat16(value, torch.arange(2**16)).float()
+    assert set(rounded.tolist()) == {(sign * low).item(), (sign * high).item()}
+    assert (rounded == sign * high).double().mean().item() == pytest.approx(1 / 3, abs=1e-4)
+    exact = (sign * low).expand(2**16)
+    assert torch.equal(round_to_bfloat16(exact, torch.arange(2**16)).float(), exact)
+
+
+def test_a_parameters_bits_do_not_depend_on_what_is_stepped_beside_it() -> None:
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(5)).bfloat16()
+    gradient, one = torch.randn_like(weight), torch.ones(())
+    ends = []
+    for beside in (0, 2):
+        parameters = [weight.clone() for _ in range(beside + 1)]
+        states, streams = [new_state(p) for p in parameters], [*range(10, 10 + beside), 3]
+        gradients, rates = [gradient] * len(parameters), [torch.tensor(1e-3)] * len(parameters)
+        adamw8bit_(parameters, gradients, states, lr=rates, gradient_scale=one, seed=7, streams=streams)
+        ends.append(parameters[-1])
+        assert beside == 0 or not torch.equal(parameters[0], parameters[1])
+    assert torch.equal(*ends)
+
+
+# ----------------------------------------------------------------------------------------------------------- inputs
+def arguments() -> dict:
+    weight = torch.zeros(64, 64)
+    given = {"parameters": [weight], "gradients": [weight.clone()], "states": [new_state(weight)], "seed": 0}
+    return given | {"lr": [torch.tensor(1e-3)], "gradient_scale": torch.ones(()), "streams": [0]}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"gradients": []}, "a gradient, a state, a rate and a stream for each parameter"),
+        ({"parameters": [torch.zeros(64, 64, dtype=torch.float16)]}, "parameter: expected float32 or bfloat16, got torch.float16"),
+        ({"gradients": [torch.zeros(64, 64, dtype=torch.int32)]}, "gradient: expected float32 or bfloat16, got torch.int32"),
+        ({"gradients": [torch.zeros(64, 32)]}, "gradients of their parameters' shapes"),
+        ({"parameters": [torch.zeros(64, 64).t()[:, :]]}, "contiguous parameters"),
+        ({"lr": [torch.tensor([1e-3])]}, r"lr: expected float32 \[\], got torch.float32 \[1\]"),
+        ({"gradient_scale": torch.ones((), dtype=torch.float64)}, "gradient_scale: expected float32"),
+        ({"states": [new_state(torch.zeros(64, 128))]}, r"the state of a parameter of shape \[64, 64\]"),
+        ({"states": [{}]}, r"the state of a parameter of shape \[64, 64\]"),
+        ({"gradients": [torch.zeros(64, 64, device="meta")]}, "every tensor on cpu"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        adamw8bit_(**arguments() | change)
+
+
+def test_a_scale_of_0_counts_every_gradient_as_0() -> None:
+    given = arguments()
+    given["gradients"][0].fill_(math.nan)
+    adamw8bit_(**given | {"gradient_scale": torch.zeros(())})
+    assert given["parameters"][0].eq(0).all()
+    assert all(value.isfinite().all() for value in given["states"][0].values())
+
+
+def test_nothing_to_step_is_no_error() -> None:
+    adamw8bit_([], [], [], lr=[], gradient_scale=torch.ones(()), seed=0, streams=[])
+    empty = torch.zeros(0, 5)
+    given = arguments() | {"parameters": [empty], "gradients": [empty], "states": [new_state(empty)]}
+    adamw8bit_(**given)
