@@ -55,11 +55,16 @@ class Config:
 
     reward: str = option("iou", "shape of the location reward", REWARD_SHAPES)
     format_weight: float = option(0.1, "share of the format reward")
-    normalize_std: bool = option(True, "divide advantages by the group's deviation (false: Dr. GRPO)")
+    normalize_std: bool = option(True, "divide advantages by the group's deviation; false: only their mean is subtracted")
     mean: str = option("token", "what the loss averages over", MEANS)
     clip_low: float = option(0.2, "how far the ratio may fall below 1")
     clip_high: float = option(0.3, "how far the ratio may rise above 1")
     kl: float = option(0.01, "coefficient of the KL to the base; 0 loads no reference")
+    log_ratio_clamp: float = option(20.0, "most nats between two log-probs that a ratio is made of; a token past it has no gradient; 0: no clamp")
+    kl_clamp: float = option(10.0, "most nats of a token's KL; a token past it has no gradient; 0: no clamp")
+    skip_zero_variance: bool = option(
+        False, "leave groups whose rewards are all equal out of the update: cheaper, but their tokens' KL is not held then; without KL always so"
+    )
     updates: int = option(1, "optimizer updates a batch of rollouts")
     reference: str = option("auto", "how the KL's base is held; auto: copy, or with --lora the policy without its adapters", REFERENCES)
 
@@ -116,7 +121,7 @@ RULES: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
     **{name: (lambda v: v >= 1, "at least 1") for name in ("steps", "prompts", "max_tokens", "updates", "min_side", "workers", "eval_cues")},
     **{
         name: (lambda v: v >= 0, "0 or more")
-        for name in ("kl", "weight_decay", "clip_low", "clip_high", "save_every", "tokens", "rollout_tokens", "lora")
+        for name in ("kl", "weight_decay", "clip_low", "clip_high", "save_every", "tokens", "rollout_tokens", "lora", "log_ratio_clamp", "kl_clamp")
     },
     **{name: (lambda v: v > 0, "above 0") for name in ("lr", "grad_clip", "temperature", "lora_alpha")},
     **{name: (lambda v: 0 <= v <= 1, "between 0 and 1") for name in ("format_weight", "warmup")},

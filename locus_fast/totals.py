@@ -52,11 +52,13 @@ def summarise(totals: Totals, chunk: list[Prompt], step: int, norms: Tensor, rat
         **{name: sums[name] / replies for name in ("reward", "iou", "valid", "format")},
         "reply_tokens": sums["reply_tokens"] / replies,
         "zero_variance_groups": int(sums["zero_variance"]),
-        "loss": sums.get("loss", 0.0) / updated,
+        "loss": sums.get("loss", 0.0) / sums["denominator"],  # the objective, the mean over the updates
         "kl": sums.get("kl", 0.0) / updated,
         "entropy": sums["entropy"] / live if live else None,  # None: no group had a gradient, so no training forward was run
         "clip_low": sums.get("clip_low", 0.0) / updated,
         "clip_high": sums.get("clip_high", 0.0) / updated,
+        "ratio_clamped": sums.get("ratio_clamped", 0.0) / updated,
+        "kl_clamped": sums.get("kl_clamped", 0.0) / updated,
         "ratio_max": sums.get("ratio_max", 1.0),
         "sampler_gap": sums["sampler_gap"] / live if live else None,
         "sampler_gap_max": sums.get("sampler_gap_max"),
@@ -73,3 +75,14 @@ def summarise(totals: Totals, chunk: list[Prompt], step: int, norms: Tensor, rat
         "flops_over_floor": sums["spent_flops"] / sums["floor_flops"],
         **rates(sums["model_flops"], seconds, torch.cuda.get_device_name() if norms.is_cuda else "cpu"),
     }
+
+
+def why_no_signal(numbers: dict[str, Any]) -> str:
+    """What to say of a step in which the replies of every group earned the same, and what may be done."""
+    if numbers["valid"] == 0:
+        why = "no reply holds a box that can be read: the model may need another --question, or more --max-tokens"
+    elif numbers["iou"] == 0:
+        why = "no box touches its target: the model may speak other coordinates, or the cues be too hard for it"
+    else:
+        why = "each group's replies are alike: raise --temperature or --replies, or give cues that are harder"
+    return f"all replies of a group have earned the same reward, so nothing is learned from it; {why}."

@@ -13,6 +13,7 @@ partial groups, and any correction for a sampler that differs from the trainer.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -44,9 +45,10 @@ from locus_fast.reference import Reference, make_reference
 from locus_fast.report import Metrics, draw_curve, draw_samples
 from locus_fast.rollout import Sampling
 from locus_fast.runtime import Interrupt, Setup, batches, prefetch, set_up
-from locus_fast.totals import Totals, summarise
+from locus_fast.totals import Totals, summarise, why_no_signal
 from locus_fast.types import Prompt, Rollout
 
+EQUAL_STEPS = 10  # steps in a row whose rewards teach nothing before the run says so, once
 DROPPED_STEPS = 5  # steps in a row without a finite gradient that end the run
 
 
@@ -108,7 +110,7 @@ def steps(
     config = setup.config
     indices = range(done * config.prompts, config.steps * config.prompts)
     prompts = prefetch(lambda i: setup.prompter(setup.cues.train(i)), indices, config.workers, ahead=2 * config.prompts)
-    dropped = 0
+    dropped = equal = 0
     with closing(prompts), tqdm(total=config.steps, initial=done, desc="train", unit="step") as bar:
         for step in range(done, config.steps):
             setup.model.train()
@@ -118,6 +120,9 @@ def steps(
                 return
             show(bar, numbers)
             yield numbers
+            equal = equal + 1 if numbers["zero_variance_groups"] == config.prompts else 0
+            if equal == EQUAL_STEPS:
+                tqdm.write(f"for {equal} steps {why_no_signal(numbers)}", file=sys.stderr)
             dropped = dropped + 1 if numbers["dropped_step"] else 0
             if dropped == DROPPED_STEPS:
                 what = f"log-probs or gradient were not finite in {dropped} steps in a row up to step {step + 1}"
@@ -145,6 +150,7 @@ def train_step(
         if again:
             totals.join(setup.budget.retry(lambda: further_update(setup, optimizer, experiences), setup.decoder))
         norms.append(update(setup, optimizer, gone, factor, config.seed + step * config.updates + again))
+    totals.add(denominator=float(denominator * config.updates))
     return summarise(totals, chunk, step, torch.stack(norms), config.lr * factor, time.perf_counter() - clock, waited)
 
 
@@ -180,11 +186,12 @@ def first_update(
         rollout = setup.decoder.generate(prefix, sampling_of(config), seed=config.seed, groups=indices)
         scored = score(setup, batch, rollout, step / config.steps)
         host = torch.cat([rollout.lengths, scored.zero_variance.long()]).tolist()  # the one readback of a microbatch
-        flat, live = host[: len(rollout.ids)], [group for group, flat in enumerate(host[len(rollout.ids) :]) if not flat]
-        lengths = [flat[r : r + config.replies] for r in range(0, len(flat), config.replies)]
-        weight, share = MEANS[config.mean](rollout.lengths, flat)
+        tokens, equal = host[: len(rollout.ids)], host[len(rollout.ids) :]
+        live = with_gradient(config, equal)
+        lengths = [tokens[r : r + config.replies] for r in range(0, len(tokens), config.replies)]
+        weight, share = MEANS[config.mean](rollout.lengths, tokens)
         denominator += share
-        count(totals, batch, rollout, scored, flat, live)
+        count(totals, batch, rollout, scored, tokens, sum(equal))
         whole = Experience(batch, rollout, lengths, live, scored.advantage, weight)
         reused = kept and pays(setup, whole)
         spend(setup, totals, whole, COLUMNS, again=not reused)
@@ -195,6 +202,13 @@ def first_update(
                 experience = learn(setup, reference, part, held.pop() if held else prefill(setup.model, part.batch), totals)
                 experiences += [experience] if config.updates > 1 else []
     return totals, experiences, denominator
+
+
+def with_gradient(config: Config, zero_variance: Sequence[int]) -> list[int]:
+    """The groups that have a gradient, given of each whether its rewards are all equal: all of them where there is a
+    KL term, since an advantage of 0 has none but the KL has; unless such groups are to be skipped."""
+    held = config.kl > 0 and not config.skip_zero_variance
+    return [group for group, equal in enumerate(zero_variance) if held or not equal]
 
 
 def pays(setup: Setup, whole: Experience) -> bool:
@@ -284,15 +298,15 @@ def score(setup: Setup, batch: PromptBatch, rollout: Rollout, progress: float) -
     )
 
 
-def count(totals: Totals, batch: PromptBatch, rollout: Rollout, scored: BoxReward, lengths: list[int], live: list[int]) -> None:
-    """A microbatch's share of the step's metrics. Groups whose rewards are all equal are counted: they have no gradient."""
+def count(totals: Totals, batch: PromptBatch, rollout: Rollout, scored: BoxReward, lengths: list[int], equal: int) -> None:
+    """A microbatch's share of the step's metrics. equal: its groups whose rewards are all the same."""
     totals.add(
         reward=scored.reward.sum(),
         iou=scored.iou.sum(),
         valid=scored.valid.sum(),
         format=scored.format_ok.sum(),
         not_finite=(~rollout.logprob.isfinite()).sum(),
-        zero_variance=float(len(batch.lengths) - len(live)),
+        zero_variance=float(equal),
         replies=float(len(lengths)),
         reply_tokens=float(sum(lengths)),
         prompt_tokens=float(sum(batch.lengths)),
@@ -317,6 +331,8 @@ def backward(config: Config, experience: Experience, replies: Replies, logprob: 
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         kl_coefficient=config.kl,
+        log_ratio_clamp=config.log_ratio_clamp or math.inf,
+        kl_clamp=config.kl_clamp or math.inf,
     )
     loss.backward()
     totals.peak(ratio_max=sums.pop("ratio_max"))

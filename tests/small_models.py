@@ -68,7 +68,7 @@ def naive_logprob(model, prompts: list[Prompt], replies: list[list[torch.Tensor]
     for prompt, group in zip(prompts, replies, strict=True):
         for reply in group:
             ids = torch.cat([prompt.ids, reply])[None]
-            is_image = (ids == IMAGE).int()
+            is_image = (ids == model.config.image_token_id).int()
             images = {"pixel_values": prompt.patches, "image_grid_thw": prompt.grids} if len(prompt.grids) else {}
             position, _ = model.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=prompt.grids if images else None)
             logits = model(input_ids=ids, position_ids=position, mm_token_type_ids=is_image, use_cache=False, **images).logits[0]

@@ -45,7 +45,7 @@ def small_kernels(target: str) -> dict[str, dict[str, int]]:
     finish = partials | dict.fromkeys(("logprob", "entropy", "lse"), "*fp32") | {"lse": "*fp64", "T": "i32", "N": "i32"} | block
     vectors = ("advantages", "old", "reference", "token_weight", "logprob", "lse", "entropy", "slope", "sums")
     objective = partials | dict.fromkeys(vectors, "*fp32") | dict.fromkeys(("T", "N", "P"), "i32")
-    objective |= {"lse": "*fp64"} | dict.fromkeys(("lowest", "highest", "kl_coefficient"), "fp32")
+    objective |= {"lse": "*fp64"} | dict.fromkeys(("lowest", "highest", "kl_coefficient", "log_ratio_clamp", "kl_clamp"), "fp32")
     objective |= dict.fromkeys(("HAS_OLD", "HAS_REFERENCE", "HAS_WEIGHT"), True) | block
     sums = {"sums": "*fp32", "out": "*fp32", "P": "i32", "BLOCK": grpo.SUM_BLOCK}
     kernels = {"finish": (head.finish_kernel, finish), "objective": (grpo.objective_kernel, objective), "sum": (grpo.sum_kernel, sums)}

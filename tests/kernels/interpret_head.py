@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.kernels.head_cases import SHAPES, assert_as_good_as_eager, head_inputs
 from tests.kernels.interpreter import device, poisoned_empty
-from tests.kernels.test_grpo_loss import assert_grpo_as_good_as_eager
+from tests.kernels.test_grpo_loss import NUMBERS, assert_grpo_as_good_as_eager
 
 DEVICE = device()
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -112,7 +112,7 @@ def test_ids_outside_the_vocabulary_in_the_loss(bad) -> None:
     ids[5] = bad
     hidden = hidden.clone().requires_grad_()
     advantages, old = torch.ones(37, device=DEVICE), torch.zeros(37, device=DEVICE)
-    loss, logprob, metrics = grpo_loss(hidden, weight, ids, advantages, old, old, clip_low=0.2, clip_high=0.3, kl_coefficient=0.1)
+    loss, logprob, metrics = grpo_loss(hidden, weight, ids, advantages, old, old, **NUMBERS)
     loss.backward()
     assert loss.isnan()
     assert (logprob.isnan() == (torch.arange(37, device=DEVICE) == 5)).all()
@@ -137,7 +137,7 @@ def test_grpo_agrees_with_the_reference(T, optional, dtype, monkeypatch) -> None
             hidden, weight, ids = (t.cpu() for t in (hidden.float(), weight.float(), ids))
             vectors = [t if t is None else t.cpu() for t in vectors]
         leaves = [t.detach().clone().requires_grad_() for t in (hidden, weight)]
-        loss, logprob, metrics = grpo_loss(*leaves, ids, *vectors, clip_low=0.2, clip_high=0.3, kl_coefficient=0.1)
+        loss, logprob, metrics = grpo_loss(*leaves, ids, *vectors, **NUMBERS)
         (loss + 0.1 * logprob.sum()).backward()
         results.append([t.detach().double().cpu() for t in (loss, logprob, *metrics.values(), *(leaf.grad for leaf in leaves))])
     tolerance = {"rtol": 1e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}

@@ -27,6 +27,7 @@ from locus_kernels.patchify.triton import patchify_images_triton  # noqa: E402
 from locus_kernels.sample.triton import sample_triton  # noqa: E402
 
 T, D, V = 2048, 2048, 151_936
+NUMBERS = grpo_reference.Numbers(0.2, 0.2, 0.1, 20.0, 10.0)
 WAITING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique", "_unique2")  # operations that need values on the host
 
 
@@ -104,7 +105,7 @@ def test_frozen_weight_costs_one_product_a_chunk(launches) -> None:
 def test_grpo_loss(launches) -> None:
     hidden, weight, ids, vector, lse = head_inputs()
     with Operations() as done, Allocations(spared=(V, D)) as seen:
-        grpo.forward(hidden, weight, ids, vector, vector, vector, vector, 0.2, 0.2, 0.1, 1.0, None)
+        grpo.forward(hidden, weight, ids, vector, vector, vector, vector, NUMBERS, 1.0, None)
         assert launches == ["partial_kernel", "objective_kernel", "sum_kernel"]
         head.backward(vector, None, hidden, weight, ids, lse, vector, 1.0, None, True, True)
     assert 0 < seen.largest < T * V // 8
@@ -114,7 +115,7 @@ def test_grpo_loss(launches) -> None:
 def test_grpo_loss_on_the_cpu_path() -> None:
     hidden, weight, ids, vector, lse = head_inputs()
     with Allocations(spared=(V, D)) as seen:
-        grpo_reference.forward(hidden, weight, ids, vector, vector, vector, vector, 0.2, 0.2, 0.1, 1.0, None)
+        grpo_reference.forward(hidden, weight, ids, vector, vector, vector, vector, NUMBERS, 1.0, None)
         head_reference.backward(vector, None, hidden, weight, ids, lse, vector, 1.0, None, True, True)
     assert 0 < seen.largest < T * V // 8
 

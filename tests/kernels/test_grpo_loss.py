@@ -13,7 +13,7 @@ from torch import Tensor
 from locus_fast import grpo as trainer
 from tests.kernels.head_cases import assert_errors, head_inputs
 
-NUMBERS = {"clip_low": 0.2, "clip_high": 0.28, "kl_coefficient": 0.05}
+NUMBERS = {"clip_low": 0.2, "clip_high": 0.28, "kl_coefficient": 0.05, "log_ratio_clamp": 0.9, "kl_clamp": 0.5}
 
 
 def case(
@@ -65,6 +65,7 @@ def test_equals_the_trainers_objective(shape, optional, dtype) -> None:
         assert metrics["clip_low"] > 3
         assert metrics["clip_high"] > 3
         assert metrics["ratio_min"] < 0.8 < 1.28 < metrics["ratio_max"]
+        assert 0 < metrics["ratio_clamped"] < metrics["kl_clamped"] < shape[0] / 2
 
 
 @settings(derandomize=True, max_examples=20, deadline=None)
@@ -117,6 +118,8 @@ def test_same_bits_twice_and_compiled() -> None:
         ({"token_weight": torch.zeros(3, device="meta")}, "token_weight"),
         ({"clip_low": -0.1}, "clip_low"),
         ({"kl_coefficient": float("inf")}, "kl_coefficient"),
+        ({"log_ratio_clamp": 0.0}, "log_ratio_clamp above 0, or infinite"),
+        ({"kl_clamp": float("nan")}, "kl_clamp above 0, or infinite"),
         ({"temperature": -1.0}, "temperature"),
         ({"ids": torch.tensor([0, 1, 31]), "validate": True}, r"ids in \[0, 31\)"),
     ],

@@ -14,7 +14,7 @@ from locus_fast.grpo import MEANS, clipped_surrogate, grpo_loss, k3
 def test_k3_by_hand() -> None:
     logprob, reference = torch.log(torch.tensor([0.5, 0.2, 0.4])), torch.log(torch.tensor([0.25, 0.4, 0.4]))
     expected = [0.5 - math.log(0.5) - 1, 2.0 - math.log(2.0) - 1, 0.0]
-    torch.testing.assert_close(k3(logprob, reference), torch.tensor(expected))
+    torch.testing.assert_close(k3(logprob, reference, math.inf, math.inf)[0], torch.tensor(expected))
 
 
 @pytest.mark.parametrize(
@@ -31,9 +31,10 @@ def test_k3_by_hand() -> None:
 )
 def test_clip_on_each_side_by_hand(ratio: float, advantage: float, loss: float, low: bool, high: bool) -> None:
     logprob = torch.tensor([-1.0 + math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    got = clipped_surrogate(logprob, torch.tensor([-1.0], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64), 0.2, 0.3 + 1e-9)
+    got = clipped_surrogate(logprob, torch.tensor([-1.0], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64), 0.2, 0.3 + 1e-9, math.inf)
     assert got[0].item() == pytest.approx(loss)
-    assert (got[1].item(), got[2].item()) == (low, high)
+    assert got[1].item() == pytest.approx(ratio)
+    assert (got[2]["clip_low"].item(), got[2]["clip_high"].item()) == (low, high)
     got[0].sum().backward()
     assert logprob.grad is not None
     assert logprob.grad.item() == pytest.approx(0.0 if low or high else -ratio * advantage)
@@ -94,7 +95,44 @@ def test_metrics_count_tokens() -> None:
     )
     assert (metrics["clip_high"].item(), metrics["clip_low"].item()) == (1, 1)
     assert metrics["ratio_max"].item() == pytest.approx(1.5)
-    assert metrics["kl"].item() == pytest.approx(float(k3(logprob, old).sum()))
+    assert metrics["kl"].item() == pytest.approx(0.5 - math.log(1.5) + 2 - 1 - math.log(2) + 1 / 1.5 - 1 + math.log(1.5) + 1 / 1.5 - 1 + math.log(1.5) - (0.5 - math.log(1.5)))
+
+
+FAR = [0.0, 2.0, -2.0, -19.0, -40.0, 40.0, 100.0, -100.0]  # nats of the policy above its reference, or old policy
+
+
+def far(advantage: float, **clamps: float) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """(metrics, gradient of each log-prob), float64, of tokens that are FAR from both."""
+    logprob = torch.full((len(FAR),), -1.0, dtype=torch.float64, requires_grad=True)
+    other = -1.0 - torch.tensor(FAR, dtype=torch.float64)
+    every = torch.full_like(other, advantage)
+    numbers = {"clip_low": 0.2, "clip_high": 0.3, "kl_coefficient": 0.5, **clamps}
+    loss, metrics = grpo_loss(logprob, old=other, reference=other, advantage=every, weight=torch.ones_like(other), **numbers)
+    loss.backward()
+    assert logprob.grad is not None
+    return metrics, logprob.grad.tolist()
+
+
+def test_log_ratios_and_kl_are_clamped_by_hand() -> None:
+    """exp(-d) + d - 1 at d nats: 1.135, 4.389 and, clamped, 10 at -19, -40 and -100 nats and at 40 and 100, where it
+    would be 19 with the log-ratio at 20. The ratio's gradient is that of a loss where it is large: -A exp(d)."""
+    metrics, gradient = far(-1.0, log_ratio_clamp=20.0, kl_clamp=10.0)
+    assert metrics["kl"].item() == pytest.approx(0 + math.exp(-2) + 1 + math.exp(2) - 3 + 5 * 10)
+    assert metrics["kl_clamped"].item() == 5
+    assert metrics["ratio_clamped"].item() == 4
+    assert metrics["ratio_max"].item() == pytest.approx(math.exp(20))
+    kl = [0.0, 0.5 * (1 - math.exp(-2)), 0.5 * (1 - math.exp(2)), 0.0, 0.0, 0.0, 0.0, 0.0]
+    surrogate = [1.0, math.exp(2), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]  # A < 0: the lower bound stops ratios below 0.8
+    assert gradient == pytest.approx([a + b for a, b in zip(kl, surrogate, strict=True)])
+
+
+def test_clamps_are_off_by_a_number() -> None:
+    metrics, gradient = far(1.0, log_ratio_clamp=math.inf, kl_clamp=math.inf)
+    assert metrics["kl_clamped"].item() == metrics["ratio_clamped"].item() == 0
+    assert gradient[4] == pytest.approx(-0.5 * math.exp(40) - math.exp(-40), rel=1e-9)
+    metrics, gradient = far(1.0, log_ratio_clamp=50.0, kl_clamp=math.inf)
+    assert metrics["kl_clamped"].item() == metrics["ratio_clamped"].item() == 2
+    assert gradient[6:] == [0.0, 0.0]
 
 
 def test_no_tokens() -> None:

@@ -136,10 +136,11 @@ def test_a_few_live_groups_are_prefilled_again(live: int, tmp_path: Path, monkey
         return scored._replace(zero_variance=flat, advantage=torch.randn(len(flat), 8, generator=torch.Generator().manual_seed(0)).flatten())
 
     monkeypatch.setattr(train, "score", mostly_flat)
+    more = ["--tokens", "90000", "--steps", "1", "--skip-zero-variance", "true"]
     for pays in (train.pays, lambda *_: True):
         monkeypatch.setattr(train, "pays", pays)
         out = tmp_path / str(len(rows))
-        assert train.main([*SHORT, "--out", str(out), "--tokens", "90000", "--steps", "1"]) == 0
+        assert train.main([*SHORT, "--out", str(out), *more]) == 0
         rows += timeless(out / "metrics.jsonl")
     ours, through = rows
     assert ours["zero_variance_groups"] == 6 - live

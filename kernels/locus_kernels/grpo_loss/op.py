@@ -35,19 +35,16 @@ def _forward(
     old_logprob: Tensor | None,
     reference_logprob: Tensor | None,
     token_weight: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    kl_coefficient: float,
+    numbers: list[float],
     temperature: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return backend(hidden).forward(
-        hidden, weight, ids, advantages, old_logprob, reference_logprob, token_weight, clip_low, clip_high, kl_coefficient, temperature, softcap
-    )
+    vectors = (advantages, old_logprob, reference_logprob, token_weight)
+    return backend(hidden).forward(hidden, weight, ids, *vectors, reference.Numbers(*numbers), temperature, softcap)
 
 
 @_forward.register_fake
-def _(hidden, weight, ids, advantages, old_logprob, reference_logprob, token_weight, clip_low, clip_high, kl_coefficient, temperature, softcap):
+def _(hidden, weight, ids, advantages, old_logprob, reference_logprob, token_weight, numbers, temperature, softcap):
     T, dtype = hidden.shape[0], compute_dtype(hidden.dtype)
     loss, logprob, entropy, slope, metrics = (hidden.new_empty(s, dtype=dtype) for s in ((), (T,), (T,), (T,), (len(reference.METRICS),)))
     return loss, logprob, hidden.new_empty(T, dtype=torch.float64), entropy, slope, metrics
@@ -68,7 +65,7 @@ def _backward(ctx, grad_loss: Tensor | None, grad_logprob: Tensor | None, *_: Te
         g = g + grad_logprob
     wanted = ctx.needs_input_grad[:2]
     both = gradients(g, None, hidden, weight, ids, lse, entropy, ctx.temperature, ctx.softcap, *wanted)
-    return *(gradient if want else None for gradient, want in zip(both, wanted, strict=True)), *[None] * 10
+    return *(gradient if want else None for gradient, want in zip(both, wanted, strict=True)), *[None] * 8
 
 
 _forward.register_autograd(_backward, setup_context=_setup)
@@ -86,6 +83,8 @@ def grpo_loss(
     clip_low: float,
     clip_high: float,
     kl_coefficient: float,
+    log_ratio_clamp: float = math.inf,
+    kl_clamp: float = math.inf,
     temperature: float = 1.0,
     softcap: float | None = None,
     validate: bool = False,
@@ -95,12 +94,13 @@ def grpo_loss(
     hidden [T, D], weight [V, D], ids [T], temperature, softcap, validate: as in `linear_logprob`. All others floating [T], without gradient:
     advantages; old_logprob, of the policy that sampled (None: this one, so the ratio is 1 and the gradient the plain policy gradient's);
     reference_logprob, for the k3 estimate of KL(policy || reference), times kl_coefficient >= 0 (None: no such term); token_weight (None: 1).
-    The ratio is clipped to [1 - clip_low, 1 + clip_high], both >= 0.
+    The ratio is clipped to [1 - clip_low, 1 + clip_high], both >= 0. log_ratio_clamp > 0 bounds the magnitude of both log-ratios before they are
+    exponentiated, and kl_clamp > 0 a token's k3: a token past a bound has no gradient through it. EasyR1 has 20 and 10.
 
     Returns (loss, a scalar; log-prob [T]; metrics), float32 (float64 for float64), all on the device, nothing synchronised. Loss and log-prob are
     differentiable in hidden and weight, once; in backward, tiles of tokens whose gradient is 0 are not computed again. Metrics are 0-d, over all T
-    tokens whatever their weight: clip_low and clip_high (tokens where a bound stopped the gradient), kl and entropy (sums in nats), ratio_max and
-    ratio_min (both 0 without tokens). ValueError on what does not fit, as in `linear_logprob`.
+    tokens whatever their weight: clip_low and clip_high (tokens where a bound stopped the gradient), kl and entropy (sums in nats), ratio_clamped
+    and kl_clamped (tokens past log_ratio_clamp, or past one of the two bounds of k3), ratio_max and ratio_min (both 0 without tokens). ValueError on what does not fit, as in `linear_logprob`.
     """
     check_head(hidden, weight, ids, temperature, softcap, validate)
     vectors = {"advantages": advantages, "old_logprob": old_logprob, "reference_logprob": reference_logprob, "token_weight": token_weight}
@@ -114,7 +114,12 @@ def grpo_loss(
     for name, number in numbers.items():
         if not (number >= 0 and math.isfinite(number)):
             raise ValueError(f"expected a finite {name} of at least 0, got {number}")
+    clamps = {"log_ratio_clamp": log_ratio_clamp, "kl_clamp": kl_clamp}
+    for name, number in clamps.items():
+        if not number > 0:
+            raise ValueError(f"expected {name} above 0, or infinite for none, got {number}")
     detached = [vector if vector is None else vector.detach() for vector in vectors.values()]
-    scalars = [float(number) for number in (*numbers.values(), temperature)]
-    loss, logprob, _, _, _, metrics = _forward(hidden, weight, ids.long(), *detached, *scalars, None if softcap is None else float(softcap))
+    constants = [float(number) for number in (*numbers.values(), *clamps.values())]
+    cap = None if softcap is None else float(softcap)
+    loss, logprob, _, _, _, metrics = _forward(hidden, weight, ids.long(), *detached, constants, float(temperature), cap)
     return loss, logprob, dict(zip(reference.METRICS, metrics.detach().unbind(), strict=True))

@@ -11,19 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from locus_kernels.grpo_loss.reference import Numbers
 from locus_kernels.linear_logprob.triton import FINAL_ROWS, FINAL_TILES, _check_device, merge, partials
 
-SUMS = 7  # loss, clipped low, clipped high, k3, entropy, ratio max, ratio min
+SUMS = 9  # loss, then `reference.METRICS`: sums, but for the last two, ratio max and ratio min
 SUM_BLOCK = 128
 
 
 @triton.jit(do_not_specialize=["T", "N", "P"])
 def objective_kernel(
     maximum, total, weighted, target, advantages, old, reference, token_weight, logprob, lse, entropy, slope, sums, T, N, P,
-    lowest, highest, kl_coefficient,
+    lowest, highest, kl_coefficient, log_ratio_clamp, kl_clamp,
     HAS_OLD: tl.constexpr, HAS_REFERENCE: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """logprob, entropy, slope (d loss / d log-prob) float32 [T], lse float64 [T]; sums float32 [7, P] in the order of `SUMS`. Between, a row's
+    """logprob, entropy, slope (d loss / d log-prob) float32 [T], lse float64 [T]; sums float32 [9, P] in the order of `SUMS`. Between, a row's
     arithmetic is float64: there is little of it."""
     program = tl.program_id(0)
     rows = program * ROWS + tl.arange(0, ROWS)
@@ -32,21 +33,29 @@ def objective_kernel(
     row_logprob = tl.load(target + rows, mask=real, other=0.0).to(tl.float64) - row_lse
     advantage = tl.load(advantages + rows, mask=real, other=0.0).to(tl.float64)
     ratio = tl.full((ROWS,), 1.0, tl.float64)
+    ratio_clamped = ratio < 0
     if HAS_OLD:
-        ratio = tl.exp(row_logprob - tl.load(old + rows, mask=real, other=0.0))
+        difference = row_logprob - tl.load(old + rows, mask=real, other=0.0)
+        ratio_clamped = tl.abs(difference) > log_ratio_clamp
+        ratio = tl.exp(tl.minimum(tl.maximum(difference, -log_ratio_clamp), log_ratio_clamp))
     clipped = tl.minimum(tl.maximum(ratio, lowest), highest)
     loss = -tl.minimum(ratio * advantage, clipped * advantage)
     loss = tl.where(row_logprob == row_logprob, loss, row_logprob)  # minimum and maximum drop NaN: an id outside the vocabulary must show
     low = (ratio < lowest) & (advantage < 0)
     high = (ratio > highest) & (advantage > 0)
-    row_slope = tl.where(low | high, 0.0, -ratio * advantage)
+    row_slope = tl.where(low | high | ratio_clamped, 0.0, -ratio * advantage)
     k3 = tl.zeros((ROWS,), tl.float64)
+    kl_clamped = k3 < 0
     if HAS_REFERENCE:
         log_ratio = tl.load(reference + rows, mask=real, other=0.0) - row_logprob
+        kl_clamped = tl.abs(log_ratio) > log_ratio_clamp
+        log_ratio = tl.minimum(tl.maximum(log_ratio, -log_ratio_clamp), log_ratio_clamp)
         inverse = tl.exp(log_ratio)
         k3 = inverse - log_ratio - 1.0
+        kl_clamped = kl_clamped | (k3 > kl_clamp)
+        k3 = tl.minimum(k3, kl_clamp)
         loss += kl_coefficient * k3
-        row_slope += kl_coefficient * (1.0 - inverse)
+        row_slope += tl.where(kl_clamped, 0.0, kl_coefficient * (1.0 - inverse))
     if HAS_WEIGHT:
         share = tl.load(token_weight + rows, mask=real, other=0.0)
         loss *= share
@@ -60,13 +69,15 @@ def objective_kernel(
     tl.store(sums + 2 * P + program, tl.sum((high & real).to(tl.float32), 0))
     tl.store(sums + 3 * P + program, tl.sum(tl.where(real, k3, 0.0), 0).to(tl.float32))
     tl.store(sums + 4 * P + program, tl.sum(tl.where(real, row_entropy, 0.0), 0))
-    tl.store(sums + 5 * P + program, tl.max(tl.where(real, ratio, float("-inf")), 0).to(tl.float32))
-    tl.store(sums + 6 * P + program, tl.min(tl.where(real, ratio, float("inf")), 0).to(tl.float32))
+    tl.store(sums + 5 * P + program, tl.sum((ratio_clamped & real).to(tl.float32), 0))
+    tl.store(sums + 6 * P + program, tl.sum((kl_clamped & real).to(tl.float32), 0))
+    tl.store(sums + 7 * P + program, tl.max(tl.where(real, ratio, float("-inf")), 0).to(tl.float32))
+    tl.store(sums + 8 * P + program, tl.min(tl.where(real, ratio, float("inf")), 0).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["P"])
 def sum_kernel(sums, out, P, BLOCK: tl.constexpr):
-    """out float32 [7] from sums [7, P]: program n reduces line n; the last two are a maximum and a minimum."""
+    """out float32 [9] from sums [9, P]: program n reduces line n; the last two are a maximum and a minimum."""
     line = tl.program_id(0)
     added = tl.zeros((BLOCK,), tl.float32)
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -78,13 +89,13 @@ def sum_kernel(sums, out, P, BLOCK: tl.constexpr):
         largest = tl.maximum(largest, tl.where(place < P, value, float("-inf")))
         least = tl.minimum(least, tl.where(place < P, value, float("inf")))
     result = tl.sum(added, 0)
-    result = tl.where(line == 5, tl.max(largest, 0), result)
-    tl.store(out + line, tl.where(line == 6, tl.min(least, 0), result))
+    result = tl.where(line == 7, tl.max(largest, 0), result)
+    tl.store(out + line, tl.where(line == 8, tl.min(least, 0), result))
 
 
 def forward(
     hidden: Tensor, weight: Tensor, ids: Tensor, advantages: Tensor, old_logprob: Tensor | None, reference_logprob: Tensor | None,
-    token_weight: Tensor | None, clip_low: float, clip_high: float, kl_coefficient: float, temperature: float, softcap: float | None,
+    token_weight: Tensor | None, numbers: Numbers, temperature: float, softcap: float | None,
     descriptors: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `reference.forward`, for float32 and narrower; three launches. `descriptors`: as in the head's `forward`."""
@@ -101,7 +112,7 @@ def forward(
     optional = (old_logprob, reference_logprob, token_weight)
     vectors = [advantages if t is None else t.float().contiguous() for t in (advantages, *optional)]
     flags = {f"HAS_{name}": t is not None for name, t in zip(("OLD", "REFERENCE", "WEIGHT"), optional, strict=True)}
-    bounds = (1 - clip_low, 1 + clip_high, kl_coefficient)
+    bounds = (1 - numbers.clip_low, 1 + numbers.clip_high, *numbers[2:])
     with torch.cuda.device_of(hidden):
         objective_kernel[(P,)](
             *parts, *vectors, logprob, lse, entropy, slope, sums, T, len(parts[0]), P, *bounds, **flags, ROWS=FINAL_ROWS, TILES=FINAL_TILES
