@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from locus_fast.fused import can_fuse, fuse, unfuse
 from locus_fast.packing import PromptBatch, Replies, VisionLayout
 
+HEAD_ROWS = 8192  # of the head that a CPU holds in float32 at a time
 ATTENTION = "locus_flash"  # with "flash" in it, transformers hands the vision tower's cu_seqlens over instead of looping over images
 
 
@@ -190,6 +191,17 @@ def cut(prefix: Prefix) -> tuple[Prefix, Callable[[], None]]:
         torch.autograd.backward([end for end, _ in reached], [gradient for _, gradient in reached])
 
     return replace(prefix, kv=kv, last_hidden=leaves[-1]), onward
+
+
+def next_logits(model: Any, hidden: Tensor) -> Tensor:
+    """The head's logits, float32 [S, V], of states [S, D] in the model's dtype: never rounded to it, as the training
+    forward's are not, so that sampler and trainer agree on the log-probs of equal states."""
+    weight = model.lm_head.weight
+    if weight.dtype == torch.float32:
+        return torch.nn.functional.linear(hidden, weight)
+    if hidden.device.type == "cpu":  # which has no product of low precision with a float32 result
+        return torch.cat([hidden.float() @ part.float().T for part in weight.split(HEAD_ROWS)], 1)
+    return torch.mm(hidden, weight.T, out_dtype=torch.float32)
 
 
 def reply_hidden(model: Any, prefix: Prefix, replies: Replies) -> Tensor:

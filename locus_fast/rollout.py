@@ -22,7 +22,7 @@ from torch import Tensor
 
 from locus_fast.cost.shapes import LADDER, PROMPT_STEP
 from locus_fast.errors import UserError
-from locus_fast.policy import Prefix
+from locus_fast.policy import Prefix, next_logits
 from locus_fast.types import Rollout
 
 LAG = 4  # steps that CUDA has queued while the host decides on the next
@@ -158,7 +158,7 @@ class Decoder:
         G, B, device = sampling.replies, len(prefix.batch.lengths), prefix.last_hidden.device
         R = B * G
         slots = self.load(prefix, sampling, seed, send(torch.tensor(groups, dtype=torch.int64)[:, None] * G + torch.arange(G), device).flatten())
-        logits = self.model.lm_head(prefix.last_hidden.detach()).repeat_interleave(G, 0)
+        logits = next_logits(self.model, prefix.last_hidden.detach()).repeat_interleave(G, 0)
         self.choose(torch.cat([logits, logits.new_zeros(slots.rows - R, logits.shape[1])]) if slots.rows > R else logits)
         count = Count(LAG if slots.running.is_cuda else 1, slots.running.is_cuda)
         for at in range(1, sampling.max_tokens):
@@ -256,7 +256,7 @@ class Decoder:
         embeds = language.embed_tokens(slots.token[:S])[:, None]
         context = DecodePass(self, slots, longest_own)
         hidden = language(inputs_embeds=embeds, position_ids=position, use_cache=False, locus=context).last_hidden_state[:, 0]
-        self.choose(self.model.lm_head(hidden))
+        self.choose(next_logits(self.model, hidden))
 
     def advance(self, at: int) -> None:
         """One step; on CUDA by the graph of this number of slots, which the second step of its kind captures (the first warms up)."""

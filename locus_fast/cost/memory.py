@@ -136,7 +136,7 @@ def peak_memory(
     reading = P * width * (3 * text.intermediate + 4 * text.hidden)
     states = scored * text.hidden * width
     moments = {  # (keys and values, activations, workspace)
-        "decoding": (P * kept, tower + prompt, rows * text.vocabulary * (width + 4)),
+        "decoding": (P * kept, tower + prompt, rows * text.vocabulary * 8),
         "head's backward": (P * kept + own_keys, tower + prompt + replies + states, table + states + tile),
         "replies' backward": (P * kept + own_keys, tower + prompt + replies, table * text.tied + matrix + fed * in_layer + P * kept / text.layers),
         "replies' embedding": (2 * P * kept, tower + prompt, table * (1 + text.tied)),

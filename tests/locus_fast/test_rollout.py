@@ -10,7 +10,7 @@ from locus_fast import rollout
 from locus_fast.config import parse
 from locus_fast.errors import UserError
 from locus_fast.packing import PromptBatch, best_fit, pack
-from locus_fast.policy import prefill
+from locus_fast.policy import next_logits, prefill
 from locus_fast.rollout import Decoder, Sampling, Vocabulary
 from locus_fast.runtime import set_up
 from tests.small_models import IMAGE, VOCABULARY, small_model, small_prompt
@@ -131,3 +131,35 @@ def test_packing_weighs_images_and_names_what_does_not_fit() -> None:
     assert len(pack(prompts, costs, 2 * max(costs))) == 3
     with pytest.raises(UserError, match=r"scene 0: its prompt of .* more than a microbatch of 100; raise --tokens"):
         pack(prompts, costs, 100)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_logits_of_a_bfloat16_model_stay_in_float32(family: str) -> None:
+    """From the head's product to the draw: the sampler's log-probs are those of float64 arithmetic on the very states
+    that it sampled from. Logits rounded to bfloat16 would be off by 0.01 and more."""
+    model = small_model(family).bfloat16()
+    states: list[torch.Tensor] = []
+    with torch.no_grad():
+        prefix = prefill(model, PromptBatch.of([small_prompt(model, [(4, 8)], words=5, seed=0)], model.config, "cpu"))
+        states.append(prefix.last_hidden.expand(7, -1))
+        hook = model.model.language_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state[:, 0]))
+        sampling = Sampling(replies=7, max_tokens=6, temperature=0.8, top_p=0.95)
+        played = Decoder(model, Vocabulary(torch.arange(VOCABULARY) < IMAGE, torch.tensor([2]))).generate(prefix, sampling, seed=4, groups=[3])
+        hook.remove()
+    assert played.lengths.tolist() == [6] * 7  # no row was moved
+    head = model.lm_head.weight.double()
+    for at, hidden in enumerate(states):
+        truth = (hidden.double() @ head.T / 0.8).log_softmax(-1).gather(-1, played.ids[:, at, None])[:, 0]
+        assert hidden.dtype == torch.bfloat16
+        torch.testing.assert_close(played.logprob[:, at].double(), truth, rtol=0, atol=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_logits_on_cuda_are_the_products_sums() -> None:
+    model = small_model("qwen2_5_vl").bfloat16().to("cuda")
+    hidden = torch.randn(5, 64, device="cuda").bfloat16()
+    logits = next_logits(model, hidden)
+    assert logits.dtype == torch.float32
+    truth = hidden.double() @ model.lm_head.weight.double().T
+    torch.testing.assert_close(logits.double(), truth, rtol=1e-5, atol=1e-4)
