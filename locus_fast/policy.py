@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
@@ -107,6 +108,13 @@ def add_deep_features(hidden: Tensor, places: Tensor, features: Tensor) -> Tenso
     return hidden.index_add(1, places, features[None].to(hidden.dtype))
 
 
+def embed_patches(embed: Any, patches: Tensor) -> Tensor:
+    """A vision tower's patch embedding, [N, D] of patches [N, values], as the matrix product that its convolution is:
+    a kernel as large as a patch meets each patch once. cuDNN would round a float32 convolution's inputs to TF32."""
+    weight = embed.proj.weight
+    return torch.nn.functional.linear(patches.to(weight.dtype), weight.flatten(1), embed.proj.bias)
+
+
 def use_attention(model: Any, name: str = ATTENTION, backend: str = "auto") -> None:
     """Switch every part of the model to the attention function of this name; with the trainer's own, computed by `backend` (see `choose_backend`,
     whose ValueError this raises), beside liger-kernel's operators where the device has them (locus_fast.fused). Not through
@@ -116,10 +124,13 @@ def use_attention(model: Any, name: str = ATTENTION, backend: str = "auto") -> N
     language = model.model.language_model
     vars(language).pop("_deepstack_process", None)
     unfuse(model)
+    embed = model.model.visual.patch_embed
+    vars(embed).pop("forward", None)
     if name == ATTENTION:
         vision, text = model.config.vision_config, model.config.text_config
         own = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         model.locus_backend = choose_backend(backend, model.device, model.dtype, (own, vision.hidden_size // vision.num_heads))
+        embed.forward = MethodType(embed_patches, embed)
         if hasattr(language, "_deepstack_process"):
             language._deepstack_process = add_deep_features
         if can_fuse(model.device):

@@ -22,6 +22,12 @@ def test_kernel_on_the_gpu() -> None:
     run_cases("interpret_box_reward.py", interpret=False)
 
 
+def test_the_kernel_knows_the_reward_shapes_of_the_reference() -> None:
+    """A name that only one side knew would train on the CPU and fail on CUDA, or the other way round."""
+    triton = pytest.importorskip("locus_kernels.box_reward.triton")
+    assert list(triton.SHAPES) == list(reference.REWARD_SHAPES)
+
+
 def small_task(device: str = "cpu"):
     rows = [byte_level().spell(text, random.Random(0)) for text in ("[1,2,30,40]", "[1,2,30,41]", "[1,2]", "no")]
     ids = torch.tensor([row + [0] * (12 - len(row)) for row in rows])

@@ -31,7 +31,9 @@ def test_k3_by_hand() -> None:
 )
 def test_clip_on_each_side_by_hand(ratio: float, advantage: float, loss: float, low: bool, high: bool) -> None:
     logprob = torch.tensor([-1.0 + math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    got = clipped_surrogate(logprob, torch.tensor([-1.0], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64), 0.2, 0.3 + 1e-9, math.inf)
+    got = clipped_surrogate(
+        logprob, torch.tensor([-1.0], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64), 0.2, 0.3 + 1e-9, math.inf
+    )
     assert got[0].item() == pytest.approx(loss)
     assert got[1].item() == pytest.approx(ratio)
     assert (got[2]["clip_low"].item(), got[2]["clip_high"].item()) == (low, high)
@@ -95,7 +97,9 @@ def test_metrics_count_tokens() -> None:
     )
     assert (metrics["clip_high"].item(), metrics["clip_low"].item()) == (1, 1)
     assert metrics["ratio_max"].item() == pytest.approx(1.5)
-    assert metrics["kl"].item() == pytest.approx(0.5 - math.log(1.5) + 2 - 1 - math.log(2) + 1 / 1.5 - 1 + math.log(1.5) + 1 / 1.5 - 1 + math.log(1.5) - (0.5 - math.log(1.5)))
+    assert metrics["kl"].item() == pytest.approx(
+        0.5 - math.log(1.5) + 2 - 1 - math.log(2) + 1 / 1.5 - 1 + math.log(1.5) + 1 / 1.5 - 1 + math.log(1.5) - (0.5 - math.log(1.5))
+    )
 
 
 FAR = [0.0, 2.0, -2.0, -19.0, -40.0, 40.0, 100.0, -100.0]  # nats of the policy above its reference, or old policy

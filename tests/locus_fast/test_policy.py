@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3VLForConditionalGeneration
 
 from locus_fast.packing import PromptBatch, Replies
@@ -167,3 +168,32 @@ def test_positions_equal_the_familys_own(family: str) -> None:
         expected, delta = model.model.get_rope_index(prompt.ids[None], mm_token_type_ids=is_image, image_grid_thw=prompt.grids)
         assert torch.equal(prompt.position, expected[:, 0])
         assert int(prompt.position[0, -1]) + 1 == len(prompt.ids) + int(delta)
+
+
+class Convolutions(TorchDispatchMode):
+    """How many convolutions were run, forward or backward."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "convolution" in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_patches_are_embedded_by_a_matrix_product(family: str) -> None:
+    """The same numbers and gradients as transformers' convolution, which cuDNN computes in TF32 for float32 models."""
+    model, prompts, _ = case(family)
+    batch = PromptBatch.of(prompts, model.config, "cpu")
+    embed = model.model.visual.patch_embed
+    ours = embed(batch.patches)
+    theirs = type(embed).forward(embed, batch.patches)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    weight = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(0))
+    slopes = [torch.autograd.grad((out * weight).sum(), list(embed.parameters())) for out in (ours, theirs)]
+    for mine, expected in zip(*slopes, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+    with Convolutions() as seen:
+        prefix = prefill(model, batch)
+        prefix.last_hidden.sum().backward()
+    assert seen.count == 0

@@ -98,9 +98,11 @@ def grpo_loss(
     exponentiated, and kl_clamp > 0 a token's k3: a token past a bound has no gradient through it. EasyR1 has 20 and 10.
 
     Returns (loss, a scalar; log-prob [T]; metrics), float32 (float64 for float64), all on the device, nothing synchronised. Loss and log-prob are
-    differentiable in hidden and weight, once; in backward, tiles of tokens whose gradient is 0 are not computed again. Metrics are 0-d, over all T
-    tokens whatever their weight: clip_low and clip_high (tokens where a bound stopped the gradient), kl and entropy (sums in nats), ratio_clamped
-    and kl_clamped (tokens past log_ratio_clamp, or past one of the two bounds of k3), ratio_max and ratio_min (both 0 without tokens). ValueError on what does not fit, as in `linear_logprob`.
+    differentiable in hidden and weight, once; in backward, tiles of tokens whose gradient is 0 are not computed again.
+    Metrics are 0-d, over all T tokens whatever their weight: clip_low and clip_high (tokens where a bound stopped the
+    gradient), kl and entropy (sums in nats), ratio_clamped and kl_clamped (tokens past log_ratio_clamp, or past one of
+    the two bounds of k3), ratio_max and ratio_min (both 0 without tokens). ValueError on what does not fit, as in
+    `linear_logprob`.
     """
     check_head(hidden, weight, ids, temperature, softcap, validate)
     vectors = {"advantages": advantages, "old_logprob": old_logprob, "reference_logprob": reference_logprob, "token_weight": token_weight}
