@@ -152,7 +152,7 @@ def cue_source(config: Config) -> CueSource:
     """Where examples come from."""
     if config.data:
         recipe = CueRecipe(mix=config.mix, min_side=config.min_side, padding=config.padding, scale=config.scale)
-        table = read_boxes(Path(config.data), Path(config.images) if config.images else None)
+        table = read_boxes(Path(config.data), Path(config.images) if config.images else None, config.box_format)
         return FileCues(table, recipe, seed=config.seed, held_out=config.eval_cues)
     if config.images:
         raise UserError("--images was given without --data: say where the boxes are, or give the folder of images as --data.")
