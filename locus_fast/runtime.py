@@ -24,7 +24,8 @@ from locus_fast.config import Config
 from locus_fast.cost.flops import group_cost
 from locus_fast.cost.plan import Plan, unplanned
 from locus_fast.cost.shapes import ModelShape
-from locus_fast.cues import CueRecipe, FileCues
+from locus_fast.cues import FileCues
+from locus_fast.cutting import CueRecipe
 from locus_fast.data import read_boxes
 from locus_fast.disk import check_disk
 from locus_fast.errors import UserError
