@@ -14,6 +14,7 @@ from locus_fast.types import CueSource, Example
 
 PICTURES = 8  # held-out examples shown in samples.png
 COLOURS = {"true box": "#00d060", "base": "#ff9500", "trained": "#ff2d78"}
+DASHES = {"true box": "-", "base": (0, (3, 3)), "trained": (3, (3, 3))}  # of equal boxes each shows in the other's gaps
 MARKED = 30  # steps up to which each is marked by a point: a line of one step is nothing
 ZOOMED = 0.15  # of the image's longer side: objects below it are shown enlarged as well
 LINE = 2.4  # points that a box's line is wide, without its casing
@@ -134,8 +135,7 @@ def draw_boxes(axis: Any, boxes: dict[str, list[float]], width: float) -> None:
 
 def line_style(name: str, width: float) -> dict[str, Any]:
     """How a box is drawn, in the picture and in the legend, in a line of `width` points."""
-    dashes = "-" if name == "true box" else "--"
-    return {"color": COLOURS[name], "linewidth": width, "linestyle": dashes, "path_effects": casing(width)}
+    return {"color": COLOURS[name], "linewidth": width, "linestyle": DASHES[name], "path_effects": casing(width)}
 
 
 def casing(width: float) -> list[Any]:
