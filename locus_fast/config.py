@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from locus_kernels.box_reward import REWARD_SHAPES
 from locus_kernels.shared_prefix_attention import BACKENDS
 
+from locus_fast.data.box_format import BOX_FORMAT_HELP, BOX_FORMATS
 from locus_fast.errors import UserError
 from locus_fast.grpo import MEANS
 from locus_fast.optim import OPTIMIZERS, SCHEDULES
@@ -33,6 +34,7 @@ class Config:
     model: str = option("", "folder of the base model in Hugging Face layout; empty: the embedded tiny base")
     data: str = option("", "COCO instances*.json, JSONL of {image, bbox}, or a folder of images; empty: drawn scenes")
     images: str = option("", "folder that the image names in --data are relative to; empty: the data file's folder")
+    box_format: str = option("auto", f"the four numbers of a box in --data; {BOX_FORMAT_HELP}", BOX_FORMATS)
     out: str = option("", "run folder, must not exist; empty: runs/PRESET-DATE-TIME")
     resume: str = option("", "go on with this run folder from its last checkpoint; its settings hold unless given anew")
     seed: int = option(0, "seed of examples, sampling and order")
@@ -153,11 +155,13 @@ def parse(arguments: list[str], prog: str = "python -m locus_fast.train", settin
         if fixed := given.keys() & {"out", "preset", "model", "seed", "prompts", "lora", "lora_alpha", "quantize"}:
             raise UserError(f"--{sorted(fixed)[0]} cannot be changed with --resume: a resumed run goes on as it began.")
         settings = of_run(Path(given["resume"]))
+    if settings and Path(given.get("data", settings.get("data", ""))).absolute() != Path(settings.get("data", "")).absolute():
+        settings = {**settings, "box_format": "auto"}  # how one file's boxes are written says nothing about another's
     preset = given.get("preset") or default_preset(given.get("model", ""))
     if preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}, not '{preset}'.")
     config = check(Config(**{"preset": preset, **(PRESETS[preset] if settings is None else settings), **given}))
-    if not config.data and (unused := sorted(given.keys() & {"mix", "min_side", "padding", "scale"})):
+    if not config.data and (unused := sorted(given.keys() & {"box_format", "mix", "min_side", "padding", "scale"})):
         raise UserError(f"--{unused[0].replace('_', '-')} needs --data: drawn scenes have a recipe of their own.")
     return config
 

@@ -20,11 +20,13 @@ from tqdm import tqdm
 from locus_fast.adapters import add_adapters, base_of, is_adapter_folder, merge_adapters
 from locus_fast.budget import Budget, plan_for
 from locus_fast.checkpoint import is_hub_id, load_source, model_folder, weight_dtype
+from locus_fast.collapse import refuse_collapsed
 from locus_fast.config import Config
 from locus_fast.cost.flops import group_cost
 from locus_fast.cost.plan import Plan, unplanned
 from locus_fast.cost.shapes import ModelShape
-from locus_fast.cues import CueRecipe, FileCues
+from locus_fast.cues import FileCues
+from locus_fast.cutting import CueRecipe
 from locus_fast.data import read_boxes
 from locus_fast.disk import check_disk
 from locus_fast.errors import UserError
@@ -152,7 +154,8 @@ def cue_source(config: Config) -> CueSource:
     """Where examples come from."""
     if config.data:
         recipe = CueRecipe(mix=config.mix, min_side=config.min_side, padding=config.padding, scale=config.scale)
-        table = read_boxes(Path(config.data), Path(config.images) if config.images else None)
+        table = read_boxes(Path(config.data), Path(config.images) if config.images else None, config.box_format)
+        refuse_collapsed(table, recipe)
         return FileCues(table, recipe, seed=config.seed, held_out=config.eval_cues)
     if config.images:
         raise UserError("--images was given without --data: say where the boxes are, or give the folder of images as --data.")

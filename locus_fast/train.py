@@ -40,9 +40,10 @@ from locus_fast.experience import Experience, parts, select
 from locus_fast.grpo import MEANS, grpo_loss
 from locus_fast.optim import PARTS, clip_and_step, make_optimizer, parameter_groups, rate_factor
 from locus_fast.packing import PromptBatch, Replies
+from locus_fast.pictures import draw_curve, draw_samples
 from locus_fast.policy import Prefix, checkpoint_activations, cut, prefill, reply_logprob, trains_vision
 from locus_fast.reference import Reference, make_reference
-from locus_fast.report import Metrics, draw_curve, draw_samples
+from locus_fast.report import Metrics
 from locus_fast.rollout import Sampling
 from locus_fast.runtime import Interrupt, Setup, batches, prefetch, set_up
 from locus_fast.totals import Totals, summarise, why_no_signal

@@ -174,19 +174,6 @@ def test_truncated_image_is_passed_over_and_counted(tmp_path: Path) -> None:
     assert all(same(was, now) for was, now in zip(before, examples, strict=True) if was.source != bad), "the others stay as they were"
 
 
-def test_truncated_held_out_image_is_replaced_by_the_next(tmp_path: Path) -> None:
-    path = dataset(tmp_path, [[TINY, SMALL]] * 10)
-    held = all_held_out(cues(path))
-    first, second = dict.fromkeys(example.source for example in held)
-    truncate(tmp_path / first)
-    replaced = all_held_out(cues(path))
-    assert {example.source for example in replaced} == {second}
-    assert [len(example.skipped) for example in replaced] == [int(example.source == first) for example in held]
-    truncate(tmp_path / second)
-    with pytest.raises(UserError, match=f"instances.json: 2 tries in a row gave no usable image, the last: image .*{second}"):
-        cues(path).held_out(0)
-
-
 def test_fifty_failures_in_a_row_are_the_end(tmp_path: Path) -> None:
     path = dataset(tmp_path, [[TINY]] * 5)
     source = cues(path)
