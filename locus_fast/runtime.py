@@ -97,6 +97,7 @@ def set_up(config: Config, out: Path | None = None) -> Setup:
         cue_pixels=config.cue_pixels,
         answer_prefix=config.answer_prefix,
     )
+    prompter.check_question(config.question)
     plan = unplanned(config.tokens, config.checkpointing) if out is None else plan_run(config, source, device, out)
     model = open_model(config, source, device)
     table = build_token_table(source.tokenizer, model.lm_head.weight.shape[0]).to(device)
