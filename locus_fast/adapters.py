@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from locus_fast.errors import UserError
-from locus_fast.quantize import PROJECTIONS, language_linears, optional, weight_of
+from locus_fast.files import save_tensors
+from locus_fast.libraries import optional
+from locus_fast.quantize import PROJECTIONS, language_linears, weight_of
 
 NAME = "default"  # peft's, of the one adapter
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -104,7 +106,7 @@ def write_adapters(model: Any, base: str, folder: Path) -> None:
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(str(folder))
     tensors = {name: p.detach().to("cpu").contiguous() for name, p in adapter_tensors(model).items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 @torch.no_grad()

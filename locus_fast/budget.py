@@ -7,22 +7,24 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from locus_fast.config import Config
 from locus_fast.cost.plan import AUTO_CHECKPOINTING, TEXT_TOKENS, Plan, plan, unplanned
-from locus_fast.cost.shapes import ModelShape, Trained, group_of
+from locus_fast.cost.shapes import Group, ModelShape, Trained, group_of
 from locus_fast.cost.traffic import STATE_BYTES
 from locus_fast.errors import UserError
-from locus_fast.fused import can_fuse
 from locus_fast.optim import default_optimizer
-from locus_fast.rollout import Decoder
+
+if TYPE_CHECKING:
+    from locus_fast.rollout import Decoder  # with transformers, which the cost command does without
 
 T = TypeVar("T")
 NO_ROOM = "hold the reference in fewer bytes (--reference nf4 or host), take --optimizer adamw8bit, or train less (--rates, --lora)"
+LARGER = "take a larger device, a smaller --model, fewer --replies or smaller --image-pixels"
 RANK = 16  # of the adapters that are proposed where nothing else fits
 SHORTEST = 40  # tokens that a proposal leaves a reply: a box, said without thinking
 
@@ -57,10 +59,31 @@ def plan_for(config: Config, shape: ModelShape, kind: torch.dtype, device: torch
         raise UserError(f"{error}; {remedy(config, shape, kind, memory)}.") from None
 
 
-def planned(config: Config, shape: ModelShape, kind: torch.dtype, memory: int) -> Plan:
-    """The plan of a run of a model of this shape and type of weights in so many bytes."""
+def check_rank(config: Config, shape: ModelShape) -> None:
+    """Raises UserError for adapters that are wider than the model: they would hold no more than the weights do."""
+    if config.lora > (width := shape.text.hidden):
+        raise UserError(f"--lora {config.lora}: the language model is {width:,} wide; give a rank of at most that, such as {RANK}.")
+
+
+def planned(config: Config, shape: ModelShape, kind: torch.dtype, memory: int, fused: bool | None = None) -> Plan:
+    """The plan of a run of a model of this shape and type of weights in so many bytes. fused: with liger-kernel's
+    operators; None: as a CUDA device has them here."""
+    return plan(
+        shape,
+        extremes(config, shape),
+        memory_bytes=memory,
+        prompts=config.prompts,
+        tokens=config.tokens,
+        checkpointing=config.checkpointing,
+        rollout_tokens=config.rollout_tokens,
+        **ways_of(config, kind, fused),
+    )
+
+
+def extremes(config: Config, shape: ModelShape) -> list[Group]:
+    """The largest and the smallest prompt of a run, with the longest replies."""
     pixels = config.image_pixels, config.cue_pixels
-    groups = [
+    return [
         group_of(
             shape,
             [(round(math.sqrt(bounds[end])),) * 2 for bounds in pixels],
@@ -71,41 +94,42 @@ def planned(config: Config, shape: ModelShape, kind: torch.dtype, memory: int) -
         )
         for end in (1, 0)
     ]
+
+
+def ways_of(config: Config, kind: torch.dtype, fused: bool | None = None) -> dict[str, Any]:
+    """What a run's settings are to `peak_memory`. fused: as in `planned`."""
+    if fused is None:
+        from locus_fast.fused import can_fuse  # with transformers
+
+        fused = can_fuse(torch.device("cuda"))
     moved = torch.float32 if config.lora else kind  # the type of what is trained
-    return plan(
-        shape,
-        groups,
-        memory_bytes=memory,
-        prompts=config.prompts,
-        tokens=config.tokens,
-        checkpointing=config.checkpointing,
-        rollout_tokens=config.rollout_tokens,
-        reference="none" if config.kl == 0 else "copy" if config.reference == "auto" else config.reference,
-        trained=trained_by(config),
-        quantised=config.quantize != "off",
-        max_tokens=config.max_tokens,
-        fused=can_fuse(torch.device("cuda")),
-        weight_bytes=kind.itemsize,
-        gradient_bytes=moved.itemsize,
-        state_bytes=state_bytes(config, moved),
-        width=kind.itemsize,
-    )
+    return {
+        "reference": "none" if config.kl == 0 else "copy" if config.reference == "auto" else config.reference,
+        "trained": trained_by(config),
+        "quantised": config.quantize != "off",
+        "max_tokens": config.max_tokens,
+        "fused": fused,
+        "weight_bytes": kind.itemsize,
+        "gradient_bytes": moved.itemsize,
+        "state_bytes": state_bytes(config, moved),
+        "width": kind.itemsize,
+    }
 
 
-def remedy(config: Config, shape: ModelShape, kind: torch.dtype, memory: int) -> str:
-    """Words that name the largest setting that fits, where a run as asked for does not."""
+def remedy(config: Config, shape: ModelShape, kind: torch.dtype, memory: int, fused: bool | None = None) -> str:
+    """Words that name the largest setting that fits, where a run as asked for does not. fused: as in `planned`."""
     for words, changed in remedies(config):
         low, high = 0, changed.max_tokens + 1
         while high - low > 1:  # replies may be `low` tokens long, and not `high`
             middle = changed.max_tokens if high > changed.max_tokens else (low + high) // 2
             try:
-                planned(replace(changed, max_tokens=middle), shape, kind, memory)
+                planned(replace(changed, max_tokens=middle), shape, kind, memory, fused)
                 low = middle
             except UserError:
                 high = middle
         if low >= min(SHORTEST, config.max_tokens):
             return f"this fits: {' '.join([*words, *([f'--max-tokens {low}'] if low < config.max_tokens else [])])}"
-    return "take a larger device, a smaller --model, fewer --replies or smaller --image-pixels"
+    return LARGER
 
 
 def remedies(config: Config) -> Iterator[tuple[list[str], Config]]:

@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 from locus_fast.adapters import has_adapters, is_adapter_folder, load_adapters, write_adapters
 from locus_fast.errors import UserError, reason
 from locus_fast.families import family_of
+from locus_fast.files import refuse_endless, refuse_endless_in, save_tensors
 from locus_fast.optim import load_state_tensors, state_tensors
 from locus_fast.policy import use_attention
+from locus_fast.runs import refuse_run
 from locus_fast.shards import load_weights, stored_dtype, write_model
 from locus_fast.source import Source, check_config, read_source
 
@@ -31,15 +33,21 @@ SMALL_FILES = ["*.json", "*.txt", "*.jinja"]  # of a model on the hub: all but i
 
 def is_hub_id(name: str) -> bool:
     """Whether a model's name is no folder but has the form of a hub id."""
-    return bool(name) and not Path(name).is_dir() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return bool(name) and not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model: the embedded base for an empty name, a path, or the local copy of a hub id (fetched if it is not there)."""
+    """The folder of a model: the embedded base for an empty name, a path, or the local copy of a hub id (fetched if it
+    is not there). Raises UserError for what is no folder of a model, a run folder among them."""
+    refuse_endless(Path(name), "--model")
     if not is_hub_id(name):
         folder = Path(name) if name else TINY_BASE
+        if folder.is_file():
+            raise UserError(f"--model {name} is a file: give the folder of a model in Hugging Face layout.")
         if not folder.is_dir():
             raise UserError(f"--model {name}: there is no such folder; give that of a model in Hugging Face layout, or a hub id.")
+        refuse_run(folder)
+        refuse_endless_in(folder)
         return folder
     from huggingface_hub import snapshot_download
 
@@ -131,7 +139,7 @@ def save_checkpoint(run: Path, model: Any, source: Path, optimizer: torch.optim.
         else:
             write_model(model, source, partial, model.dtype)
         (partial / "optimizer").mkdir()
-        save_file(state_tensors(optimizer), partial / "optimizer" / "state.safetensors")
+        save_tensors(state_tensors(optimizer), partial / "optimizer" / "state.safetensors")
         (partial / "optimizer" / "step.json").write_text(json.dumps({"step": step}))
 
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from locus_kernels.box_reward import REWARD_SHAPES
 from locus_kernels.shared_prefix_attention import BACKENDS
 
 from locus_fast.data.box_format import BOX_FORMAT_HELP, BOX_FORMATS
-from locus_fast.errors import UserError
+from locus_fast.errors import UserError, short
+from locus_fast.files import read_object, refuse_endless, refuse_endless_in
 from locus_fast.grpo import MEANS
+from locus_fast.images import MAX_PIXELS
 from locus_fast.optim import OPTIMIZERS, SCHEDULES
+from locus_fast.options import Parser, add_options, described, fits, given, option_of
 from locus_fast.prompts import QUESTIONS
 from locus_fast.reference import REFERENCES
+from locus_fast.runs import run_around
+
+DESCRIPTION = "Teach a vision-language model to find small things: cue search with GRPO."
 
 
 def option(default: Any, help: str, choices: typing.Iterable[str] = ()) -> Any:
@@ -118,134 +123,172 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mimo-vl-7b": {"model": "XiaomiMiMo/MiMo-VL-7B-RL"},
 }
 
-# What a value must satisfy: a test and the words that complete "--name must be ...".
-RULES: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
-    **{name: (lambda v: v >= 1, "at least 1") for name in ("steps", "prompts", "max_tokens", "updates", "min_side", "workers", "eval_cues")},
-    **{
-        name: (lambda v: v >= 0, "0 or more")
-        for name in ("kl", "weight_decay", "clip_low", "clip_high", "save_every", "tokens", "rollout_tokens", "lora", "log_ratio_clamp", "kl_clamp")
-    },
-    **{name: (lambda v: v > 0, "above 0") for name in ("lr", "grad_clip", "temperature", "lora_alpha")},
-    **{name: (lambda v: 0 <= v <= 1, "between 0 and 1") for name in ("format_weight", "warmup")},
-    **{name: (lambda v: 0 < v[0] <= v[1], "two values, above 0 and the smaller first") for name in ("scale", "image_pixels", "cue_pixels")},
-    "checkpointing": (lambda v: v >= -1, "-1, 0 or more"),
+Rule = tuple[typing.Callable[[Any], bool], str]
+
+
+def between(least: int | float, most: int | float, why: str, words: str = "") -> Rule:
+    """The rule that holds from `least` to `most`. words: of the lower end, where it is not "at least"."""
+    return lambda v: least <= v <= most, f"{words or f'at least {least:,}'} and at most {most:,}, {why}"
+
+
+def pixels(v: tuple[int, int]) -> bool:
+    return 0 < v[0] <= v[1] <= MAX_PIXELS
+
+
+HOST = "as a step holds all of them in the host's memory"
+CHECKPOINTS = "as a checkpoint is named by six digits"
+BUDGET = between(0, 2**31 - 1, "as packed rows are counted in 32 bits", "0 or more")
+PIXELS = (pixels, f"two values, above 0, the smaller first and at most {MAX_PIXELS:,}, the largest image that is read")
+RULES: dict[str, Rule] = {  # what a value must satisfy: a test, and the words that complete "--name must be ..."
+    "steps": between(1, 999_999, CHECKPOINTS),
+    "save_every": between(0, 999_999, CHECKPOINTS, "0 or more"),
+    "prompts": between(1, 65_536, HOST),
+    "replies": between(2, 512, "as an advantage compares the replies of a group, which one block of the GPU ranks"),
+    "max_tokens": between(1, 65_536, "as the decoder has room for the longest reply from the start"),
+    "updates": between(1, 1_000, "as each goes over all of a step's rollouts"),
+    "eval_cues": between(1, 1_000_000, "as all of them are answered before and after"),
+    "workers": between(1, 256, "as each is a thread"),
+    "min_side": between(1, math.isqrt(MAX_PIXELS), "as no image that is read has a longer short side"),
+    "tokens": BUDGET,
+    "rollout_tokens": BUDGET,
+    "lora": between(0, 65_536, "and no more than the model is wide", "0 or more"),
+    "checkpointing": between(-1, 1_000, "as no model has more layers", "-1, 0 or more"),
     "seed": (lambda v: 0 <= v < 2**63, "0 or more and below 2**63"),
-    "padding": (lambda v: 0 <= v[0] <= v[1], "two values, 0 or more and the smaller first"),
-    "rates": (lambda v: min(v) >= 0 and max(v) > 0, "three shares of 0 or more that are not all 0"),
+    "image_pixels": PIXELS,
+    "cue_pixels": PIXELS,
+    **{name: (lambda v: v >= 0, "0 or more") for name in ("clip_low", "clip_high", "log_ratio_clamp", "kl_clamp")},
+    **{name: (lambda v: v > 0, "above 0") for name in ("lr", "grad_clip")},
+    **{name: (lambda v: 0 <= v <= 1, "between 0 and 1") for name in ("format_weight", "warmup")},
+    "kl": between(0, 1_000, "as its gradient drowns every reward before", "0 or more"),
+    "weight_decay": between(0, 1_000, "as --lr times it is taken from each weight", "0 or more"),
+    "lora_alpha": (lambda v: 0 < v <= 1e6, "above 0 and at most 1,000,000"),
+    "temperature": (lambda v: 0.01 <= v <= 100, "above 0, from 0.01 to 100, as float32 logits are divided by it"),
+    "scale": (lambda v: 0 < v[0] <= v[1] <= 16, "two values, above 0, the smaller first and at most 16, as the cue grows to so many times its side"),
+    "padding": (lambda v: 0 <= v[0] <= v[1] <= 100, "two values, 0 or more, the smaller first and at most 100, beyond which there is no ground"),
+    "rates": (lambda v: min(v) >= 0 and 0 < max(v) <= 1_000, "three shares of 0 or more that are not all 0, and at most 1,000"),
     "mix": (lambda v: min(v) >= 0 and sum(v) > 0, "three shares of 0 or more that are not all 0"),
-    "replies": (lambda v: v >= 2, "at least 2: an advantage compares the replies of a group"),
     "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "device": (lambda v: v in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. Run with --help for the options.")
+ASKED = (  # what has a meaning where nothing is trained and replies are greedy
+    *("preset", "model", "data", "images", "box_format", "seed", "question", "mix", "min_side", "padding", "scale"),
+    *("image_pixels", "cue_pixels", "max_tokens", "answer_prefix", "dtype", "attention", "tokens", "device", "workers"),
+    "eval_cues",
+)
+FIXED = ("out", "preset", "model", "seed", "prompts", "lora", "lora_alpha", "quantize")  # what a resumed run keeps
+CHOSEN = ("preset", "out", "resume")  # what is empty is as if it were not given
+OF_DATA = ("images", "box_format")  # what was said of a run's data, and does not hold for other data
+PATHS = ("model", "data", "images", "out")
 
 
-def parse(arguments: list[str], prog: str = "python -m locus_fast.train", settings: dict[str, Any] | None = None) -> Config:
-    """The configuration of a command line, over a preset, or over `settings`. Raises UserError for an unknown option or a value that cannot be."""
-    parser = _Parser(prog=prog, description="Teach a vision-language model to find small things: cue search with GRPO.", allow_abbrev=False)
-    hints = typing.get_type_hints(Config)
-    for f in dataclasses.fields(Config):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", **_argument(f, hints[f.name]))
-    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(arguments)).items()}
-    if given.get("resume"):
-        if fixed := given.keys() & {"out", "preset", "model", "seed", "prompts", "lora", "lora_alpha", "quantize"}:
-            raise UserError(f"--{sorted(fixed)[0]} cannot be changed with --resume: a resumed run goes on as it began.")
-        settings = of_run(Path(given["resume"]))
-    if settings and Path(given.get("data", settings.get("data", ""))).absolute() != Path(settings.get("data", "")).absolute():
-        settings = {**settings, "box_format": "auto"}  # how one file's boxes are written says nothing about another's
-    preset = given.get("preset") or default_preset(given.get("model", ""))
-    if preset not in PRESETS:
-        raise UserError(f"--preset must be one of {', '.join(PRESETS)}, not '{preset}'.")
-    config = check(Config(**{"preset": preset, **(PRESETS[preset] if settings is None else settings), **given}))
-    if not config.data and (unused := sorted(given.keys() & {"box_format", "mix", "min_side", "padding", "scale"})):
-        raise UserError(f"--{unused[0].replace('_', '-')} needs --data: drawn scenes have a recipe of their own.")
+def parse(arguments: list[str], prog: str = "python -m locus_fast.train") -> Config:
+    """The configuration of a training run's command line. Raises UserError for an unknown option or a value that cannot
+    be, or that a resumed run does not take."""
+    parser = Parser(prog=prog, description=DESCRIPTION, allow_abbrev=False)
+    add_options(parser, Config, shown)
+    words = given(parser, arguments)
+    if not words.get("resume"):
+        return resolve(words)
+    refuse_endless(Path(words["resume"]), "--resume")
+    refuse_endless_in(Path(words["resume"]), deep=True)
+    settings = of_run(Path(words["resume"]))
+    for name in FIXED:
+        if name in words and (words[name] or name not in CHOSEN) and not _same(name, words[name], settings.get(name)):
+            raise UserError(f"{option_of(name)} cannot be changed with --resume: a resumed run goes on as it began.")
+    return resolve(words, settings)
+
+
+def resolve(words: dict[str, Any], settings: dict[str, Any] | None = None) -> Config:
+    """The configuration of what was given, over the settings of a run or else over a preset. Raises UserError for a
+    value that cannot be."""
+    words = {name: value for name, value in words.items() if value or name not in CHOSEN}
+    if settings is None:
+        preset = words.get("preset") or default_preset(words.get("model", ""))
+        if preset not in PRESETS:
+            raise UserError(f"--preset must be one of {', '.join(PRESETS)}, not '{short(preset)}'.")
+        settings = {"preset": preset, **PRESETS[preset]}
+    elif "data" in words and not _same("data", words["data"], settings.get("data")):
+        settings = {name: value for name, value in settings.items() if name not in OF_DATA}
+    everything = {**settings, **words}
+    config = check(Config(**{"preset": default_preset(str(everything.get("model", ""))), **everything}))
+    if not config.data and (unused := sorted(words.keys() & {"box_format", "mix", "min_side", "padding", "scale"})):
+        raise UserError(f"{option_of(unused[0])} needs --data: drawn scenes have a recipe of their own.")
     return config
 
 
-def default_preset(model: str) -> str:
-    """The preset of a model that is named without one."""
-    if not model:
-        return "tiny"
-    try:
-        return "tiny" if "coordinate_extent" in json.loads((Path(model) / "config.json").read_text()) else "paper"
-    except (OSError, ValueError, TypeError):  # a hub id, or a folder that loading will complain about
-        return "paper"
+def _same(name: str, asked: Any, kept: Any) -> bool:
+    """Whether a value that is given for a setting is the one that the run has."""
+    kept = Config.__dataclass_fields__[name].default if kept is None else kept
+    paths = name in PATHS and asked and kept and isinstance(kept, str)
+    return bool(asked == kept or (paths and Path(asked).resolve() == Path(kept).resolve()))
 
 
-def of_run(folder: Path) -> dict[str, Any]:
-    """The settings of a run folder."""
-    try:
-        settings = dict(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read as the settings of a run ({error}).") from None
-    if unknown := settings.keys() - Config.__dataclass_fields__.keys():
-        raise UserError(f"{folder / 'config.json'} has settings that this version does not know: {', '.join(sorted(unknown))}.")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-
-
-def _argument(f: dataclasses.Field, hint: Any) -> dict[str, Any]:
-    """argparse keywords of a field."""
-    settings: dict[str, Any] = {"help": f"{f.metadata['help']} (default: {_shown(f)})", "default": argparse.SUPPRESS}
-    parts = typing.get_args(hint)
-    kind = parts[0] if parts else hint
-    settings["type"] = _boolean if kind is bool else kind
-    settings["metavar"] = kind.__name__.upper() if kind is not str else f.name.upper()
-    if parts:
-        settings["nargs"] = len(parts)
-    if f.metadata["choices"]:
-        settings |= {"choices": f.metadata["choices"], "metavar": None}
+def stored(config: Config) -> dict[str, Any]:
+    """The settings as a run folder keeps them: with whole paths, so that they hold in every working folder."""
+    settings = dataclasses.asdict(dataclasses.replace(config, resume=""))
+    for name in PATHS:
+        is_hub_id = name == "model" and not Path(settings[name]).is_dir()
+        if settings[name] and not is_hub_id:
+            path = Path(settings[name])
+            settings[name] = str(path.resolve() if ".." in path.parts else path.absolute())
     return settings
 
 
-def _shown(f: dataclasses.Field) -> str:
-    """The default, and the tiny preset's where it differs; argparse reads % as a format."""
+def default_preset(model: str) -> str:
+    """The preset of a model that is named without one; a hub id, or a folder that loading will complain about, has
+    the paper's."""
+    return "tiny" if not model or "coordinate_extent" in read_object(Path(model) / "config.json") else "paper"
+
+
+def of_run(folder: Path) -> dict[str, Any]:
+    """The settings of a run folder. Raises UserError if it is none, or has settings of another version."""
+    file = folder / "config.json"
+    if (run := run_around(folder)) and run != folder.resolve():
+        raise UserError(f"--resume {folder} lies in a run folder: give the run folder itself, --resume {run}.")
+    try:
+        settings = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read as the settings of a run ({error}).") from None
+    if "model_type" in settings:
+        raise UserError(f"{folder} holds a model and no run: give it as --model, and a run folder with --resume.")
+    if unknown := settings.keys() - Config.__dataclass_fields__.keys():
+        raise UserError(f"{file} has settings that this version does not know: {', '.join(sorted(unknown))}.")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
+def shown(f: dataclasses.Field) -> str:
+    """The default, and the tiny preset's where it differs."""
     text = str(f.default if f.default != "" else "empty")
-    if f.name in PRESETS["tiny"]:
-        text += f"; tiny: {PRESETS['tiny'][f.name]}"
-    return text.replace("%", "%%")
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() in ("true", "yes", "1"):
-        return True
-    if text.lower() in ("false", "no", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected true or false, got '{text}'")
+    return f"{text}; tiny: {PRESETS['tiny'][f.name]}" if f.name in PRESETS["tiny"] else text
 
 
 def check(config: Config) -> Config:
-    """The configuration itself, if every value can be."""
-    hints = typing.get_type_hints(Config)
+    """The configuration itself, if every value can be, and with the others."""
     for f in dataclasses.fields(Config):
-        value, option_name = getattr(config, f.name), f"--{f.name.replace('_', '-')}"
-        if not _fits(value, hints[f.name]):
-            raise UserError(f"{option_name} cannot be {value!r}: it takes {_described(hints[f.name])}.")
-        if f.metadata["choices"] and value not in f.metadata["choices"]:
-            raise UserError(f"{option_name} must be one of {', '.join(f.metadata['choices'])}, not {value!r}.")
-        holds, words = RULES.get(f.name, (lambda _: True, ""))
-        if not holds(value):
-            raise UserError(f"{option_name} must be {words}; {value} was given.")
+        check_value(f.name, getattr(config, f.name))
+    return check_together(config)
+
+
+def check_value(field: str, value: Any) -> None:
+    """Raises UserError unless a field may have this value."""
+    f, name, hint = Config.__dataclass_fields__[field], option_of(field), typing.get_type_hints(Config)[field]
+    if not fits(value, hint):
+        raise UserError(f"{name} cannot be {short(repr(value))}: it takes {described(hint)}.")
+    if f.metadata["choices"] and value not in f.metadata["choices"]:
+        raise UserError(f"{name} must be one of {', '.join(f.metadata['choices'])}, not {short(repr(value))}.")
+    holds, words = RULES.get(field, (lambda _: True, ""))
+    if not holds(value):
+        raise UserError(f"{name} must be {words}; {short(value)} was given.")
+    if field in PATHS and value:
+        refuse_endless(Path(value), name)
+
+
+def check_together(config: Config) -> Config:
+    """The configuration itself, if its values go together."""
     if not config.lora and (needy := [name for name in ("quantize", "export") if getattr(config, name) != Config.__dataclass_fields__[name].default]):
         raise UserError(f"--{needy[0]} {getattr(config, needy[0])} needs --lora: give the rank of the adapters, such as 16.")
     if config.lora and config.reference != "auto":
         raise UserError(f"--reference {config.reference}: with --lora the reference is the policy without its adapters, at no cost; leave it away.")
     return config
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's type; numbers must be finite."""
-    if parts := typing.get_args(hint):
-        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, hint) and isinstance(value, bool) == (hint is bool)
-
-
-def _described(hint: Any) -> str:
-    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
-    parts = typing.get_args(hint)
-    return f"{len(parts)} values, each {words[parts[0]]}" if parts else words[hint]

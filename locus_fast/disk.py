@@ -24,8 +24,7 @@ def check_disk(config: Config, source: Source, kind: torch.dtype, out: Path) -> 
     """
     shape = ModelShape.of(source.config)
     each = 0 if config.lora else shape.parameters * kind.itemsize + trained_by(config).parameters(shape) * state_bytes(config, kind)
-    due = {config.steps, *(range(config.save_every, config.steps, config.save_every) if config.save_every else ())}
-    count = sum(not (out / "checkpoints" / f"step-{step:06d}").exists() for step in due)
+    count = checkpoints_due(config, out)
     final = sum(file.stat().st_size for file in weight_files(source.folder)) if config.export == "merged" else 0
     free = shutil.disk_usage(out).free
     if final + count * each > free:
@@ -35,3 +34,12 @@ def check_disk(config: Config, source: Source, kind: torch.dtype, out: Path) -> 
             f"{out}: the run writes {(final + count * each) / GIB:.2f} GiB ({parts}), and its disk has {free / GIB:.2f} GiB free: "
             f"make room, name another disk with --out{fewer}."
         )
+
+
+def checkpoints_due(config: Config, out: Path) -> int:
+    """How many checkpoints the run is still to write: one each `save_every` steps and one at the end, less those that
+    lie there."""
+    every, last = config.save_every, config.steps
+    there = [int(folder.name[5:]) for folder in (out / "checkpoints").glob("step-" + "[0-9]" * 6)]
+    done = [step for step in there if step == last or (every and 0 < step < last and step % every == 0)]
+    return 1 + ((last - 1) // every if every else 0) - len(done)

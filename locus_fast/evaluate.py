@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -9,19 +10,21 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from locus_kernels.box_reward import iou, read_boxes
 from tqdm import tqdm
 
-from locus_fast.config import of_run, parse
+from locus_fast.config import ASKED, Config, of_run, resolve, shown
 from locus_fast.errors import UserError
+from locus_fast.options import Parser, add_options, given, option_of
 from locus_fast.policy import prefill
 from locus_fast.rollout import Sampling
+from locus_fast.runs import refuse_run, run_around
 from locus_fast.runtime import Interrupt, Setup, batches, prefetch, set_up
 from locus_fast.types import Prompt
 
+DESCRIPTION = "Ask a model for held-out cues, greedily: a table, and one line of JSON."
 SIZES = ("tiny", "small", "large")
 BATCHES_AHEAD = 64  # prompts packed at a time
 
@@ -104,24 +107,43 @@ def table_of(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def settings_of(model: str) -> dict[str, Any] | None:
-    """How a run asked, for the `final` folder of a run: question, sizes, data; nothing for another model."""
-    folder = Path(model)
-    if folder.name != "final" or not (folder.parent / "metrics.jsonl").is_file():
-        return None
-    done = ("model", "out", "resume", "lora", "quantize", "export")  # what there is of these is in the folder
-    return {name: value for name, value in of_run(folder.parent).items() if name not in done}
+def parse(arguments: list[str]) -> tuple[Config, Path | None]:
+    """(the configuration, the run folder whose settings it has) of a command line: that of the model's own run if it
+    lies in one, with what is given besides. Raises UserError as `config.parse` does, and for an option that has no
+    meaning here."""
+    parser = Parser(prog="python -m locus_fast.evaluate", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("folder", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help="the same as --model")
+    unused = Config.__dataclass_fields__.keys() - set(ASKED)
+    add_options(parser, Config, shown, hidden=unused)
+    words = given(parser, arguments)
+    folder = words.pop("folder", None)
+    if folder is not None and words.setdefault("model", folder) != folder:
+        raise UserError(f"two models are named, {folder} and --model {words['model']}: give one.")
+    if named := [name for name in words if name in unused]:
+        raise UserError(f"{option_of(named[0])} has no meaning here, where nothing is trained and replies are greedy: leave it away.")
+    model = Path(words.get("model", ""))
+    run = run_around(model) if words.get("model") and model.is_dir() else None
+    if run is None:
+        return resolve(words), None
+    refuse_run(model)
+    return resolve(words, {name: value for name, value in of_run(run).items() if name in ASKED}), run
+
+
+def asked(config: Config, run: Path | None) -> str:
+    """What is asked of which model, in one line."""
+    cues = f"up to {config.eval_cues:,} held-out cues of {config.data or 'drawn scenes'}"
+    whose = f"as in the run {run}" if run else f"preset {config.preset}"
+    return f"asking {config.model or 'the embedded tiny base'}: {cues}, question {config.question}, {whose}"
 
 
 def main(arguments: list[str]) -> int:
     """The command: a table on standard error, the summary as one JSON line on standard output."""
     try:
-        if arguments and not arguments[0].startswith("-"):
-            arguments = ["--model", *arguments]
-        settings = settings_of(arguments[1]) if arguments[:1] == ["--model"] and len(arguments) > 1 else None
+        config, run = parse(arguments)
         with Interrupt() as interrupt:
-            setup = set_up(parse(arguments, "python -m locus_fast.evaluate MODEL", settings))
-            print(f"{setup.cues.describe()}; asked as in the run" if settings else setup.cues.describe(), file=sys.stderr)
+            print(asked(config, run), file=sys.stderr)
+            setup = set_up(config)
+            print(setup.cues.describe(), file=sys.stderr)
             result = evaluate(setup, "evaluate", lambda: interrupt.requested)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

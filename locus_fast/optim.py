@@ -9,8 +9,6 @@ Every optimizer makes its whole state when it is made: a run that does not fit s
 
 from __future__ import annotations
 
-import importlib
-import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -21,10 +19,12 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from locus_fast.errors import UserError
+from locus_fast.libraries import optional
 
 PARTS = ("vision", "projector", "language")
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("auto", "adamw", "adamw8bit", "adamw-master", "bnb-adamw8bit", "bnb-paged-adamw8bit")
+INSTALL = "'locus-fast[optim]'"  # what has the libraries of the last three
 
 
 def part_of(name: str) -> str:
@@ -158,7 +158,7 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], weight_decay: float)
     if low and name not in ("adamw8bit", "adamw-master"):
         raise UserError(f"--optimizer {name} rounds small steps of bfloat16 weights away: use adamw8bit or adamw-master, or float32 weights.")
     if name.startswith("bnb-"):
-        library = _library("bitsandbytes", name)
+        library = optional("bitsandbytes.optim", f"--optimizer {name}", INSTALL)
         make = library.PagedAdamW8bit if "paged" in name else library.AdamW8bit
         optimizer = make([{**group, "lr": float(group["rate"])} for group in groups], weight_decay=weight_decay)
     else:
@@ -172,17 +172,6 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], weight_decay: float)
             optimizer = AdamW8bit(groups, weight_decay)
     make_state(optimizer)
     return optimizer
-
-
-def _library(name: str, optimizer: str) -> Any:
-    """The module `optim` of a library, imported without its remarks on native parts that are not used here."""
-    logging.disable(logging.WARNING)
-    try:
-        return importlib.import_module(f"{name}.optim")
-    except ImportError:
-        raise UserError(f"--optimizer {optimizer} needs {name}, which is not installed: pip install 'locus-fast[optim]'.") from None
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 @torch.no_grad()

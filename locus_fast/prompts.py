@@ -69,11 +69,25 @@ class Prompter:
         self.pixels = (image_pixels, cue_pixels)
         self.placeholder: int = getattr(config, self.family.placeholder)
         self.pieces = question_pieces(tokenizer, question, self.frame, self.placeholder)
-        opened = tokenizer.decode(self.pieces[2]).rstrip().endswith(self.family.thinking)  # a thinking model's template may begin the reply itself
-        self.opening: list[int] = tokenizer.encode(self.family.thinking, add_special_tokens=False) if opened else []
-        given = tokenizer.encode(answer_prefix, add_special_tokens=False)
-        self.pieces = (*self.pieces[:2], [*self.pieces[2], *given])
-        self.opening += given
+        start, end = self.family.thinking, self.family.thinking.replace("<", "</")
+        opened = tokenizer.decode(self.pieces[2]).rstrip().endswith(start)  # a thinking model's template may begin the reply itself
+        self.is_thinking = opened and end not in answer_prefix  # what a reply says at first is no answer yet
+        said = [start, answer_prefix] if opened else [answer_prefix]
+        if question == "direct" and opened and not self.is_thinking:
+            said = [answer_prefix.partition(end)[2]]  # the reply to such a question begins where the thinking has ended
+        self.opening: list[int] = [id for text in said for id in tokenizer.encode(text, add_special_tokens=False)]
+        self.pieces = (*self.pieces[:2], [*self.pieces[2], *tokenizer.encode(answer_prefix, add_special_tokens=False)])
+
+    def check_question(self, question: str) -> None:
+        """Raises UserError for a question whose answer is read from the first word on, if the prompt has begun a
+        thinking: a box said in it would count, and the format could never be earned."""
+        start = self.family.thinking
+        if question == "direct" and self.is_thinking:
+            raise UserError(
+                f"--question direct: the model's chat template begins every reply with {start}, where a box is no answer "
+                f"yet; ask with --question think, or end the thinking at once with --answer-prefix "
+                f"'{start.replace('<', '</')}'."
+            )
 
     def __call__(self, example: Example) -> Prompt:
         """The prompt of an example; for a loader's thread, as resizing releases the GIL. Its pixels stay bytes, an eighth of their patches."""

@@ -7,29 +7,16 @@ bitsandbytes' own layer they pass through float16. Embeddings, head, norms and v
 
 from __future__ import annotations
 
-import importlib
-import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from locus_fast.errors import UserError
+from locus_fast.libraries import optional
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 KINDS = ("nf4", "int8")
-
-
-def optional(name: str, option: str) -> Any:
-    """A library of the extra `lora`, imported without its remarks on parts that are not used; UserError if it is missing."""
-    logging.disable(logging.WARNING)
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"{option} needs {name}, which is missing or too old: pip install -U 'locus-fast[lora]'.") from None
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def language_linears(model: Any) -> Iterator[tuple[Any, str, torch.nn.Linear]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from locus_fast.adapters import add_adapters, base_of, is_adapter_folder, merge_adapters
-from locus_fast.budget import Budget, plan_for
+from locus_fast.budget import Budget, check_rank, plan_for
 from locus_fast.checkpoint import is_hub_id, load_source, model_folder, weight_dtype
 from locus_fast.collapse import refuse_collapsed
 from locus_fast.config import Config
@@ -66,7 +66,8 @@ class Setup:
         return {"which": WHICH_BOX[self.config.question], "grammar": GRAMMAR[self.config.question]}
 
     def whole(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """(ids int64 [R, L'], lengths int64 [R]) of the replies with what the chat template wrote of them: a thinking model's `<think>`."""
+        """(ids int64 [R, L'], lengths int64 [R]) of the replies with what the prompt wrote of them that is read: a
+        thinking model's `<think>`, unless it is asked without, and the answer's prefix."""
         opening = send(torch.tensor(self.prompter.opening, dtype=torch.int64), rollout.ids.device)
         return torch.cat([opening.expand(len(rollout.ids), -1), rollout.ids], 1), rollout.lengths + len(opening)
 
@@ -98,6 +99,7 @@ def set_up(config: Config, out: Path | None = None) -> Setup:
         cue_pixels=config.cue_pixels,
         answer_prefix=config.answer_prefix,
     )
+    prompter.check_question(config.question)
     plan = unplanned(config.tokens, config.checkpointing) if out is None else plan_run(config, source, device, out)
     model = open_model(config, source, device)
     table = build_token_table(source.tokenizer, model.lm_head.weight.shape[0]).to(device)
@@ -122,8 +124,10 @@ def plan_run(config: Config, source: Source, device: torch.device, out: Path) ->
     if kind not in DTYPES.values():
         stored = str(kind).removeprefix("torch.")
         raise UserError(f"{source.folder}: its weights are {stored}, in which small updates are lost: give --dtype bfloat16 or --dtype float32.")
+    shape = ModelShape.of(source.config)
+    check_rank(config, shape)
     check_disk(config, source, kind, out)
-    return plan_for(config, ModelShape.of(source.config), kind, device)
+    return plan_for(config, shape, kind, device)
 
 
 def open_model(config: Config, source: Source, device: torch.device) -> Any:

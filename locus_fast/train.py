@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import count as count_up
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from locus_fast.budget import NO_ROOM, make_room, trained_by
 from locus_fast.checkpoint import is_hub_id, latest_checkpoint, load_checkpoint, save_adapters, save_checkpoint, save_model
-from locus_fast.config import Config, parse
+from locus_fast.config import Config, parse, stored
 from locus_fast.cost.flops import COLUMNS, PROMPT_ROWS, step_flops, total
 from locus_fast.cost.shapes import Group
 from locus_fast.errors import UserError
@@ -64,7 +65,7 @@ def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]
     if done >= config.steps:
         raise UserError(f"--resume {out}: it has done {done} steps, and --steps is {config.steps}; ask for more.")
     metrics = Metrics(out, config.tensorboard, done)
-    (out / "config.json").write_text(json.dumps(asdict(replace(config, resume="")), indent=2))
+    (out / "config.json").write_text(json.dumps(stored(config), indent=2))
     print(f"{setup.cues.describe()}; {out}\n{setup.plan.reason}", file=sys.stderr)
     before = evaluate(setup, "held-out cues, before", stop)
     reference = make_reference(model, config.reference) if config.kl > 0 else None
@@ -348,17 +349,22 @@ def show(bar: tqdm, numbers: dict[str, Any]) -> None:
 
 
 def run_folder(config: Config) -> Path:
-    """Makes the run's folder; raises UserError if it is there already, unless it is to be resumed, or if it cannot be made."""
+    """Makes the run's folder; raises UserError if it is there already, unless it is to be resumed, or if it cannot be
+    made. A folder that is not named takes the first free name of this second."""
     if config.resume:
         return Path(config.resume)
-    out = Path(config.out) if config.out else Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    try:
-        out.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(f"--out {out} exists already; name a new folder, or remove it.") from None
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made ({error.strerror}); name a folder that can be written.") from None
-    return out
+    default = Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in count_up(1):
+        out = Path(config.out or (default if number == 1 else f"{default}-{number}"))
+        try:
+            out.mkdir(parents=True)
+            return out
+        except FileExistsError:
+            if config.out:
+                raise UserError(f"--out {out} exists already; name a new folder, or remove it.") from None
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be made ({error.strerror}); name a folder that can be written.") from None
+    raise AssertionError("the numbers have no end")
 
 
 def comparison(before: dict, after: dict) -> str:

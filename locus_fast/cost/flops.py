@@ -148,7 +148,7 @@ def language_flops(
     again = recomputed(text.layers, checkpointing) * (layer + beside - last)
     pixels = whole or trained.tower  # whether prompts have a gradient at the first layer
     back = L * (layer * (1 + whole) + 2 * beside)
-    fed, scored = sum(sum(group.fed) for group in live), sum(sum(group.replies) for group in live)
+    fed, scored = sum(sum(group.fed) for group in live), sum(group.scored for group in live)
     P, live_P, through_P = (sum(group.prompt for group in chosen) for chosen in (groups, live, through))
 
     def prompt_pairs(chosen: Iterable[Group]) -> int:
@@ -192,14 +192,21 @@ def decode_flops(shape: ModelShape, groups: Sequence[Group], executed: bool, ran
     }
 
 
-def repeated_flops(shape: ModelShape, groups: Sequence[Group], *, checkpointing: int, reference: bool) -> Table:
+def repeated_flops(
+    shape: ModelShape,
+    groups: Sequence[Group],
+    *,
+    checkpointing: int,
+    reference: bool,
+    trained: Trained = EVERYTHING,
+) -> Table:
     """The same step by a trainer that runs vision tower and prompt again for every reply in every pass, its sampler's prefill included.
 
     Old log-probs are taken to be free (aligned sampler and trainer), and flat groups are trained on like any other. This favours it: padding, a
     second pass for old log-probs and what its kernels recompute are not counted.
     """
     one_each = [Group(group.grids, group.prompt, (n,)) for group in groups for n in group.replies]
-    table = step_flops(shape, one_each, checkpointing=checkpointing, reference=reference)
+    table = step_flops(shape, one_each, checkpointing=checkpointing, reference=reference, trained=trained)
     for part in PROMPT_ROWS:
         table[part]["rollout"] = table[part]["forward"]
     return table

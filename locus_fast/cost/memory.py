@@ -112,8 +112,8 @@ def peak_memory(
         raise UserError(f"--reference must be one of {', '.join(REFERENCES)}, not '{reference}'.")
     vision, text = shape.vision, shape.text
     N, P = sum(group.patches for group in groups), sum(group.prompt for group in groups)
-    lengths = [n for group in groups for n in group.replies]
-    rows, scored, fed = len(lengths), sum(lengths), sum(lengths) - len(lengths)
+    rows, scored = sum(len(group.replies) for group in groups), sum(group.scored for group in groups)
+    fed, longest = scored - rows, max(group.longest for group in groups)
     kept = kept_bytes(shape, width)
     layer, block = text_layer_bytes(text, width, trained, fused), block_bytes(vision, width, fused)
     layers, blocks = recomputed(text.layers, checkpointing), recomputed(vision.depth, checkpointing)
@@ -156,7 +156,7 @@ def peak_memory(
         "optimizer states": state_bytes * moving,
         "reference": reference_bytes(shape, reference, weight_bytes, trained),
         "pixels": N * vision.patch_values * (4 + width * (width < 4)),  # float32 as they come, and in the tower's type
-        "decoder": decoder_bytes(shape, rollout or groups, max_tokens or max(lengths), width, static),
+        "decoder": decoder_bytes(shape, rollout or groups, max_tokens or longest, width, static),
         "kept keys and values": keys,
         "activations": activations,
         "workspace": workspace,

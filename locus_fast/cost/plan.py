@@ -41,7 +41,7 @@ class Room:
     ways: dict[str, Any]
 
     def cost(self, group: Group) -> float:
-        return group_cost(self.shape, group.grids, group.prompt, sum(group.replies))
+        return group_cost(self.shape, group.grids, group.prompt, group.scored)
 
     def width(self, group: Group, budget: float) -> int:
         """Groups like this in a microbatch of that budget."""

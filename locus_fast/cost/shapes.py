@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from locus_fast.errors import UserError
@@ -243,6 +244,21 @@ class Group:
     def fed(self) -> list[int]:
         """Reply tokens that go through the model: all but each last, since the prompt's last state predicts the first."""
         return [n - 1 for n in self.replies]
+
+    @cached_property
+    def scored(self) -> int:
+        """Tokens of all its replies."""
+        return sum(self.replies)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of its longest reply."""
+        return max(self.replies)
+
+    @cached_property
+    def own_pairs(self) -> int:
+        """Query-key pairs of its replies with themselves, over the tokens that are fed."""
+        return sum(n * (n + 1) // 2 for n in self.fed)
 
     @property
     def patches(self) -> int:

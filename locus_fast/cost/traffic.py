@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from locus_fast.cost.flops import causal_pairs
-from locus_fast.cost.shapes import Group, ModelShape, recomputed
+from locus_fast.cost.shapes import EVERYTHING, Group, ModelShape, Trained, recomputed
 
 STATE_BYTES = 2 + 12 / 256  # of a parameter's two AdamW moments: 8 bits each, and three float32 a block of 256
 
@@ -17,26 +16,41 @@ def kept_bytes(shape: ModelShape, width: int = 2) -> int:
 
 
 def step_bytes(
-    shape: ModelShape, microbatches: Sequence[Sequence[Group]], *, checkpointing: int, reference: bool, repeat: bool = False
+    shape: ModelShape,
+    microbatches: Sequence[Sequence[Group]],
+    *,
+    checkpointing: int,
+    reference: bool,
+    repeat: bool = False,
+    trained: Trained = EVERYTHING,
+    matrix_bytes: float = 2,
+    gradient_bytes: float = 2,
+    state_bytes: float = STATE_BYTES,
 ) -> dict[str, float]:
     """Bytes of device memory that a step reads and writes for weights, keys and values, gradients and optimizer states, by part: bfloat16 but for
     8-bit AdamW states. Activations are left out. repeat: a trainer that keeps the prompt's keys once a reply, in one pass over prompt and reply.
 
     A decoding step reads the language model's weights once for all rows, a prompt's keys once a group, and each reply's own past. A pass reads every
     weight once; backward reads it once more for the inputs' gradient, and writes (from the second microbatch on, reads too) the weights' gradient.
+    trained: what has gradients and states; matrix_bytes: of an element of the language layers' matrices (less if they are quantised);
+    gradient_bytes, state_bytes: of each trained parameter, an adapter's weight having as many bytes as its gradient.
     """
     text, kept = shape.text, kept_bytes(shape)
-    language = 2 * (text.layers * text.layer_parameters + text.head_parameters)
+    adapters = text.layers * text.adapters(trained.rank) * gradient_bytes
+    less = (2 - matrix_bytes) * text.layers * text.matrices
+    language = 2 * (text.layers * text.layer_parameters + text.head_parameters) + adapters - less
+    moving = trained.parameters(shape) + text.layers * text.adapters(trained.rank)
     out = dict.fromkeys(("decode: weights", "decode: prompt keys", "decode: own keys", "passes: weights", "gradients"), 0.0)
     passes = 2 + recomputed(text.layers, checkpointing) / text.layers + reference
     for index, groups in enumerate(microbatches):
-        out["decode: weights"] += max(n for group in groups for n in group.fed) * language + 2 * text.head_parameters
+        out["decode: weights"] += (max(group.longest for group in groups) - 1) * language + 2 * text.head_parameters
         for group in groups:
-            out["decode: prompt keys"] += kept * group.prompt * (sum(group.fed) if repeat else max(group.fed))
-            out["decode: own keys"] += kept * sum(causal_pairs(n, "exact") for n in group.fed)
-        out["passes: weights"] += passes * (2 * shape.parameters + (0 if repeat else language))  # prompts and replies: two passes
-        out["gradients"] += (1 if index == 0 else 2) * 2 * shape.parameters
-    return out | {"optimizer": shape.parameters * (2 * 2 + 2 + 2 * STATE_BYTES)}
+            fed = group.scored - len(group.replies) if repeat else group.longest - 1
+            out["decode: prompt keys"] += kept * group.prompt * fed
+            out["decode: own keys"] += kept * group.own_pairs
+        out["passes: weights"] += passes * (2 * shape.parameters + adapters - less + (0 if repeat else language))  # prompts and replies: two passes
+        out["gradients"] += (1 if index == 0 else 2) * gradient_bytes * moving
+    return out | {"optimizer": moving * (2 * gradient_bytes + gradient_bytes + 2 * state_bytes)}
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,7 @@ def step_launches(shape: ModelShape, microbatches: Sequence[Sequence[Group]], *,
     prompt = counts.text[0] + counts.text[1] * L
     back = counts.vision_backward[0] + counts.vision_backward[1] * D + 2 * (counts.text_backward[0] + counts.text_backward[1] * L)
     again = counts.vision_again * recomputed(D, checkpointing) + (2 * counts.text_again + MERGE) * recomputed(L, checkpointing)
-    M, steps = len(microbatches), sum(max(n for group in groups for n in group.fed) for groups in microbatches)
+    M, steps = len(microbatches), sum(max(group.longest for group in groups) - 1 for groups in microbatches)
     forward = tower + 2 * prompt + MERGE * L
     return {
         "forward": M * forward,

@@ -29,6 +29,7 @@ def _operator(
     progress: float,
 ) -> list[Tensor]:
     table = TokenTable(offsets, classes, transitions, final, width)
+    ids = ids[:, : max([0, *lengths.tolist()])]  # the work is the longest reply's, not that of its buffer
     if target_boxes is None:
         return list(reference.read_boxes(ids, lengths, table, which=which, grammar=grammar))
     choices = {"which": which, "grammar": grammar, "shape": shape}

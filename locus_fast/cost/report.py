@@ -1,0 +1,185 @@
+"""What `python -m locus_fast.cost` prints: FLOPs, bytes, launches, syncs and peak memory of a step, and
+whether the trainer would take it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from locus_fast.budget import LARGER, planned, remedy, ways_of
+from locus_fast.config import Config
+from locus_fast.cost.flops import COLUMNS, group_cost, model_flops, repeated_flops, step_flops, total
+from locus_fast.cost.memory import QUANTISED
+from locus_fast.cost.plan import AUTO_CHECKPOINTING, AUTO_TOKENS, FREE, GIB, Plan, Room
+from locus_fast.cost.shapes import Group, ModelShape
+from locus_fast.cost.traffic import step_bytes, step_launches, step_syncs
+from locus_fast.errors import UserError
+from locus_fast.optim import default_optimizer
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked about: a run, and the prompts that its step is taken to have."""
+
+    config: Config
+    shape: ModelShape
+    kind: torch.dtype  # of the weights
+    group: Group
+    images: tuple[tuple[int, int], tuple[int, int]]  # (width, height) in pixels of image and cue
+    memory: int  # GiB
+
+    @property
+    def ways(self) -> dict[str, Any]:
+        """The arguments of `peak_memory`, as the trainer has them with liger-kernel."""
+        return ways_of(self.config, self.kind, fused=True)
+
+    @property
+    def room(self) -> Room:
+        return Room(self.shape, self.memory * GIB, self.config.prompts, self.config.rollout_tokens, self.ways)
+
+    def width(self, tokens: int) -> int:
+        """Groups in a microbatch of so many tokens: it is packed before the replies are known, as if each
+        were the longest allowed."""
+        longest = replace(self.group, replies=(self.config.max_tokens,) * self.config.replies)
+        return self.room.width(longest, tokens)
+
+    def planned(self) -> Plan:
+        """The trainer's plan; UserError if there is none."""
+        return planned(self.config, self.shape, self.kind, self.memory * GIB, fused=True)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """plan: the trainer's, or one group a microbatch where it has none; proposal: what fits instead, empty
+    if this does."""
+
+    plan: Plan
+    proposal: str
+
+
+def chosen(case: Case) -> Choice:
+    """The trainer's plan for a case, and what it proposes where the case does not fit."""
+    config, room = case.config, case.room
+    try:
+        made = case.planned()
+    except UserError as error:
+        checkpointing = 1 if config.checkpointing == AUTO_CHECKPOINTING else config.checkpointing
+        proposal = remedy(config, case.shape, case.kind, case.memory * GIB, fused=True)
+        return Choice(Plan(config.tokens or 1, checkpointing, str(error)), proposal)
+    if room.holds(case.group, case.width(made.tokens), made.checkpointing):
+        return Choice(made, "")
+    return Choice(made, smaller(replace(case, config=replace(config, tokens=AUTO_TOKENS)), config))
+
+
+def smaller(case: Case, wanted: Config) -> str:
+    """Words that name the budget that fits, where the one that was given does not."""
+    try:
+        made = case.planned()
+    except UserError:
+        return remedy(case.config, case.shape, case.kind, case.memory * GIB, fused=True)
+    tokens = min(made.tokens, case.room.budget([case.group], made.checkpointing))
+    if not tokens:
+        return LARGER
+    other = f" --checkpointing {made.checkpointing}" if wanted.checkpointing == AUTO_CHECKPOINTING else ""
+    return f"this fits: --tokens {tokens}{other}"
+
+
+def report(case: Case, choice: Choice) -> Iterator[str]:
+    """The printed lines."""
+    shape, group, config, made = case.shape, case.group, case.config, choice.plan
+    width = case.width(made.tokens)
+    microbatches = [[group] * min(width, config.prompts - done) for done in range(0, config.prompts, width)]
+    vision, text, trained = shape.vision, shape.text, case.ways["trained"]
+    yield (
+        f"{config.model or config.preset}: {shape.parameters:,} parameters (vision {vision.parameters:,}, "
+        f"language {text.parameters:,}); {training(case)}"
+    )
+    cells = [f"{w}x{h} pixels -> {columns}x{rows} patches" for (w, h), (rows, columns) in zip(case.images, group.grids, strict=True)]
+    yield f"image {cells[0]}; cue {cells[1]}"
+    yield f"a prompt of {group.prompt} tokens, {len(group.replies)} replies of {group.replies[0]}; {config.prompts} prompts a step"
+    yield f"in {len(microbatches)} microbatches of up to {width} groups: {made.reason}"
+    yield ""
+    ways: dict[str, Any] = {"checkpointing": made.checkpointing, "reference": case.ways["reference"] != "none"}
+    yield from flop_lines(shape, group, {**ways, "trained": trained})
+    yield ""
+    yield from byte_lines(case, microbatches, ways)
+    yield ""
+    launches, syncs = step_launches(shape, microbatches, **ways, fused=True), step_syncs(microbatches)
+    eager = sum(step_launches(shape, microbatches, **ways, fused=False).values())
+    parts = ", ".join(f"{part} {n:,}" for part, n in launches.items())
+    whose = "" if trained.language and trained.tower else " with all weights trained"
+    yield f"kernel launches of a step{whose}, without graphs: {parts}; sum {sum(launches.values()):,} (without liger-kernel {eager:,})"
+    yield "host syncs of a step: " + ", ".join(f"{cause} {n:,}" for cause, n in syncs.items()) + f"; sum {sum(syncs.values()):,}"
+    yield ""
+    yield from memory_lines(case, choice, width)
+
+
+def training(case: Case) -> str:
+    """What is trained and how, in words."""
+    config, kind = case.config, str(case.kind).removeprefix("torch.")
+    optimizer = default_optimizer(config.optimizer, torch.float32 if config.lora else case.kind)
+    if config.lora:
+        base = "4-bit" if config.quantize != "off" else kind
+        return f"adapters of rank {config.lora} on {base} weights, {optimizer}"
+    frozen = [part for part, rate in zip(("vision tower", "projector", "language model"), config.rates, strict=True) if rate == 0]
+    return f"{' and '.join(frozen) + ' frozen' if frozen else 'full fine-tuning'}, {kind} weights and gradients, {optimizer}"
+
+
+def flop_lines(shape: ModelShape, group: Group, ways: dict[str, Any]) -> Iterator[str]:
+    """The table of FLOPs, and its ratios."""
+    ours, floor = (step_flops(shape, [group], **ways, executed=executed) for executed in (True, False))
+    repeated = repeated_flops(shape, [group], **ways)
+    sums = total(ours), total(floor), total(repeated)
+    unit, name = (1e12, "TFLOP") if sums[1] > 1e12 else (1e9, "GFLOP")
+    yield f"FLOPs of one prompt and its replies, {name}:"
+    rows = [
+        [part, *(scaled(passes.get(c, 0), unit) for c in COLUMNS), *(scaled(total({part: t[part]}), unit) for t in (ours, floor, repeated))]
+        for part, passes in ours.items()
+    ]
+    rows.append(["sum", *(scaled(total(ours, [c]), unit) for c in COLUMNS), *(scaled(value, unit) for value in sums)])
+    yield from table_lines(["part", *COLUMNS, "sum", "floor", "repeat"], rows)
+    yield f"  over the floor: {sums[0] / sums[1]:.3f} x; a trainer that repeats the prompt: {sums[2] / sums[0]:.2f} x ours"
+    useful = model_flops(shape, [group], reference=ways["reference"], trained=ways["trained"])
+    packed = group_cost(shape, group.grids, group.prompt, sum(group.replies))
+    yield f"  model FLOPs (no recomputation): {scaled(useful, unit)} {name}; the group packs as {packed:,.0f} tokens"
+
+
+def byte_lines(case: Case, microbatches: list[list[Group]], ways: dict[str, Any]) -> Iterator[str]:
+    """The table of bytes that are read and written."""
+    more = {
+        "trained": case.ways["trained"],
+        "matrix_bytes": QUANTISED["nf4"] if case.ways["quantised"] else 2,
+        "gradient_bytes": case.ways["gradient_bytes"],
+        "state_bytes": case.ways["state_bytes"],
+    }
+    mine, theirs = (step_bytes(case.shape, microbatches, **ways, **more, repeat=repeat) for repeat in (False, True))
+    unit, name = (1e9, "GB") if sum(mine.values()) > 1e10 else (1e6, "MB")
+    yield f"bytes of a step, {name} (activations left out; weights that are not quantised in bfloat16):"
+    rows = [[part, scaled(value, unit, 1), scaled(theirs[part], unit, 1)] for part, value in mine.items()]
+    rows.append(["sum", scaled(sum(mine.values()), unit, 1), scaled(sum(theirs.values()), unit, 1)])
+    yield from table_lines(["part", "ours", "repeat"], rows)
+
+
+def memory_lines(case: Case, choice: Choice, width: int) -> Iterator[str]:
+    """The table of peak memory, and the verdict."""
+    memory = case.room.parts(case.group, width, choice.plan.checkpointing)
+    used = sum(memory.values())
+    unit, name = (GIB, "GiB") if used > GIB else (2**20, "MiB")
+    yield f"peak memory, {name}: {training(case)}, {width} groups a microbatch:"
+    yield from table_lines(["part", name], [[part, scaled(value, unit)] for part, value in [*memory.items(), ("sum", used)]])
+    verdict, instead = ("DOES NOT FIT", f"; {choice.proposal}") if choice.proposal else ("fits", "")
+    yield f"  {verdict} in {case.memory} GiB with {FREE:.0%} of it left free{instead}"
+
+
+def table_lines(head: list[str], rows: list[list[str]]) -> Iterator[str]:
+    """Aligned columns, the first to the left."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        yield "  " + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+
+
+def scaled(value: float, unit: float, digits: int = 2) -> str:
+    return f"{value / unit:,.{digits}f}" if value else "-"
