@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from locus_fast.config import of_run, parse
 from locus_fast.errors import UserError
+from locus_fast.interrupt import Interrupt
 from locus_fast.policy import prefill
 from locus_fast.rollout import Sampling
-from locus_fast.runtime import Interrupt, Setup, batches, prefetch, set_up
+from locus_fast.runtime import Setup, batches, prefetch, set_up
 from locus_fast.types import Prompt
 
 SIZES = ("tiny", "small", "large")
@@ -49,7 +50,9 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(setup: Setup, label: str, stop: Callable[[], bool]) -> Evaluation | None:
-    """Ask every held-out cue once, greedily. None if `stop` said so before the end. Raises UserError if the device's memory does not do."""
+    """Ask every held-out cue once, greedily. None if `stop` said so before the end.
+
+    Raises UserError if the device's memory does not do, or if the model's log-probs are not finite."""
     count = setup.cues.held_out_count
     done: list[Evaluation] = []
     prompts = prefetch(lambda i: setup.prompter(setup.cues.held_out(i)), range(count), setup.config.workers, ahead=BATCHES_AHEAD)
@@ -87,6 +90,9 @@ def answer(setup: Setup, chunk: list[Prompt], start: int, stop: Callable[[], boo
         if stop():
             return None
         rollout = setup.decoder.generate(prefill(setup.model, batch), sampling, seed=0, groups=indices)
+        if not rollout.logprob.isfinite().all():
+            what = f"{setup.config.model or 'the model'} answers held-out cues with log-probs that are not finite (NaN or infinite)"
+            raise UserError(f"{what}: take other weights, or give --dtype float32.")
         reading = read_boxes(*setup.whole(rollout), setup.table, **setup.reading)
         valid, score = reading.valid.cpu(), torch.where(reading.valid, iou(reading.box, batch.target), 0.0).cpu()
         box = (reading.box.cpu() / torch.stack([p.scale for p in batch.prompts])) * valid[:, None]

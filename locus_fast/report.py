@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +15,49 @@ import numpy as np
 from locus_fast.errors import UserError
 from locus_fast.evaluate import Evaluation
 from locus_fast.types import CueSource
+from locus_fast.writing import write_text, written
 
 PICTURES = 8  # held-out examples shown in samples.png
 COLOURS = {"true box": "#00d060", "base": "#ff9500", "trained": "#ff2d78"}
 
 
 class Metrics:
-    """Appends a step's numbers to `metrics.jsonl`, flushed at once, and to TensorBoard where asked."""
+    """Appends a step's numbers to `metrics.jsonl`, flushed at once, and to TensorBoard where asked. What is
+    not finite is written as null."""
 
-    def __init__(self, folder: Path, tensorboard: bool, done: int):
-        """done: steps of an earlier part of the run whose lines are kept; later ones are done again."""
+    def __init__(self, folder: Path, tensorboard: bool, kept: Sequence[str] = ()):
+        """kept: the lines of an earlier part of the run, all that the file holds then."""
         self.path = folder / "metrics.jsonl"
-        kept = self.path.read_text().splitlines(keepends=True)[:done] if done else []
-        self.path.write_text("".join(kept))
-        self.file = self.path.open("a")
         self.events = open_events(folder) if tensorboard else None
+        write_text(self.path, "".join(kept))
+        self.file = self.path.open("a", encoding="utf-8")
         self.rollouts = self.tokens = self.seconds = 0.0
         for line in kept:
             self._sum(json.loads(line))
 
     def write(self, numbers: dict[str, Any]) -> None:
-        self.file.write(json.dumps(numbers) + "\n")
-        self.file.flush()
-        self._sum(numbers)
+        known = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in numbers.items()}
+        with written(self.path):
+            self.file.write(json.dumps(known) + "\n")
+            self.file.flush()
+        self._sum(known)
         if self.events:
-            for name, value in numbers.items():
+            for name, value in known.items():
                 if value is not None:
-                    self.events.add_scalar(name, value, numbers["step"])
+                    self.events.add_scalar(name, value, known["step"])
+
+    def sync(self) -> None:
+        """Puts what was written on the disk: a checkpoint should not outlive the lines of its steps in a
+        power cut. A file system that cannot is no reason to stop."""
+        with suppress(OSError):
+            os.fsync(self.file.fileno())
 
     def _sum(self, numbers: dict[str, Any]) -> None:
-        self.seconds += numbers["seconds"]
-        self.rollouts += numbers["rollouts_per_s"] * numbers["seconds"]
-        self.tokens += numbers["unique_tokens_per_s"] * numbers["seconds"]
+        """A line that was torn has no figures."""
+        seconds = numbers.get("seconds") or 0.0
+        self.seconds += seconds
+        self.rollouts += (numbers.get("rollouts_per_s") or 0.0) * seconds
+        self.tokens += (numbers.get("unique_tokens_per_s") or 0.0) * seconds
 
     def throughput(self) -> dict[str, float]:
         """Over the steps written: a prompt's tokens are counted once, whatever the number of its replies."""
@@ -63,9 +78,17 @@ def open_events(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
+def read_rows(metrics: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl for a plot: NaN, which leaves a gap, for every figure that a line has not
+    got."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: math.nan if row.get(name) is None else row[name] for name in names} for row in rows]
+
+
 def draw_curve(metrics: Path, path: Path) -> None:
     """Reward, IoU and valid rate of the rollouts, and KL and gradient norm, over the steps."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = read_rows(metrics)
     if not rows:
         return
     plt = pyplot()
@@ -82,7 +105,8 @@ def draw_curve(metrics: Path, path: Path) -> None:
         right.set_yscale("log")
     right.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with written(path):
+        figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -111,7 +135,8 @@ def draw_samples(cues: CueSource, before: Evaluation, after: Evaluation, path: P
     handles = [plt.Line2D([], [], color=colour, label=name) for name, colour in COLOURS.items()]
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False)
     figure.subplots_adjust(left=0.01, right=0.94, bottom=0.07, top=0.95, wspace=0.36, hspace=0.12)
-    figure.savefig(path, dpi=80)
+    with written(path):
+        figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
