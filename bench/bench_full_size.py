@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from bench.roofline import DEVICE, synchronize
-from locus_fast import runtime, train
+from locus_fast import runtime, saving, train
 from locus_fast.rollout import Decoder
 from tests.full_sizes import SIZES, full_config
 from tests.published import published_name, write_checkpoint, write_files
@@ -128,7 +128,7 @@ def phases(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
     monkeypatch.setattr(train, "train_step", train_step)
     monkeypatch.setattr(train, "box_reward", scattered)
-    for owner, name in ((train, "save_checkpoint"), (train, "save_model"), (runtime, "check_disk")):
+    for owner, name in ((saving, "save_checkpoint"), (saving, "save_model"), (runtime, "check_disk")):
         monkeypatch.setattr(owner, name, lambda *_, **__: None)
     return seconds
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,20 @@ from transformers.utils import logging as transformers_logging
 from locus_fast.adapters import has_adapters, is_adapter_folder, load_adapters, write_adapters
 from locus_fast.errors import UserError, reason
 from locus_fast.families import family_of
-from locus_fast.files import refuse_endless, refuse_endless_in, save_tensors
+from locus_fast.files import refuse_endless, refuse_endless_in
+from locus_fast.finite import first_not_finite
 from locus_fast.optim import load_state_tensors, state_tensors
 from locus_fast.policy import use_attention
 from locus_fast.runs import refuse_run
-from locus_fast.shards import load_weights, stored_dtype, write_model
+from locus_fast.shards import load_weights, stored_dtype, write_model, write_tensors
 from locus_fast.source import Source, check_config, read_source
+from locus_fast.writing import crc_of, whole_or_absent
 
 transformers_logging.disable_progress_bar()
 
 TINY_BASE = Path(__file__).parent / "tiny" / "base"
+STATE, STEP = "optimizer/state.safetensors", "optimizer/step.json"  # in a checkpoint
+NAMED = re.compile(r"step-(\d{6,})", re.ASCII)
 SMALL_FILES = ["*.json", "*.txt", "*.jinja"]  # of a model on the hub: all but its weights
 
 
@@ -115,53 +118,101 @@ def save_adapters(model: Any, base: str, folder: Path) -> None:
         write_adapters(model, base, partial)
 
 
-@contextmanager
-def whole_or_absent(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its name, and its place, when the block has ended well."""
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{folder} could not be written: {error.strerror or error} ({error.filename or partial}).") from None
+def save_checkpoint(
+    run: Path, model: Any, source: Path, optimizer: torch.optim.Optimizer, step: int, trained: Mapping[str, Any] | None = None
+) -> None:
+    """`checkpoints/step-N` of a run folder: the model in the dtype it is trained in, or of one with adapters
+    these alone, and what `load_checkpoint` needs besides.
 
-
-def save_checkpoint(run: Path, model: Any, source: Path, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """`checkpoints/step-N` of a run folder: the model in the dtype it is trained in, or of one with adapters these alone, and what `load_checkpoint`
-    needs besides."""
+    trained: the options that decide which tensors there are, see `resume.layout_of`. They are kept with the
+    checkpoint in `optimizer/step.json`, beside a CRC-32 of each other file.
+    """
     with whole_or_absent(run / "checkpoints" / f"step-{step:06d}") as partial:
+        sums: dict[str, int] = {}
         if has_adapters(model):
             write_adapters(model, str(source.resolve()), partial)
         else:
-            write_model(model, source, partial, model.dtype)
+            sums = write_model(model, source, partial, model.dtype)
         (partial / "optimizer").mkdir()
-        save_tensors(state_tensors(optimizer), partial / "optimizer" / "state.safetensors")
-        (partial / "optimizer" / "step.json").write_text(json.dumps({"step": step}))
+        sums[STATE] = write_tensors(partial / STATE, state_tensors(optimizer))
+        names = [file.relative_to(partial).as_posix() for file in sorted(partial.rglob("*")) if file.is_file()]
+        listed = {name: f"{sums[name] if name in sums else crc_of(partial / name):08x}" for name in names}
+        (partial / STEP).write_text(json.dumps({"step": step, "trained": trained, "crc32": listed}, indent=2))
+
+
+def checkpoints(run: Path) -> list[tuple[Path, int]]:
+    """The checkpoints of a run folder with the number of steps in their names, the fewest first."""
+    found = [(folder, NAMED.fullmatch(folder.name)) for folder in (run / "checkpoints").glob("step-*")]
+    return sorted(((folder, int(match[1])) for folder, match in found if match and folder.is_dir()), key=lambda entry: entry[1])
 
 
 def latest_checkpoint(run: Path) -> tuple[Path, int]:
-    """The checkpoint of a run folder with the most steps, and their number."""
-    found = sorted((run / "checkpoints").glob("step-" + "[0-9]" * 6))
-    if not found:
-        raise UserError(f"--resume {run}: there is no checkpoint in its folder `checkpoints`.")
+    """The checkpoint of a run folder with the most steps, and their number. Raises UserError if there is
+    none, or if it says otherwise itself."""
+    if not (found := checkpoints(run)):
+        more = f": start a new run with --model {run / 'final'}" if (run / "final").is_dir() else ""
+        raise UserError(f"--resume {run}: there is no checkpoint in its folder `checkpoints`{more}.")
+    folder, step = found[-1]
+    if (said := _note(folder).get("step")) != step or isinstance(said, bool):
+        raise damaged(folder, f"{STEP} says step {said!r}")
+    return folder, step
+
+
+def _note(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
     try:
-        return found[-1], int(json.loads((found[-1] / "optimizer" / "step.json").read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _not_whole(found[-1], error) from None
+        return dict(json.loads((folder / STEP).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise damaged(folder, f"{STEP}: {reason(error)}") from None
+
+
+def trained_with(folder: Path) -> dict[str, Any] | None:
+    """The options that decided which tensors a checkpoint has; None for one that does not say."""
+    trained = _note(folder).get("trained")
+    return trained if isinstance(trained, dict) else None
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Raises UserError unless each file of a checkpoint is as it was written. One that has no checksums is
+    taken as it is."""
+    listed = _note(folder).get("crc32", {})
+    if not isinstance(listed, dict):
+        raise damaged(folder, f"{STEP} has no list of checksums")
+    for name, crc in listed.items():
+        try:
+            found = f"{crc_of(folder / name):08x}"
+        except (OSError, ValueError) as error:
+            raise damaged(folder, f"{name}: {reason(error)}") from None
+        if found != crc:
+            raise damaged(folder, f"{name} is not what was written, by its checksum")
 
 
 def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Put the saved weights and optimizer state in place."""
+    """Put the saved weights and optimizer state in place. Raises UserError if they are not whole, not finite
+    or not of this model and optimizer."""
     try:
-        (load_adapters if has_adapters(model) else load_weights)(folder, model)
-        load_state_tensors(optimizer, load_file(folder / "optimizer" / "state.safetensors"))
+        load_saved_weights(folder, model)
+        tensors = load_file(folder / STATE)
     except (UserError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise _not_whole(folder, error) from None
+        raise damaged(folder, reason(error)) from None
+    try:
+        load_state_tensors(optimizer, tensors)
+    except (ValueError, KeyError, RuntimeError) as error:
+        advice = f"resume with the --optimizer, --rates and --dtype that it was trained with, or start a new run with --model {folder}"
+        raise UserError(f"{folder}: {error}: {advice}.") from None
+    states = ((f"{STATE}: {name}", tensor) for name, tensor in state_tensors(optimizer).items())
+    if name := first_not_finite([*model.named_parameters(), *states]):
+        raise damaged(folder, f"{name} holds values that are not finite")
 
 
-def _not_whole(folder: Path, error: Exception) -> UserError:
-    return UserError(f"{folder} is not a whole checkpoint ({reason(error)}): remove it to resume an earlier one.")
+def load_saved_weights(folder: Path, model: Any) -> None:
+    """A checkpoint's weights, or its adapters where the model has some."""
+    (load_adapters if has_adapters(model) else load_weights)(folder, model)
+
+
+def damaged(folder: Path, what: str) -> UserError:
+    """For a checkpoint that is of no use: what is wrong with it, and what there is instead."""
+    steps = {other.name: step for other, step in checkpoints(folder.parent.parent)}
+    earlier = [name for name, step in steps.items() if step < steps.get(folder.name, 0)]
+    advice = f"remove it to resume from {earlier[-1]}" if earlier else "there is no earlier one, so start a new run"
+    return UserError(f"{folder} is not a whole checkpoint ({what}): {advice}.")

@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from locus_fast.config import ASKED, Config, of_run, resolve, shown
 from locus_fast.errors import UserError
+from locus_fast.interrupt import Interrupt
 from locus_fast.options import Parser, add_options, given, option_of
 from locus_fast.policy import prefill
 from locus_fast.rollout import Sampling
 from locus_fast.runs import refuse_run, run_around
-from locus_fast.runtime import Interrupt, Setup, batches, prefetch, set_up
+from locus_fast.runtime import Setup, batches, prefetch, set_up
 from locus_fast.types import Prompt
 
 DESCRIPTION = "Ask a model for held-out cues, greedily: a table, and one line of JSON."
@@ -52,7 +53,9 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(setup: Setup, label: str, stop: Callable[[], bool]) -> Evaluation | None:
-    """Ask every held-out cue once, greedily. None if `stop` said so before the end. Raises UserError if the device's memory does not do."""
+    """Ask every held-out cue once, greedily. None if `stop` said so before the end.
+
+    Raises UserError if the device's memory does not do, or if the model's log-probs are not finite."""
     count = setup.cues.held_out_count
     done: list[Evaluation] = []
     prompts = prefetch(lambda i: setup.prompter(setup.cues.held_out(i)), range(count), setup.config.workers, ahead=BATCHES_AHEAD)
@@ -90,6 +93,9 @@ def answer(setup: Setup, chunk: list[Prompt], start: int, stop: Callable[[], boo
         if stop():
             return None
         rollout = setup.decoder.generate(prefill(setup.model, batch), sampling, seed=0, groups=indices)
+        if not rollout.logprob.isfinite().all():
+            what = f"{setup.config.model or 'the model'} answers held-out cues with log-probs that are not finite (NaN or infinite)"
+            raise UserError(f"{what}: take other weights, or give --dtype float32.")
         reading = read_boxes(*setup.whole(rollout), setup.table, **setup.reading)
         valid, score = reading.valid.cpu(), torch.where(reading.valid, iou(reading.box, batch.target), 0.0).cpu()
         box = (reading.box.cpu() / torch.stack([p.scale for p in batch.prompts])) * valid[:, None]

@@ -11,6 +11,7 @@ import numpy as np
 
 from locus_fast.evaluate import Evaluation
 from locus_fast.types import CueSource, Example
+from locus_fast.writing import written
 
 PICTURES = 8  # held-out examples shown in samples.png
 COLOURS = {"true box": "#00d060", "base": "#ff9500", "trained": "#ff2d78"}
@@ -25,10 +26,11 @@ _INSETS = {"cue": (1.03, 0.70, 0.27, 0.28), "zoom": (1.03, 0.26, 0.27, 0.36)}  #
 def draw_curve(metrics: Path, path: Path) -> None:
     """Reward, IoU and valid rate of the rollouts, and KL and gradient norm, over the steps. A dropped step
     leaves a gap."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     if rows:
         figure = curve_figure(rows)
-        figure.savefig(path, dpi=110)
+        with written(path):
+            figure.savefig(path, dpi=110)
         pyplot().close(figure)
 
 
@@ -39,14 +41,14 @@ def curve_figure(rows: Sequence[dict[str, Any]]) -> Any:
     dropped = np.array([bool(row.get("dropped_step")) for row in rows])
 
     def plot(axis: Any, name: str, label: str) -> np.ndarray:
-        values = np.array([row[name] for row in rows], float)  # None becomes nan
+        values = np.array([row.get(name) for row in rows], float)  # None becomes nan, and leaves a gap
         if axis is right:
             values[dropped] = np.nan
         axis.plot(steps, values, label=label, marker=marker, markersize=4)
         return values
 
     shares = np.concatenate([plot(left, name, name) for name in ("reward", "iou", "valid")])
-    low, high = min(0.0, np.nanmin(shares)), max(1.0, np.nanmax(shares))  # some rewards lie outside 0 to 1
+    low, high = np.nanmin([0.0, *shares]), np.nanmax([1.0, *shares])  # some rewards lie outside 0 to 1
     left.set(xlabel="step", title="rollouts", ylim=(low - 0.02, high + 0.02))
     sizes = np.concatenate([plot(right, "kl", "KL to the base, nats a token"), plot(right, "grad_norm", "gradient norm")])
     count = int(dropped.sum())
@@ -69,7 +71,8 @@ def draw_samples(cues: CueSource, before: Evaluation, after: Evaluation, path: P
     """Held-out images with the true box, the base's box and the trained box; beside each the cue, and small
     objects enlarged."""
     figure = samples_figure(cues, before, after)
-    figure.savefig(path, dpi=100)
+    with written(path):
+        figure.savefig(path, dpi=100)
     pyplot().close(figure)
 
 

@@ -3,39 +3,54 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from locus_fast.errors import UserError
+from locus_fast.writing import write_text, written
 
 
 class Metrics:
-    """Appends a step's numbers to `metrics.jsonl`, flushed at once, and to TensorBoard where asked."""
+    """Appends a step's numbers to `metrics.jsonl`, flushed at once, and to TensorBoard where asked. What is
+    not finite is written as null."""
 
-    def __init__(self, folder: Path, tensorboard: bool, done: int):
-        """done: steps of an earlier part of the run whose lines are kept; later ones are done again."""
+    def __init__(self, folder: Path, tensorboard: bool, kept: Sequence[str] = ()):
+        """kept: the lines of an earlier part of the run, all that the file holds then."""
         self.path = folder / "metrics.jsonl"
-        kept = self.path.read_text().splitlines(keepends=True)[:done] if done else []
-        self.path.write_text("".join(kept))
-        self.file = self.path.open("a")
         self.events = open_events(folder) if tensorboard else None
+        write_text(self.path, "".join(kept))
+        self.file = self.path.open("a", encoding="utf-8")
         self.rollouts = self.tokens = self.seconds = 0.0
         for line in kept:
             self._sum(json.loads(line))
 
     def write(self, numbers: dict[str, Any]) -> None:
-        self.file.write(json.dumps(numbers) + "\n")
-        self.file.flush()
-        self._sum(numbers)
+        known = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in numbers.items()}
+        with written(self.path):
+            self.file.write(json.dumps(known) + "\n")
+            self.file.flush()
+        self._sum(known)
         if self.events:
-            for name, value in numbers.items():
+            for name, value in known.items():
                 if value is not None:
-                    self.events.add_scalar(name, value, numbers["step"])
+                    self.events.add_scalar(name, value, known["step"])
+
+    def sync(self) -> None:
+        """Puts what was written on the disk: a checkpoint should not outlive the lines of its steps in a
+        power cut. A file system that cannot is no reason to stop."""
+        with suppress(OSError):
+            os.fsync(self.file.fileno())
 
     def _sum(self, numbers: dict[str, Any]) -> None:
-        self.seconds += numbers["seconds"]
-        self.rollouts += numbers["rollouts_per_s"] * numbers["seconds"]
-        self.tokens += numbers["unique_tokens_per_s"] * numbers["seconds"]
+        """A line that was torn has no figures."""
+        seconds = numbers.get("seconds") or 0.0
+        self.seconds += seconds
+        self.rollouts += (numbers.get("rollouts_per_s") or 0.0) * seconds
+        self.tokens += (numbers.get("unique_tokens_per_s") or 0.0) * seconds
 
     def throughput(self) -> dict[str, float]:
         """Over the steps written: a prompt's tokens are counted once, whatever the number of its replies."""

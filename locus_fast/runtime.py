@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -30,6 +29,7 @@ from locus_fast.cutting import CueRecipe
 from locus_fast.data import read_boxes
 from locus_fast.disk import check_disk
 from locus_fast.errors import UserError
+from locus_fast.finite import first_not_finite
 from locus_fast.packing import PromptBatch, pack
 from locus_fast.policy import use_attention
 from locus_fast.prompts import GRAMMAR, WHICH_BOX, Prompter
@@ -135,6 +135,8 @@ def open_model(config: Config, source: Source, device: torch.device) -> Any:
     model = load_source(source, torch.device("cpu") if config.quantize != "off" else device, DTYPES[config.dtype])
     if is_adapter_folder(folder := model_folder(config.model)):
         merge_adapters(folder, model)
+    if name := first_not_finite(model.named_parameters()):
+        raise UserError(f"{folder}: {name} holds values that are not finite (NaN or infinite): fetch it again, or take an earlier state.")
     if config.quantize != "off":
         quantize(model, config.quantize, device)  # straight from the mapped files: the device never holds the whole layers
         model.to(device)
@@ -204,26 +206,3 @@ class Skipped:
                 more = len(self.sentences) == self.SHOWN
                 tqdm.write("skipped: further images, counted in summary.json" if more else f"skipped: {sentence}", file=sys.stderr)
             self.sentences.add(sentence)
-
-
-class Interrupt:
-    """Ctrl-C asks the run to end after the microbatch at hand; a second one ends it at once, and further ones do nothing while it saves."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    @property
-    def requested(self) -> bool:
-        return self.count > 0
-
-    def __enter__(self) -> Interrupt:
-        self.previous = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self.previous)
-
-    def _ask(self, *_: object) -> None:
-        self.count += 1
-        if self.count == 2:
-            raise KeyboardInterrupt

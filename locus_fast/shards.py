@@ -21,10 +21,12 @@ from torch import Tensor
 
 from locus_fast.adapters import merged_state
 from locus_fast.errors import UserError
+from locus_fast.writing import SummedFile
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+STATE_CODES = {**CODES, torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}  # an optimizer's state has integers besides
 OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack"}  # they would be the base's, so never copied
 
 
@@ -139,14 +141,15 @@ def _identity(tensor: Tensor) -> tuple[int, torch.Size]:
 
 
 @torch.no_grad()
-def write_model(model: Any, source: Path, folder: Path, dtype: torch.dtype | None) -> None:
+def write_model(model: Any, source: Path, folder: Path, dtype: torch.dtype | None) -> dict[str, int]:
     """The model into the existing folder as `source` lies: its files, names and shards, everything but the weights copied as it stands.
 
     dtype: of the written tensors; None for those they have in `source`. Where they differ, config.json and the index say so. A stored tensor that
     the model does not hold is copied; of tied weights each that is stored gets the common value. Adapters are merged into what they adapt.
+    Returns the CRC-32 of each file of weights.
     """
     state, files = merged_state(model), weight_files(source)
-    sizes, changed = zip(*(_write_weights(state, file, folder / file.name, dtype) for file in files), strict=True)
+    sizes, changed, sums = zip(*(_write_weights(state, file, folder / file.name, dtype) for file in files), strict=True)
     for file in source.iterdir():
         unused_index = file.name == INDEX and files == [source / WHOLE]
         if file.is_file() and file.suffix not in OTHER_WEIGHTS and not unused_index:
@@ -158,10 +161,12 @@ def write_model(model: Any, source: Path, folder: Path, dtype: torch.dtype | Non
             index = json.loads((folder / INDEX).read_text())
             index["metadata"] = {**index.get("metadata", {}), "total_size": sum(sizes)}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return {file.name: crc for file, crc in zip(files, sums, strict=True)}
 
 
-def _write_weights(state: Mapping[str, Tensor], source: Path, target: Path, dtype: torch.dtype | None) -> tuple[int, bool]:
-    """One safetensors file; returns the bytes of its tensors, and whether any has another dtype than in the source."""
+def _write_weights(state: Mapping[str, Tensor], source: Path, target: Path, dtype: torch.dtype | None) -> tuple[int, bool, int]:
+    """One safetensors file; returns the bytes of its tensors, whether any has another dtype than in the
+    source, and the file's CRC-32."""
     header, raw = read_header(source)
     entries = {name: header[name] for name in sorted(header.keys() - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])}
     new = _with_dtype(entries, {name for name in entries if held_name(name, state)}, dtype)
@@ -169,7 +174,7 @@ def _write_weights(state: Mapping[str, Tensor], source: Path, target: Path, dtyp
     if new != entries:
         text = json.dumps({**header, **new}, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the format wants the tensors aligned
-    with safe_open(source, framework="pt") as reader, target.open("wb") as writer:
+    with safe_open(source, framework="pt") as reader, SummedFile(target) as writer:
         writer.write(len(text).to_bytes(8, "little") + text)
         for name, entry in entries.items():
             held = held_name(name, state)
@@ -178,7 +183,7 @@ def _write_weights(state: Mapping[str, Tensor], source: Path, target: Path, dtyp
                 value = stored  # not trained, so not rounded to the dtype of training either
             value = value.to(DTYPES[new[name]["dtype"]]).contiguous()
             writer.write(value.flatten().view(torch.uint8).numpy().data)
-    return max((entry["data_offsets"][1] for entry in new.values()), default=0), new != entries
+    return max((entry["data_offsets"][1] for entry in new.values()), default=0), new != entries, writer.crc
 
 
 def _with_dtype(entries: dict[str, Any], held: set[str], dtype: torch.dtype | None) -> dict[str, Any]:
@@ -193,3 +198,22 @@ def _with_dtype(entries: dict[str, Any], held: set[str], dtype: torch.dtype | No
         new[name] = {**entry, "dtype": code, "data_offsets": [at, at + size]}
         at += size
     return new
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> int:
+    """A safetensors file of these tensors, of which one at a time is in host memory; returns the file's
+    CRC-32."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that each is aligned
+    header: dict[str, Any] = {}
+    at = 0
+    for name in names:
+        tensor = tensors[name]
+        header[name] = {"dtype": STATE_CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with SummedFile(file) as writer:
+        writer.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            writer.write(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return writer.crc

@@ -46,6 +46,7 @@ def summarise(totals: Totals, chunk: list[Prompt], step: int, norms: Tensor, rat
     began = time.perf_counter()
     sums = totals.read(norm=norms[-1] + 0 * norms.sum())  # not finite if one of them is not
     seconds += time.perf_counter() - began  # until the device had done the step
+    dropped = sums["not_finite"] > 0 or not math.isfinite(sums["norm"])
     replies, live, updated = sums["replies"], sums.get("live_tokens", 0.0), max(1.0, sums.get("updated_tokens", 0.0))
     return {
         "step": step + 1,
@@ -62,8 +63,8 @@ def summarise(totals: Totals, chunk: list[Prompt], step: int, norms: Tensor, rat
         "ratio_max": sums.get("ratio_max", 1.0),
         "sampler_gap": sums["sampler_gap"] / live if live else None,
         "sampler_gap_max": sums.get("sampler_gap_max"),
-        "grad_norm": sums["norm"] if math.isfinite(sums["norm"]) else 0.0,
-        "dropped_step": sums["not_finite"] > 0 or not math.isfinite(sums["norm"]),
+        "grad_norm": None if dropped else sums["norm"],
+        "dropped_step": dropped,
         "lr": rate,
         "skipped_images": sum(len(prompt.skipped) for prompt in chunk),
         "seconds": seconds,

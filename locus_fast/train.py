@@ -31,78 +31,120 @@ from torch import Tensor
 from tqdm import tqdm
 
 from locus_fast.budget import NO_ROOM, make_room, trained_by
-from locus_fast.checkpoint import is_hub_id, latest_checkpoint, load_checkpoint, save_adapters, save_checkpoint, save_model
-from locus_fast.config import Config, parse, stored
+from locus_fast.checkpoint import damaged, load_checkpoint
+from locus_fast.config import Config, parse
 from locus_fast.cost.flops import COLUMNS, PROMPT_ROWS, step_flops, total
 from locus_fast.cost.shapes import Group
 from locus_fast.errors import UserError
 from locus_fast.evaluate import evaluate
 from locus_fast.experience import Experience, parts, select
 from locus_fast.grpo import MEANS, grpo_loss
+from locus_fast.interrupt import Interrupt
+from locus_fast.lock import holder_of, in_use, locked
 from locus_fast.optim import PARTS, clip_and_step, make_optimizer, parameter_groups, rate_factor
 from locus_fast.packing import PromptBatch, Replies
 from locus_fast.pictures import draw_curve, draw_samples
 from locus_fast.policy import Prefix, checkpoint_activations, cut, prefill, reply_logprob, trains_vision
 from locus_fast.reference import Reference, make_reference
 from locus_fast.report import Metrics
+from locus_fast.resume import (
+    CURVE,
+    FINAL,
+    SAMPLES,
+    SUMMARY,
+    Begun,
+    check_layout,
+    complete,
+    kept_in,
+    missing,
+    open_metrics,
+    read_run,
+    remove_partial,
+)
 from locus_fast.rollout import Sampling
-from locus_fast.runtime import Interrupt, Setup, batches, prefetch, set_up
+from locus_fast.runtime import Setup, batches, prefetch, set_up
+from locus_fast.saving import NOTHING, Saver, name_of
 from locus_fast.totals import Totals, summarise, why_no_signal
 from locus_fast.types import Prompt, Rollout
+from locus_fast.writing import write_text
 
 EQUAL_STEPS = 10  # steps in a row whose rewards teach nothing before the run says so, once
 DROPPED_STEPS = 5  # steps in a row without a finite gradient that end the run
 
 
-def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]:
-    """One run into the folder `out`; returns the summary. `stop` is asked between microbatches. Whatever ends the run, what was done is saved."""
+def train(config: Config, out: Path, stop: Interrupt) -> dict[str, Any]:
+    """One run into the folder `out`, or what is missing of one; returns the summary. `stop` is asked between
+    microbatches, and told what a Ctrl-C would do. Whatever ends the run but a third Ctrl-C, what was done is
+    saved."""
     started = time.perf_counter()
+    begun = read_run(config) if config.resume else Begun()
+    lacking = missing(config, begun) if begun.checkpoint else ["steps", FINAL]
+    if config.resume:
+        remove_partial(out)
+    if not {*lacking} - {CURVE}:
+        return complete(config, begun, lacking)
     setup = set_up(config, out)
-    model = setup.model
+    model, done = setup.model, begun.done
+    check_layout(config, begun, model.dtype)
     lr_of = {part: config.lr * share for part, share in zip(PARTS, config.rates, strict=True)}
     optimizer = make_optimizer(config.optimizer, parameter_groups(model, lr_of), config.weight_decay)
-    checkpoint, done = latest_checkpoint(out) if config.resume else (None, 0)
-    if done >= config.steps:
-        raise UserError(f"--resume {out}: it has done {done} steps, and --steps is {config.steps}; ask for more.")
-    metrics = Metrics(out, config.tensorboard, done)
-    (out / "config.json").write_text(json.dumps(stored(config), indent=2))
+    metrics = None if begun.checkpoint else open_metrics(config, out, begun)
     print(f"{setup.cues.describe()}; {out}\n{setup.plan.reason}", file=sys.stderr)
+    stop.promise = f"{NOTHING} it ends after the microbatch at hand"
     before = evaluate(setup, "held-out cues, before", stop)
     reference = make_reference(model, config.reference) if config.kl > 0 else None
-    if checkpoint:
-        load_checkpoint(checkpoint, model, optimizer)
+    saver = Saver(setup, optimizer, out, stop, final_due=FINAL in lacking)
+    if begun.checkpoint:
+        load_checkpoint(begun.checkpoint, model, optimizer)
+        if fault := saver.fault():
+            raise damaged(begun.checkpoint, fault)
+    metrics = metrics or open_metrics(config, out, begun)  # a run's own is not touched before all of it was found good
+    (out / "checkpoints").mkdir(exist_ok=True)
     if setup.plan.checkpointing:
         checkpoint_activations(model, setup.plan.checkpointing)
-    try:
-        for numbers in steps(setup, reference, optimizer, done, stop):
-            done = numbers["step"]
-            metrics.write(numbers)
-            if config.save_every and done % config.save_every == 0 and done < config.steps:
-                save_checkpoint(out, model, setup.folder, optimizer, done)
-    except torch.OutOfMemoryError:
-        raise UserError(f"{setup.budget.too_small(setup.plan.checkpointing)}, and go on with --resume.") from None
-    finally:
-        save_checkpoint(out, model, setup.folder, optimizer, done)
-        if config.export == "adapter":
-            save_adapters(model, config.model if is_hub_id(config.model) else str(setup.folder.resolve()), out / "final")
-        else:
-            save_model(model, setup.folder, out / "final")
-        metrics.close()
+    with closing(metrics):
+        done = learn_and_save(setup, reference, optimizer, metrics, saver, done)
+    stop.promise = f"{name_of(done)} and {FINAL}/ are saved already; it ends after the microbatch at hand"
     after = None if stop() else evaluate(setup, "held-out cues, after", stop)
     summary = {
         "eval": {"before": before.summary() if before else None, "after": after.summary() if after else None},
         "steps": done,
-        "interrupted": stop(),
+        "interrupted": after is None,
         "skipped_images": len(setup.skipped.sentences),
         "plan": {**asdict(setup.plan), "halved": setup.budget.halved},
         **metrics.throughput(),
         "total_seconds": time.perf_counter() - started,
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2))
-    draw_curve(metrics.path, out / "curve.png")
+    stop.promise = "all is saved; only pictures are drawn now, and it ends then"
+    write_text(out / SUMMARY, json.dumps(summary, indent=2))
+    draw_curve(metrics.path, out / CURVE)
     if before and after:
-        draw_samples(setup.cues, before, after, out / "samples.png")
+        draw_samples(setup.cues, before, after, out / SAMPLES)
     return summary
+
+
+def learn_and_save(setup: Setup, reference: Reference | None, optimizer: torch.optim.Optimizer, metrics: Metrics, saver: Saver, begun: int) -> int:
+    """The steps after the first `begun`, each with its line of metrics, their state saved on the way and at
+    the end, however that came. Returns how many steps are done then. Raises UserError for what ended the run
+    early, and for a state that is not finite."""
+    config, done = setup.config, begun
+    failure: Exception | None = None
+    try:
+        saver.expect(done)
+        for numbers in steps(setup, reference, optimizer, done, saver.stop):
+            done = numbers["step"]
+            saver.expect(done)
+            metrics.write(numbers)
+            if config.save_every and done % config.save_every == 0 and done < config.steps:
+                metrics.sync()
+                saver.checkpoint(done)
+    except torch.OutOfMemoryError:
+        failure = UserError(f"{setup.budget.too_small(setup.plan.checkpointing)}, and go on with --resume.")
+    except Exception as error:
+        failure = error
+    metrics.sync()
+    saver.end(begun, done, failure)
+    return done
 
 
 def steps(
@@ -112,7 +154,7 @@ def steps(
     config = setup.config
     indices = range(done * config.prompts, config.steps * config.prompts)
     prompts = prefetch(lambda i: setup.prompter(setup.cues.train(i)), indices, config.workers, ahead=2 * config.prompts)
-    dropped = equal = 0
+    dropped = in_a_row = equal = 0
     with closing(prompts), tqdm(total=config.steps, initial=done, desc="train", unit="step") as bar:
         for step in range(done, config.steps):
             setup.model.train()
@@ -120,14 +162,15 @@ def steps(
             setup.model.eval()
             if numbers is None:
                 return
-            show(bar, numbers)
+            dropped += numbers["dropped_step"]
+            in_a_row = in_a_row + 1 if numbers["dropped_step"] else 0
+            show(bar, numbers, dropped)
             yield numbers
             equal = equal + 1 if numbers["zero_variance_groups"] == config.prompts else 0
             if equal == EQUAL_STEPS:
                 tqdm.write(f"for {equal} steps {why_no_signal(numbers)}", file=sys.stderr)
-            dropped = dropped + 1 if numbers["dropped_step"] else 0
-            if dropped == DROPPED_STEPS:
-                what = f"log-probs or gradient were not finite in {dropped} steps in a row up to step {step + 1}"
+            if in_a_row == DROPPED_STEPS:
+                what = f"log-probs or gradient were not finite in {in_a_row} steps in a row up to step {step + 1}"
                 raise UserError(f"{what}; lower --lr, or check the model's weights.")
 
 
@@ -341,10 +384,14 @@ def backward(config: Config, experience: Experience, replies: Replies, logprob: 
     totals.add(loss=loss.detach(), updated_tokens=float(len(logprob)), **sums)
 
 
-def show(bar: tqdm, numbers: dict[str, Any]) -> None:
+def show(bar: tqdm, numbers: dict[str, Any], dropped: int) -> None:
+    """A step's figures beside the bar, a dash for what it has not got, and how many steps were dropped so
+    far, if any."""
     names = {"reward": "reward", "iou": "IoU", "valid": "valid", "kl": "KL", "grad_norm": "grad"}
-    text = {label: f"{numbers[name]:.3f}" for name, label in names.items()}
-    bar.set_postfix({**text, "tok/s": f"{numbers['unique_tokens_per_s']:.0f}", "rollouts/s": f"{numbers['rollouts_per_s']:.0f}"}, refresh=False)
+    known = {label: numbers[name] for name, label in names.items()}
+    text = {label: "-" if value is None or not math.isfinite(value) else f"{value:.3f}" for label, value in known.items()}
+    rates = {"tok/s": f"{numbers['unique_tokens_per_s']:.0f}", "rollouts/s": f"{numbers['rollouts_per_s']:.0f}"}
+    bar.set_postfix({**text, **({"dropped": dropped} if dropped else {}), **rates}, refresh=False)
     bar.update()
 
 
@@ -360,6 +407,8 @@ def run_folder(config: Config) -> Path:
             out.mkdir(parents=True)
             return out
         except FileExistsError:
+            if config.out and (holder := holder_of(out)):
+                raise in_use(out, holder) from None
             if config.out:
                 raise UserError(f"--out {out} exists already; name a new folder, or remove it.") from None
         except OSError as error:
@@ -378,20 +427,23 @@ def main(arguments: list[str]) -> int:
     """The command; returns the exit code: 0, 2 for a mistake in the input, 130 after Ctrl-C."""
     out, made = None, False
     try:
-        with Interrupt() as interrupt:
+        with Interrupt(f"{NOTHING} it ends when it has started") as interrupt:
             config = parse(arguments)
             out, made = run_folder(config), not config.resume
-            summary = train(config, out, lambda: interrupt.requested)
+            with locked(out):
+                summary = train(config, out, interrupt)
     except (UserError, torch.OutOfMemoryError) as error:
         print(f"error: {error if isinstance(error, UserError) else f'the device ran out of memory: {NO_ROOM}.'}", file=sys.stderr)
         if out and made and not (out / "checkpoints").exists():
             shutil.rmtree(out)  # we made it and nothing was done: the mended command may use the name
         return 2
     except KeyboardInterrupt:
-        print(f"stopped at once; what was saved is in {out}", file=sys.stderr)
+        print(f"stopped at once; {kept_in(out) if out else 'nothing was done'}", file=sys.stderr)
+        if out and made and not (out / "config.json").exists():
+            shutil.rmtree(out)
         return 130
     if summary["interrupted"]:
-        print(f"interrupted after {summary['steps']} steps; what was done is in {out}", file=sys.stderr)
+        print(f"interrupted after {summary['steps']} steps; {kept_in(out)}; go on with --resume", file=sys.stderr)
         return 130
     print(f"run folder: {out}")
     print(comparison(summary["eval"]["before"], summary["eval"]["after"]))

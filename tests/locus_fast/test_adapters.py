@@ -358,6 +358,12 @@ def test_a_checkpoint_of_another_rank(run: Path, tmp_path: Path, capsys) -> None
     settings = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**settings, "lora": 4, "steps": 4}))
     assert train.main(["--resume", str(out)]) == 2
+    assert (
+        "step-000003 was trained with --lora 8, whose tensors are not those of --lora 4: set lora to 8 in its config.json" in capsys.readouterr().err
+    )
+    note = out / "checkpoints" / "step-000003" / "optimizer" / "step.json"
+    note.write_text('{"step": 3}')  # as one that does not say what it was trained with
+    assert train.main(["--resume", str(out)]) == 2
     error = capsys.readouterr().err
     assert "is not a whole checkpoint" in error
     assert "has shape" in error
