@@ -136,12 +136,12 @@ def pixels(v: tuple[int, int]) -> bool:
 
 
 HOST = "as a step holds all of them in the host's memory"
-CHECKPOINTS = "as a checkpoint is named by six digits"
+LIFETIME = "more than any run does"
 BUDGET = between(0, 2**31 - 1, "as packed rows are counted in 32 bits", "0 or more")
 PIXELS = (pixels, f"two values, above 0, the smaller first and at most {MAX_PIXELS:,}, the largest image that is read")
 RULES: dict[str, Rule] = {  # what a value must satisfy: a test, and the words that complete "--name must be ..."
-    "steps": between(1, 999_999, CHECKPOINTS),
-    "save_every": between(0, 999_999, CHECKPOINTS, "0 or more"),
+    "steps": between(1, 100_000_000, LIFETIME),
+    "save_every": between(0, 100_000_000, LIFETIME, "0 or more"),
     "prompts": between(1, 65_536, HOST),
     "replies": between(2, 512, "as an advantage compares the replies of a group, which one block of the GPU ranks"),
     "max_tokens": between(1, 65_536, "as the decoder has room for the longest reply from the start"),
@@ -281,12 +281,13 @@ def check_value(field: str, value: Any) -> None:
     holds, words = RULES.get(field, (lambda _: True, ""))
     if not holds(value):
         raise UserError(f"{name} must be {words}; {short(value)} was given.")
-    if field in PATHS and value:
-        refuse_endless(Path(value), name)
 
 
 def check_together(config: Config) -> Config:
     """The configuration itself, if its values go together."""
+    for name in PATHS:
+        if (value := getattr(config, name)) and not (name == "out" and config.resume):  # a resumed run may have been moved
+            refuse_endless(Path(value), option_of(name))
     if not config.lora and (needy := [name for name in ("quantize", "export") if getattr(config, name) != Config.__dataclass_fields__[name].default]):
         raise UserError(f"--{needy[0]} {getattr(config, needy[0])} needs --lora: give the rank of the adapters, such as 16.")
     if config.lora and config.reference != "auto":

@@ -39,7 +39,7 @@ def refuse_run(folder: Path) -> None:
     if run is None or (place not in (run, run / CHECKPOINTS) and not place.name.endswith(PARTIAL)):
         return
     shown = folder if place == run else folder.parent if folder.name == CHECKPOINTS else run  # as it was given
-    saved = sorted((run / CHECKPOINTS).glob("step-" + "[0-9]" * 6))
+    saved = sorted((run / CHECKPOINTS).glob("step-[0-9]*[0-9]"), key=lambda folder: (len(folder.name), folder.name))
     whole = [run / FINAL] * (run / FINAL).is_dir() + saved[-1:]
     if not whole:
         raise UserError(f"--model {folder} is of a run folder without a model yet: give a model in Hugging Face layout.")

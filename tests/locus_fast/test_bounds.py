@@ -31,7 +31,7 @@ HINTS = typing.get_type_hints(Config)
 PARTS = {f.name: typing.get_args(HINTS[f.name]) or (HINTS[f.name],) for f in dataclasses.fields(Config)}
 NUMBERS = [name for name, parts in PARTS.items() if parts[0] in (int, float)]
 LARGEST = {  # that a whole number may be
-    **{"steps": 999_999, "save_every": 999_999, "prompts": 65_536, "replies": 512, "max_tokens": 65_536, "updates": 1_000},
+    **{"steps": 100_000_000, "save_every": 100_000_000, "prompts": 65_536, "replies": 512, "max_tokens": 65_536, "updates": 1_000},
     **{"eval_cues": 1_000_000, "workers": 256, "min_side": 13_377, "tokens": 2**31 - 1, "rollout_tokens": 2**31 - 1},
     **{"lora": 65_536, "checkpointing": 1_000, "seed": 2**63 - 1, "image_pixels": MAX_PIXELS, "cue_pixels": MAX_PIXELS},
 }
