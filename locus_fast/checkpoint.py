@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
-from locus_fast.adapters import has_adapters, is_adapter_folder, load_adapters, write_adapters
+from locus_fast.adapter_files import is_adapter_folder
+from locus_fast.adapters import has_adapters, load_adapters, write_adapters
 from locus_fast.errors import UserError, reason
 from locus_fast.families import family_of
 from locus_fast.optim import load_state_tensors, state_tensors

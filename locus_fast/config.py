@@ -67,6 +67,10 @@ class Config:
     lora_alpha: float = option(32.0, "the adapters' product counts alpha / rank times")
     quantize: str = option("off", "nf4: the language model's linear layers in 4 bits under the adapters (QLoRA)", ("off", "nf4"))
     export: str = option("merged", "what final/ holds: the model with the adapters merged, or the adapters in peft's layout", ("merged", "adapter"))
+    merge: bool = option(
+        False, "true: the adapters that --model holds are merged and all weights trained; false: trained further, or kept under those of --lora"
+    )
+    export_limits: bool = option(False, "write the fewest and most of --image-pixels into the image processor's config in final/")
 
     optimizer: str = option("auto", "auto: adamw8bit for bfloat16 weights, adamw for float32", OPTIMIZERS)
     lr: float = option(1e-6, "learning rate after warm-up")
@@ -158,12 +162,14 @@ def parse(arguments: list[str], prog: str = "python -m locus_fast.train", settin
 
 
 def default_preset(model: str) -> str:
-    """The preset of a model that is named without one."""
+    """The preset of a model, or of adapters, that is named without one."""
     if not model:
         return "tiny"
     try:
+        if may_hold_adapters(model):
+            model = json.loads((Path(model) / "adapter_config.json").read_text())["base_model_name_or_path"]
         return "tiny" if "coordinate_extent" in json.loads((Path(model) / "config.json").read_text()) else "paper"
-    except (OSError, ValueError, TypeError):  # a hub id, or a folder that loading will complain about
+    except (OSError, ValueError, TypeError, KeyError):  # a hub id, or a folder that loading will complain about
         return "paper"
 
 
@@ -208,8 +214,9 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, got '{text}'")
 
 
-def check(config: Config) -> Config:
-    """The configuration itself, if every value can be."""
+def check(config: Config, settled: bool = False) -> Config:
+    """The configuration itself, if every value can be. settled: `lora` is known to be the rank of what is trained, those of
+    the adapters that --model holds included."""
     hints = typing.get_type_hints(Config)
     for f in dataclasses.fields(Config):
         value, option_name = getattr(config, f.name), f"--{f.name.replace('_', '-')}"
@@ -220,11 +227,21 @@ def check(config: Config) -> Config:
         holds, words = RULES.get(f.name, (lambda _: True, ""))
         if not holds(value):
             raise UserError(f"{option_name} must be {words}; {value} was given.")
-    if not config.lora and (needy := [name for name in ("quantize", "export") if getattr(config, name) != Config.__dataclass_fields__[name].default]):
+    needy = [name for name in ("quantize", "export") if getattr(config, name) != Config.__dataclass_fields__[name].default]
+    adapters = config.lora or (not settled and may_hold_adapters(config.model))
+    if needy and not adapters:
         raise UserError(f"--{needy[0]} {getattr(config, needy[0])} needs --lora: give the rank of the adapters, such as 16.")
     if config.lora and config.reference != "auto":
         raise UserError(f"--reference {config.reference}: with --lora the reference is the policy without its adapters, at no cost; leave it away.")
+    if config.export_limits and config.export == "adapter":
+        raise UserError("--export-limits writes into an image processor's config, and with --export adapter final/ has none: give one of the two.")
     return config
+
+
+def may_hold_adapters(model: str) -> bool:
+    """Whether a model may turn out to be adapters: what is known to be none is the embedded base, and a folder with a model's
+    config."""
+    return bool(model) and not (Path(model) / "config.json").is_file()
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -109,7 +109,7 @@ def settings_of(model: str) -> dict[str, Any] | None:
     folder = Path(model)
     if folder.name != "final" or not (folder.parent / "metrics.jsonl").is_file():
         return None
-    done = ("model", "out", "resume", "lora", "quantize", "export")  # what there is of these is in the folder
+    done = ("model", "out", "resume", "lora", "quantize", "export", "merge")  # what there is of these is in the folder
     return {name: value for name, value in of_run(folder.parent).items() if name not in done}
 
 

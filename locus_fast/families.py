@@ -1,13 +1,25 @@
-"""What a model family adds to its architecture in `transformers`, one small record each, and the rules that the records name.
+"""What a model family adds to its architecture in `transformers`, one small record each, and the rules that the
+records name.
 
-To add a family, add a line to FAMILIES under its config's `model_type`, naming what differs from the defaults. The rest is read from a checkpoint's
-own files: patch sizes and the placeholder's id from config.json, normalisation from the processor's config, the turns of a conversation and a
-thinking model's opening from its chat template.
+A record says how a family speaks of places and how its prompts are laid out. The rest of that is read from a
+checkpoint's own files: patch sizes and the placeholder's id from config.json, normalisation from the processor's
+config, the turns of a conversation and a thinking model's opening from its chat template.
+
+A record alone adds a family only if its architecture is that of Qwen2.5-VL or Qwen3-VL under another `model_type`, and
+even then these modules have to learn the name: `cost/shapes.py` (dimensions, parameters, FLOPs; it refuses what it does
+not know) and `switches.py` (the settings of a config that are computed exactly). Another architecture also needs:
+
+- `packing.py`: what its vision tower derives from the images' grids, and `config.image_token_id`;
+- `policy.py`: the names `model.visual` and `model.language_model`, and features that enter at several layers;
+- `optim.part_of`: which parameters are tower, projector and language model;
+- `quantize.language_linears`: the linear layers that adapters and 4-bit weights go to;
+- `held_name` below: where `transformers` has moved its tensors since its checkpoints were published;
+- `fused.py`: the modules that have a fused counterpart, and `rollout.py`: its decoding step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,3 +102,12 @@ def family_named(model_type: object) -> Family:
 def frame_of(config: Any) -> Frame:
     """The frame of a model, from its config: the family's, unless the config names its own `coordinate_extent`."""
     return Frame(getattr(config, "coordinate_extent", family_of(config).extent))
+
+
+def held_name(stored: str, names: Container[str]) -> str | None:
+    """The model's name of what a checkpoint calls `stored`, None if the model has none: `transformers` put the vision tower
+    and the language model under `model` in 4.52, after the Qwen2.5-VL checkpoints were published."""
+    for name in (stored, f"model.{stored}", f"model.language_model.{stored.removeprefix('model.')}"):
+        if name in names:
+            return name
+    return None

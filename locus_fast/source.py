@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
+from locus_fast.adapter_files import Pair
 from locus_fast.errors import UserError, reason
-from locus_fast.families import family_named, family_of
+from locus_fast.families import family_named, family_of, held_name
 from locus_fast.preprocess import PatchSpec
-from locus_fast.shards import held_name, read_headers
+from locus_fast.quantize import language_linears, linear_names
+from locus_fast.shards import read_headers
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Source:
     config: Any  # transformers' configuration
     tokenizer: Any
     spec: PatchSpec
+    linears: dict[str, tuple[int, int]]  # (out, in) of each layer that can have an adapter
+    adapters: dict[str, Pair] = field(default_factory=dict)  # those that --model holds, whose base this is
 
 
 def read_source(folder: Path) -> Source:
@@ -45,7 +49,9 @@ def read_source(folder: Path) -> Source:
     _check_rotary(folder, config.get_text_config())
     tokenizer = load_tokenizer(folder)
     _check_tokens(folder, config, tokenizer)
-    return Source(folder, config, tokenizer, PatchSpec.of(config, folder))
+    names = linear_names(model)
+    linears = {names[id(linear)]: (linear.out_features, linear.in_features) for _, _, linear in language_linears(model)}
+    return Source(folder, config, tokenizer, PatchSpec.of(config, folder), linears)
 
 
 def check_config(folder: Path) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from locus_fast.budget import NO_ROOM, make_room, trained_by
-from locus_fast.checkpoint import is_hub_id, latest_checkpoint, load_checkpoint, save_adapters, save_checkpoint, save_model
+from locus_fast.checkpoint import latest_checkpoint, load_checkpoint, save_adapters, save_checkpoint, save_model
 from locus_fast.config import Config, parse
 from locus_fast.cost.flops import COLUMNS, PROMPT_ROWS, step_flops, total
 from locus_fast.cost.shapes import Group
@@ -62,7 +62,7 @@ def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]
         raise UserError(f"--resume {out}: it has done {done} steps, and --steps is {config.steps}; ask for more.")
     metrics = Metrics(out, config.tensorboard, done)
     (out / "config.json").write_text(json.dumps(asdict(replace(config, resume="")), indent=2))
-    print(f"{setup.cues.describe()}; {out}\n{setup.plan.reason}", file=sys.stderr)
+    print(f"{setup.cues.describe()}; {out}\n{setup.plan.reason}", *setup.notes, sep="\n", file=sys.stderr)
     before = evaluate(setup, "held-out cues, before", stop)
     reference = make_reference(model, config.reference) if config.kl > 0 else None
     if checkpoint:
@@ -80,7 +80,7 @@ def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]
     finally:
         save_checkpoint(out, model, setup.folder, optimizer, done)
         if config.export == "adapter":
-            save_adapters(model, config.model if is_hub_id(config.model) else str(setup.folder.resolve()), out / "final")
+            save_adapters(model, setup.base, out / "final")
         else:
             save_model(model, setup.folder, out / "final")
         metrics.close()
