@@ -32,6 +32,7 @@ from locus_fast.errors import UserError
 from locus_fast.given import describe, role_of, settle
 from locus_fast.packing import PromptBatch, pack
 from locus_fast.policy import use_attention
+from locus_fast.preprocess import describe_limits
 from locus_fast.prompts import GRAMMAR, WHICH_BOX, Prompter
 from locus_fast.quantize import quantize
 from locus_fast.rollout import Decoder, Vocabulary
@@ -124,7 +125,8 @@ def set_up(config: Config, out: Path | None = None) -> Setup:
         raise UserError(f"--answer-prefix {config.answer_prefix} has said the whole box already: leave it open, such as [ alone.")
     shape, decoder = ModelShape.of(model.config), Decoder(model, vocabulary)
     budget = Budget(plan.tokens, config.rollout_tokens)
-    notes = tuple(filter(None, [describe(config, source, role)]))
+    limits = describe_limits(config.image_pixels, source.limits, source.spec.factor, config.export_limits)
+    notes = tuple(filter(None, [describe(config, source, role), limits]))
     return Setup(config, device, source, model, shape, decoder, table, cues, prompter, Skipped(), plan, budget, notes)
 
 

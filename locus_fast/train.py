@@ -82,7 +82,7 @@ def train(config: Config, out: Path, stop: Callable[[], bool]) -> dict[str, Any]
         if config.export == "adapter":
             save_adapters(model, setup.base, out / "final")
         else:
-            save_model(model, setup.folder, out / "final")
+            save_model(model, setup.folder, out / "final", limits=config.image_pixels if config.export_limits else None)
         metrics.close()
     after = None if stop() else evaluate(setup, "held-out cues, after", stop)
     summary = {
