@@ -5,16 +5,18 @@ A record says how a family speaks of places and how its prompts are laid out. Th
 checkpoint's own files: patch sizes and the placeholder's id from config.json, normalisation from the processor's
 config, the turns of a conversation and a thinking model's opening from its chat template.
 
-A record alone adds a family only if its architecture is that of Qwen2.5-VL or Qwen3-VL under another `model_type`, and
-even then these modules have to learn the name: `cost/shapes.py` (dimensions, parameters, FLOPs; it refuses what it does
-not know) and `switches.py` (the settings of a config that are computed exactly). Another architecture also needs:
+A record alone does not add a family. One with the architecture of Qwen2.5-VL or Qwen3-VL under another `model_type` is
+also to be made known to `cost/shapes.py` (dimensions, parameters and FLOPs; it refuses what it does not know),
+`cost/traffic.py` (kernels that a layer starts) and `switches.py` (settings that are computed exactly). Another
+architecture needs changes in these too:
 
-- `packing.py`: what its vision tower derives from the images' grids, and `config.image_token_id`;
-- `policy.py`: the names `model.visual` and `model.language_model`, and features that enter at several layers;
-- `optim.part_of`: which parameters are tower, projector and language model;
-- `quantize.language_linears`: the linear layers that adapters and 4-bit weights go to;
-- `held_name` below: where `transformers` has moved its tensors since its checkpoints were published;
-- `fused.py`: the modules that have a fused counterpart, and `rollout.py`: its decoding step.
+- `packing.py`: what its vision tower derives from the images' grids, and the placeholder's id, `image_token_id`;
+- `policy.py`, `rollout.py`, `reference.py`: the parts' names `visual` and `language_model`, how features enter the
+  language model's layers, and the decoding step;
+- `fused.py`: the modules that have a fused counterpart;
+- `quantize.py`, `adapter_files.py`: the linear layers that take adapters and 4-bit weights, and their names;
+- `optim.py`: which parameters are of the tower, the projector and the language model (`part_of`);
+- `held_name` below: where `transformers` has moved tensors since the checkpoints were published.
 """
 
 from __future__ import annotations
