@@ -149,7 +149,7 @@ def parse(arguments: list[str], prog: str = "python -m locus_fast.train", settin
         parser.add_argument(f"--{f.name.replace('_', '-')}", **_argument(f, hints[f.name]))
     given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(arguments)).items()}
     if given.get("resume"):
-        if fixed := given.keys() & {"out", "preset", "model", "seed", "prompts", "lora", "lora_alpha", "quantize"}:
+        if fixed := given.keys() & {"out", "preset", "model", "seed", "prompts", "lora", "lora_alpha", "merge", "quantize"}:
             raise UserError(f"--{sorted(fixed)[0]} cannot be changed with --resume: a resumed run goes on as it began.")
         settings = of_run(Path(given["resume"]))
     preset = given.get("preset") or default_preset(given.get("model", ""))

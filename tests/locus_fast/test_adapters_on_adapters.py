@@ -202,6 +202,8 @@ def test_merge_trains_all_weights(one: Path, tmp_path: Path, capsys) -> None:
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("visual" in name for name in moved)
     assert asked(run / "final", capsys) == ended(run)
+    assert train.main(["--resume", str(run), "--steps", "4", "--merge", "false"]) == 2
+    assert "--merge cannot be changed with --resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -239,3 +241,18 @@ def test_adapters_of_bfloat16_are_trained_in_float32(tmp_path: Path) -> None:
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert next(model.parameters()).device == CPU
     assert (last_logits(model) - by_peft(given, TINY_BASE)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("held", ["folder", "hub"])
+def test_what_is_written_names_the_base_and_not_the_adapters(held: str, tmp_path: Path, monkeypatch) -> None:
+    """A base on the hub by its id, whether the adapters were found in a folder or on the hub themselves."""
+    given = saved_by_peft(tmp_path / "one", TINY_BASE)
+    config = json.loads((given / "adapter_config.json").read_text())
+    (given / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "someone/base"}))
+    folders = {"someone/base": TINY_BASE, "someone/adapters": given}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(folders[name]))
+    model = str(given) if held == "folder" else "someone/adapters"
+    options = ["--preset", "tiny", "--model", model, "--export", "adapter", "--steps", "1"]
+    assert train.main([*RUN, *options, "--out", str(tmp_path / "run")]) == 0
+    written = json.loads((tmp_path / "run" / "final" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "someone/base"
