@@ -1,16 +1,17 @@
-"""LoRA (arXiv 2106.09685) by peft, in place: the model stays the transformers model that `locus_fast.policy` knows, and its language model's linear
-layers gain float32 adapters. Nothing else is trained. Over nf4 weights (`locus_fast.quantize`) it is QLoRA.
+"""LoRA (arXiv 2106.09685) by peft, in place: the model stays the transformers model that `locus_fast.policy`
+knows, and its language model's linear layers gain float32 adapters. Nothing else is trained. Over nf4 weights
+(`locus_fast.quantize`) it is QLoRA.
 
 There is no dropout: the sampler is the policy, so its log-probs must be those of the training forward.
 
 A model that already has adapters can be trained in three ways:
 
 - they are trained further, from where they are (`train_further`);
-- they stay as they are, counted in, and new ones are trained beside them (`add_adapters` over `keep_adapters`);
+- they stay as they are, counted in, and new ones are trained beside them (`keep_adapters`, `add_adapters`);
 - they are added to the weights for good (`merge_adapters`), which are then trained like any.
 
-In the first two the trained adapters are called NAME and frozen ones GIVEN. With NAME off the model is what it was
-given as, bit for bit, which makes the reference policy free.
+In the first two the trained adapters are called NAME and frozen ones GIVEN. With NAME off the model is what
+it was given as, bit for bit, which makes the reference policy free.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ GIVEN = "given"  # of those that stay as they were given
 
 
 def add_adapters(model: Any, rank: int, alpha: float, targets: Sequence[str] = PROJECTIONS) -> None:
-    """Puts float32 adapters of this rank, scaled by alpha / rank, beside each linear layer of the language model that is named in targets, and
-    freezes everything else. Their product is 0 at first: the model's outputs are unchanged to the bit. Raises UserError without peft."""
+    """Puts float32 adapters of this rank, scaled by alpha / rank, beside each linear layer of the language
+    model that is named in targets, and freezes everything else. Their product is 0 at first: the model's
+    outputs are unchanged to the bit. Raises UserError without peft."""
     peft = optional("peft", "--lora")
     where = LAYERS.format(kinds="|".join(targets))
     _inject(model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=where, task_type="CAUSAL_LM"), NAME)
@@ -49,8 +51,8 @@ def keep_adapters(model: Any, pairs: Mapping[str, Pair]) -> None:
 
 
 def train_further(model: Any, pairs: Mapping[str, Pair], anchored: bool) -> None:
-    """Puts saved adapters in place to be trained, and freezes everything else. anchored: a second, frozen copy of them
-    stays as the reference policy. Raises UserError without peft."""
+    """Puts saved adapters in place to be trained, and freezes everything else. anchored: a second, frozen
+    copy of them stays as the reference policy. Raises UserError without peft."""
     _put(model, pairs, NAME)
     if anchored:
         _put(model, pairs, GIVEN)
@@ -118,8 +120,8 @@ def _activate(model: Any, names: Sequence[str]) -> None:
 
 @contextmanager
 def adapters_off(model: Any) -> Iterator[Any]:
-    """The model as it was given, as long as the block lasts: without the trained adapters, and with those that it came
-    with. Graphs recorded before stay valid if their backward comes after the block."""
+    """The model as it was given, as long as the block lasts: without the trained adapters, and with those
+    that it came with. Graphs recorded before stay valid if their backward comes after the block."""
     active = next(layer.active_adapters for _, layer in adapted_layers(model))
     _activate(model, [GIVEN] if _holds(model, GIVEN) else [])
     try:
@@ -129,8 +131,9 @@ def adapters_off(model: Any) -> Iterator[Any]:
 
 
 class MergedState(Mapping[str, Tensor]):
-    """The state of the model without adapters that computes the same: each adapted weight is its base, dequantised if need be, plus the scaled
-    products of the adapters that count, float32, computed when it is asked for."""
+    """The state of the model without adapters that computes the same: each adapted weight is its base,
+    dequantised if need be, plus the scaled products of the adapters that count, float32, computed when it is
+    asked for."""
 
     def __init__(self, model: Any):
         self.layers = {f"{name}.weight": layer for name, layer in adapted_layers(model)}
@@ -169,34 +172,38 @@ def _counted(layer: Any) -> list[str]:
 
 @torch.no_grad()
 def pairs_of(model: Any) -> dict[str, Pair]:
-    """What the adapters compute, as one pair a layer: the trained ones, and before them along the rank those that are kept
-    beneath."""
+    """What the adapters compute, as one pair a layer: the trained ones, and before them along the rank those
+    that are kept beneath."""
     pairs = {}
     for name, layer in adapted_layers(model):
-        parts = [Pair(layer.lora_A[each].weight, layer.lora_B[each].weight, layer.scaling[each]) for each in _counted(layer)]
-        pairs[name] = joined(parts)
+        down, up, scale = layer.lora_A, layer.lora_B, layer.scaling
+        pairs[name] = joined([Pair(down[each].weight, up[each].weight, scale[each]) for each in _counted(layer)])
     return pairs
 
 
 def write_adapters(model: Any, base: str, folder: Path) -> None:
-    """What the adapters compute as one adapter, into the existing folder in peft's own layout. base: the folder or hub id of
-    the model that it belongs to."""
+    """What the adapters compute as one adapter, into the existing folder in peft's own layout. base: the
+    folder or hub id of the model that it belongs to."""
     write_pairs(pairs_of(model), base, folder, dict.fromkeys(linear_names(model).values()))
 
 
 @torch.no_grad()
 def load_adapters(folder: Path, model: Any) -> None:
-    """Puts adapters that `write_adapters` saved into the trained ones of the model, to the bit. Raises UserError if they are of another rank or of
-    other layers, or were saved over other adapters than those that are kept."""
+    """Puts adapters that `write_adapters` saved into the trained ones of the model, to the bit. Raises
+    UserError if they are of another rank or of other layers, or were saved over other adapters than those
+    that are kept."""
     saved, now = load_file(folder / WEIGHTS), dict(named_tensors(pairs_of(model)))
     if differing := sorted(saved.keys() ^ now.keys()):
-        raise UserError(f"{folder / WEIGHTS} has adapters of other layers: {len(differing)} names differ, the first {differing[0]}.")
+        what = f"{len(differing)} names differ, the first {differing[0]}"
+        raise UserError(f"{folder / WEIGHTS} has adapters of other layers: {what}.")
     for name, place in adapter_tensors(model).items():
         if now[name].shape != saved[name].shape:
-            raise UserError(f"{folder / WEIGHTS}: {name} has shape {list(saved[name].shape)}, and the model's {list(now[name].shape)}.")
+            shapes = f"has shape {list(saved[name].shape)}, and the model's {list(now[name].shape)}"
+            raise UserError(f"{folder / WEIGHTS}: {name} {shapes}.")
         along = int(".lora_B." in name)  # the dimension of the rank: lora_A is [rank, in], lora_B [out, rank]
         kept = now[name].shape[along] - place.shape[along]
         beneath, trained = saved[name].split([kept, place.shape[along]], along)
         if not torch.allclose(beneath, now[name].narrow(along, 0, kept), rtol=1e-5, atol=0):
-            raise UserError(f"{folder / WEIGHTS}: {name} was saved over other adapters than --model holds now: give back those of the run.")
+            what = "was saved over other adapters than --model holds now"
+            raise UserError(f"{folder / WEIGHTS}: {name} {what}: give back those of the run.")
         place.copy_(trained)

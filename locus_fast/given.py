@@ -18,8 +18,8 @@ from locus_fast.source import Source
 
 
 def role_of(config: Config, source: Source, trains: bool) -> str:
-    """The role of the adapters of --model. trains: whether the model is opened to be trained. Raises UserError for options
-    that contradict it."""
+    """The role of the adapters of --model. trains: whether the model is opened to be trained. Raises
+    UserError for options that contradict it."""
     if not source.adapters:
         if config.merge:
             raise UserError(f"--merge: {config.model or 'the embedded base'} holds no adapters; leave the option away.")
@@ -34,8 +34,9 @@ def role_of(config: Config, source: Source, trains: bool) -> str:
 
 
 def settle(config: Config, source: Source, role: str) -> Config:
-    """The settings with the rank and the scale of the adapters that are trained, whose own they are where they are trained
-    further. Raises UserError for options that need adapters where none are trained, or that do not go with them."""
+    """The settings with the rank and the scale of the adapters that are trained, whose own they are where
+    they are trained further. Raises UserError for options that need adapters where none are trained, or that
+    do not go with them."""
     if role == "trained":
         largest = max(source.adapters.values(), key=lambda pair: pair.rank)
         config = replace(config, lora=largest.rank, lora_alpha=largest.rank * abs(largest.scale) or 1.0)
@@ -54,6 +55,8 @@ def describe(config: Config, source: Source, role: str) -> str:
         return f"{which} are merged, and all weights trained"
     if role == "kept":
         together = "one adapter that is both" if config.export == "adapter" else held
-        return f"{which} stay as they are, and new ones of rank {config.lora} are trained on them; final/ will hold {together}"
+        how = f"stay as they are, and new ones of rank {config.lora} are trained on them"
+        return f"{which} {how}; final/ will hold {together}"
     dropout = f" without their dropout of {left:g}" if left else ""
-    return f"{which} are trained further{dropout} (--lora adds new ones, --merge trains all weights); final/ will hold {held}"
+    otherwise = "--lora adds new ones, --merge trains all weights"
+    return f"{which} are trained further{dropout} ({otherwise}); final/ will hold {held}"

@@ -41,8 +41,8 @@ class PatchSpec:
 
     @staticmethod
     def of(config: Any, folder: Path) -> PatchSpec:
-        """From a model's config and the config of its image processor, see `processor_config`. Raises UserError without three means and three
-        deviations, and for a processor that makes other patches than these."""
+        """From a model's config and the config of its image processor, see `processor_config`. Raises UserError
+        without three means and three deviations, and for a processor that makes other patches than these."""
         vision, (path, stated) = config.vision_config, processor_config(folder)
         try:
             mean, std = (tuple(float(v) for v in stated[key]) for key in ("image_mean", "image_std"))
@@ -54,7 +54,8 @@ class PatchSpec:
         expected = {**PROCESSING, **dict(zip(("patch_size", "temporal_patch_size", "merge_size"), sizes, strict=True))}
         for key, value in expected.items():
             if (got := stated.get(key, value)) is not None and not _same(got, value):
-                raise UserError(f"{path}: {key} is {json.dumps(got)}, and must be {json.dumps(value)}, as images are prepared for this model.")
+                what = f"{key} is {json.dumps(got)}, and must be {json.dumps(value)}"
+                raise UserError(f"{path}: {what}, as images are prepared for this model.")
         return PatchSpec(*sizes, mean, std)  # type: ignore[arg-type]
 
 
@@ -100,7 +101,8 @@ def describe_limits(here: tuple[int, int], own: tuple[int, int], factor: int, ex
             (rows, columns), (own_rows, own_columns) = made
             sizes.append(f"{width}x{height} is {columns}x{rows} here and {own_columns}x{own_rows} there")
     shown = f": {', '.join(sizes)}" if sizes else ""
-    return f"images have {words[0]} here, and {words[1]} by the model's own processor{shown} (--export-limits gives it those of training)"
+    what = f"images have {words[0]} here, and {words[1]} by the model's own processor{shown}"
+    return f"{what} (--export-limits gives it those of training)"
 
 
 def patches_of(pixels: Tensor, grids: Tensor, spec: PatchSpec) -> Tensor:

@@ -1,4 +1,5 @@
-"""A model's own image processor: where its config lies, and the fewest and most pixels that it resizes images to.
+"""A model's own image processor: where its config lies, and the fewest and most pixels that it resizes images
+to.
 
 `transformers` takes the image processor's part of processor_config.json, where newer versions save it, else
 preprocessor_config.json. Limits are spelled min_pixels and max_pixels, or as edges of `size`.
@@ -38,7 +39,8 @@ def _size(stated: dict[str, Any]) -> dict[str, Any]:
 
 
 def own_limits(folder: Path) -> tuple[int, int]:
-    """The fewest and the most pixels of a folder's image processor. Raises UserError if they are no such numbers."""
+    """The fewest and the most pixels of a folder's image processor. Raises UserError if they are no such
+    numbers."""
     path, stated = processor_config(folder)
     found = []
     for (name, edge), default in zip(SPELLINGS, DEFAULTS, strict=True):
@@ -51,7 +53,8 @@ def own_limits(folder: Path) -> tuple[int, int]:
 
 
 def write_limits(folder: Path, limits: tuple[int, int]) -> None:
-    """Puts these fewest and most pixels into the configs of a folder's image processor, as each spells them."""
+    """Puts these fewest and most pixels into the configs of a folder's image processor, as each spells
+    them."""
     for path, part in ((folder / WITHIN, PART), (folder / ALONE, None)):
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         stated = content.get(part) if part else content

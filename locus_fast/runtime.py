@@ -17,7 +17,8 @@ from locus_kernels.shared_prefix_attention import send
 from torch import Tensor
 from tqdm import tqdm
 
-from locus_fast.adapter_files import base_of, is_adapter_folder, read_adapters
+from locus_fast.adapter_files import base_of, is_adapter_folder
+from locus_fast.adapter_reader import read_adapters
 from locus_fast.adapters import add_adapters, keep_adapters, merge_adapters, train_further
 from locus_fast.budget import Budget, plan_for
 from locus_fast.checkpoint import is_hub_id, load_source, model_folder, weight_dtype

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
+from locus_fast.adapter_files import CONFIG as ADAPTERS
 from locus_fast.adapter_files import Pair
 from locus_fast.errors import UserError, reason
 from locus_fast.families import family_named, family_of, held_name
@@ -65,6 +66,8 @@ def check_config(folder: Path) -> None:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} has no config.json: give the folder of a model in Hugging Face layout.")
+    if (folder / ADAPTERS).is_file():  # transformers would put them on the model in silence
+        raise UserError(f"{folder} holds a model and adapters ({ADAPTERS}): move one of the two to a folder of its own.")
     stated = read_json(file)
     try:
         family_named(stated.get("model_type"))

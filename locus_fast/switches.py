@@ -1,8 +1,9 @@
 """Which settings of a model's config.json are computed exactly: one table a part, refusal for the rest.
 
-`transformers` builds the modules; attention, packed rows, positions and the decoding step are ours. A setting that only
-the modules read holds for any value. One that attention or layouts would have to know holds for the values given here.
-What `transformers` itself does not read is passed over, but for settings that other models compute by (FOREIGN).
+`transformers` builds the modules; attention, packed rows, positions and the decoding step are ours. A setting
+that only the modules read holds for any value. One that attention or layouts would have to know holds for the
+values given here. What `transformers` itself does not read is passed over, but for settings that other models
+compute by (FOREIGN).
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ TEXT: dict[str, Values] = {
 ROTARY: dict[str, Values] = {  # of the text config's rope_parameters, in config.json also called rope_scaling
     "rope_type": Values(
         lambda value, part: value in STATIC_ROTARY,
-        f"one of {', '.join(STATIC_ROTARY)}: with others a row's log-probabilities would hang on what is packed beside it",
+        f"one of {', '.join(STATIC_ROTARY)}: others make a row's log-probs hang on what is packed beside it",
     ),
     "partial_rotary_factor": Values(lambda value, part: value in (None, 1), "1: every dimension of a head is rotated"),
 }
@@ -103,7 +104,8 @@ GENERAL = {field.name for field in dataclasses.fields(PretrainedConfig)} if data
 
 
 def check_switches(file: Path, config: Any) -> None:
-    """Raises UserError, with file, key and value, for the first setting of a model's config that is not computed exactly.
+    """Raises UserError, with file, key and value, for the first setting of a model's config that is not
+    computed exactly.
 
     config: as `transformers` read it from the file.
     """
@@ -137,16 +139,16 @@ def _shown(value: Any) -> str:
 
 
 def _check_unknown(file: Path, part: Any, table: Mapping[str, Values]) -> None:
-    """Raises UserError for a setting of the part's class that the table does not know and that is not at its default: what
-    a newer `transformers` may compute by."""
+    """Raises UserError for a setting of the part's class that the table does not know and that is not at its
+    default: what a newer `transformers` may compute by."""
     for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
         if field.name not in table and field.name not in GENERAL and field.default is not dataclasses.MISSING:
             _check(file, part, field.name, getattr(part, field.name), _only(field.default, "no other value is known here"))
 
 
 def _check_rotary(file: Path, text: Any, family: str) -> None:
-    """Raises UserError unless the rotary frequencies are of a known kind and shared out among the three axes: no tensor's
-    shape would show it."""
+    """Raises UserError unless the rotary frequencies are of a known kind and shared out among the three axes:
+    no tensor's shape would show it."""
     rotary, half = text.rope_parameters or {}, _head_dim(text) // 2
     for key, values in ROTARY.items():
         _check(file, text, key, rotary.get(key), values)
@@ -154,4 +156,5 @@ def _check_rotary(file: Path, text: Any, family: str) -> None:
         _check(file, text, "mrope_interleaved", rotary["mrope_interleaved"], _only(INTERLEAVED[family], f"as {family} is computed"))
     sections = rotary.get("mrope_section", SECTIONS[family])
     if not isinstance(sections, list | tuple) or len(sections) != 3 or sum(sections) != half:
-        raise UserError(f"{file}: mrope_section {sections} must be three numbers that add up to {half}, half a head's dimension.")
+        words = f"three numbers that add up to {half}, half a head's dimension"
+        raise UserError(f"{file}: mrope_section {sections} must be {words}.")

@@ -1,5 +1,5 @@
-"""Saved adapters: what is read computes what plain peft computes; what would not is refused, by the name of its key or tensor, before any weight of
-the base is read."""
+"""Saved adapters: what is read computes what plain peft computes; what would not is refused, by the name of
+its key or tensor, before any weight of the base is read."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from locus_fast import evaluate, train
-from locus_fast.adapter_files import read_adapters
+from locus_fast.adapter_reader import read_adapters
 from locus_fast.adapters import adapter_tensors, adapters_off, add_adapters, merge_adapters, merged_state
 from locus_fast.checkpoint import TINY_BASE, load_model, save_adapters, save_model
 from locus_fast.config import parse

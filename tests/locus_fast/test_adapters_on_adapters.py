@@ -1,5 +1,6 @@
-"""A --model that holds adapters: trained further, kept under new ones, or merged. What is written computes what was
-trained, by plain peft and by plain transformers, and the reference policy is the model as it was given."""
+"""A --model that holds adapters: trained further, kept under new ones, or merged. What is written computes
+what was trained, by plain peft and by plain transformers, and the reference policy is the model as it was
+given."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def saved_by_peft(folder: Path, base: Path, seed: int = 0, **settings) -> Path:
 
 
 def by_peft(adapters: Path, base: Path) -> torch.Tensor:
-    """Logits of the first drawn prompt's last token: plain transformers, with the adapters that plain peft puts on it."""
+    """Logits of the first drawn prompt's last token: plain transformers, with the adapters that plain peft
+    puts on it."""
     stock = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
     return logits_by_transformers(peft.PeftModel.from_pretrained(stock, str(adapters)).eval())[-1]
 

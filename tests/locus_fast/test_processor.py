@@ -1,4 +1,5 @@
-"""The pixel limits of training and those of the model's own image processor: said where they differ, and exported when that is asked for."""
+"""The pixel limits of training and those of the model's own image processor: said where they differ, and
+exported when that is asked for."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ PICTURES = ((4000, 3000), (300, 200), (40, 30), (1000, 90))  # width and height
 
 
 def grid_by_transformers(folder: Path, width: int, height: int) -> tuple[int, int]:
-    """(width, height) in pixels of what the folder's own processor makes of an image, as transformers loads it."""
+    """(width, height) in pixels of what the folder's own processor makes of an image, as transformers loads
+    it."""
     processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     _, rows, columns = processor(Image.new("RGB", (width, height)))["image_grid_thw"][0]
     return int(columns) * processor.patch_size, int(rows) * processor.patch_size

@@ -1,5 +1,5 @@
-"""Settings of config.json: those that are honoured give plain transformers' eager log-probs, in prompts, replies and decoding; those that are not are
-refused with file, key and value, before any weight is read."""
+"""Settings of config.json: those that are honoured give plain transformers' eager log-probs, in prompts,
+replies and decoding; those that are not are refused with file, key and value, before any weight is read."""
 
 from __future__ import annotations
 
@@ -273,7 +273,8 @@ PREPARED = {
 
 @pytest.mark.parametrize("key", PREPARED)
 def test_images_that_are_prepared_otherwise_are_refused(key: str, tmp_path: Path) -> None:
-    """By the image processor's config: what plain transformers would then show the model is not what it is trained on."""
+    """By the image processor's config: what plain transformers would then show the model is not what it is
+    trained on."""
     folder = write_checkpoint(tmp_path / "model", OLD)
     own = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 0.00392156862745098, "resample": 3}
     fields("preprocessor_config.json", **own)(folder)
