@@ -20,12 +20,14 @@ from locus_fast.source import read_source
 from tests.locus_fast.test_source import DATA, RECIPE, SIZES, fields
 from tests.published import write_checkpoint
 
+SIZE = dict(Qwen2VLImageProcessorPil.size)
 PICTURES = ((4000, 3000), (300, 200), (40, 30), (1000, 90))  # width and height
 
 
 def grid_by_transformers(folder: Path, width: int, height: int) -> tuple[int, int]:
     """(width, height) in pixels of what the folder's own processor makes of an image, as transformers loads
     it."""
+    Qwen2VLImageProcessorPil.size = dict(SIZE)  # transformers 5.17 writes a folder's limits into it
     processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     _, rows, columns = processor(Image.new("RGB", (width, height)))["image_grid_thw"][0]
     return int(columns) * processor.patch_size, int(rows) * processor.patch_size
