@@ -1,42 +1,93 @@
-"""LoRA (arXiv 2106.09685) by peft, in place: the model stays the transformers model that `locus_fast.policy` knows, and its language model's linear
-layers gain float32 adapters. Nothing else is trained. Over nf4 weights (`locus_fast.quantize`) it is QLoRA.
+"""LoRA (arXiv 2106.09685) by peft, in place: the model stays the transformers model that `locus_fast.policy`
+knows, and its language model's linear layers gain float32 adapters. Nothing else is trained. Over nf4 weights
+(`locus_fast.quantize`) it is QLoRA.
 
-There is no dropout: the sampler is the policy, so its log-probs must be those of the training forward. With the adapters off the model is the base,
-bit for bit, which makes the reference policy free.
+There is no dropout: the sampler is the policy, so its log-probs must be those of the training forward.
+
+A model that already has adapters can be trained in three ways:
+
+- they are trained further, from where they are (`train_further`);
+- they stay as they are, counted in, and new ones are trained beside them (`keep_adapters`, `add_adapters`);
+- they are added to the weights for good (`merge_adapters`), which are then trained like any.
+
+In the first two the trained adapters are called NAME and frozen ones GIVEN. With NAME off the model is what
+it was given as, bit for bit, which makes the reference policy free.
 """
 
 from __future__ import annotations
 
-import copy
-import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from locus_fast.adapter_files import LAYERS, PREFIX, WEIGHTS, Pair, joined, named_tensors, peft_config, write_pairs
 from locus_fast.errors import UserError
-from locus_fast.files import save_tensors
 from locus_fast.libraries import optional
-from locus_fast.quantize import PROJECTIONS, language_linears, weight_of
+from locus_fast.quantize import PROJECTIONS, language_linears, linear_names, weight_of
 
-NAME = "default"  # peft's, of the one adapter
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # of every name in peft's files
+NAME = "default"  # of the adapters that are trained; peft's name of an only one
+GIVEN = "given"  # of those that stay as they were given
 
 
 def add_adapters(model: Any, rank: int, alpha: float, targets: Sequence[str] = PROJECTIONS) -> None:
-    """Puts float32 adapters of this rank, scaled by alpha / rank, beside each linear layer of the language model that is named in targets, and
-    freezes everything else. Their product is 0 at first: the model's outputs are unchanged to the bit. Raises UserError without peft."""
+    """Puts float32 adapters of this rank, scaled by alpha / rank, beside each linear layer of the language
+    model that is named in targets, and freezes everything else. Their product is 0 at first: the model's
+    outputs are unchanged to the bit. Raises UserError without peft."""
     peft = optional("peft", "--lora")
-    where = rf"(.*\.)?language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(targets)})"
-    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=where, task_type="CAUSAL_LM"), model)
-    for parameter in adapter_tensors(model).values():
-        parameter.data = parameter.data.float()
+    where = LAYERS.format(kinds="|".join(targets))
+    _inject(model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=where, task_type="CAUSAL_LM"), NAME)
+    _activate(model, [GIVEN, NAME] if _holds(model, GIVEN) else [NAME])
+
+
+def keep_adapters(model: Any, pairs: Mapping[str, Pair]) -> None:
+    """Puts saved adapters in place, frozen; `add_adapters` may follow. Raises UserError without peft."""
+    _put(model, pairs, GIVEN)
+    _activate(model, [GIVEN])
+
+
+def train_further(model: Any, pairs: Mapping[str, Pair], anchored: bool) -> None:
+    """Puts saved adapters in place to be trained, and freezes everything else. anchored: a second, frozen
+    copy of them stays as the reference policy. Raises UserError without peft."""
+    _put(model, pairs, NAME)
+    if anchored:
+        _put(model, pairs, GIVEN)
+    _activate(model, [NAME])
+
+
+@torch.no_grad()
+def merge_adapters(pairs: Mapping[str, Pair], model: Any) -> None:
+    """Adds saved adapters to the weights of their base, in place and for good; peft is not needed."""
+    names = linear_names(model)
+    for _, _, linear in language_linears(model):
+        if pair := pairs.get(names[id(linear)]):
+            up, down = (tensor.to(linear.weight.device) for tensor in (pair.up, pair.down))
+            linear.weight.copy_(linear.weight.float() + up @ down * pair.scale)
+
+
+@torch.no_grad()
+def _put(model: Any, pairs: Mapping[str, Pair], name: str) -> None:
+    scales = {layer: (pair.rank, pair.scale) for layer, pair in pairs.items()}
+    _inject(model, peft_config(scales, None, dict.fromkeys(linear_names(model).values())), name)
+    for layer, module in adapted_layers(model):
+        if pair := pairs.get(layer):
+            module.lora_A[name].weight.copy_(pair.down)
+            module.lora_B[name].weight.copy_(pair.up)
+            module.scaling[name] = pair.scale
+
+
+def _inject(model: Any, config: Any, name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        optional("peft", "--lora").inject_adapter_in_model(config, model, adapter_name=name)
+    for parameter_name, parameter in model.named_parameters():
+        if f".{name}." in parameter_name:
+            parameter.data = parameter.data.float()
 
 
 def has_adapters(model: Any) -> bool:
@@ -44,7 +95,7 @@ def has_adapters(model: Any) -> bool:
 
 
 def adapter_tensors(model: Any) -> dict[str, Tensor]:
-    """The adapters' parameters, by their names in peft's files."""
+    """The parameters of the trained adapters, by their names in peft's files."""
     return {PREFIX + name.replace(f".{NAME}.", "."): p for name, p in model.named_parameters() if f".{NAME}." in name}
 
 
@@ -53,22 +104,37 @@ def adapted_layers(model: Any) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
 
 
+def _holds(model: Any, name: str) -> bool:
+    return any(name in layer.lora_A for _, layer in adapted_layers(model))
+
+
+def _activate(model: Any, names: Sequence[str]) -> None:
+    """Lets these adapters count, and no others; those called NAME take a gradient if they are among them."""
+    for _, layer in adapted_layers(model):
+        layer.enable_adapters(bool(names))
+        if names:
+            layer.set_adapter(list(names))
+        if GIVEN in layer.lora_A:
+            for half in (layer.lora_A, layer.lora_B):
+                half[GIVEN].requires_grad_(False)
+
+
 @contextmanager
 def adapters_off(model: Any) -> Iterator[Any]:
-    """The base model, as long as the block lasts. Graphs recorded before stay valid if their backward comes after the block."""
-    layers = [layer for _, layer in adapted_layers(model)]
-    for layer in layers:
-        layer.enable_adapters(False)
+    """The model as it was given, as long as the block lasts: without the trained adapters, and with those
+    that it came with. Graphs recorded before stay valid if their backward comes after the block."""
+    active = next(layer.active_adapters for _, layer in adapted_layers(model))
+    _activate(model, [GIVEN] if _holds(model, GIVEN) else [])
     try:
         yield model
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        _activate(model, active)
 
 
 class MergedState(Mapping[str, Tensor]):
-    """The state of the model without adapters that computes the same: each adapted weight is its base, dequantised if need be, plus the adapters'
-    scaled product, float32, computed when it is asked for."""
+    """The state of the model without adapters that computes the same: each adapted weight is its base,
+    dequantised if need be, plus the scaled products of the adapters that count, float32, computed when it is
+    asked for."""
 
     def __init__(self, model: Any):
         self.layers = {f"{name}.weight": layer for name, layer in adapted_layers(model)}
@@ -82,7 +148,7 @@ class MergedState(Mapping[str, Tensor]):
         if name not in self.layers:
             return self.plain[name]
         layer = self.layers[name]
-        return weight_of(layer.base_layer).float() + layer.get_delta_weight(NAME)
+        return weight_of(layer.base_layer).float() + sum(layer.get_delta_weight(each) for each in _counted(layer))
 
     def __contains__(self, name: object) -> bool:
         return name in self.layers or name in self.plain
@@ -100,61 +166,45 @@ def merged_state(model: Any) -> Mapping[str, Tensor]:
     return MergedState(model) if has_adapters(model) else model.state_dict()
 
 
+def _counted(layer: Any) -> list[str]:
+    """The names of the adapters of a layer that count."""
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+@torch.no_grad()
+def pairs_of(model: Any) -> dict[str, Pair]:
+    """What the adapters compute, as one pair a layer: the trained ones, and before them along the rank those
+    that are kept beneath."""
+    pairs = {}
+    for name, layer in adapted_layers(model):
+        down, up, scale = layer.lora_A, layer.lora_B, layer.scaling
+        pairs[name] = joined([Pair(down[each].weight, up[each].weight, scale[each]) for each in _counted(layer)])
+    return pairs
+
+
 def write_adapters(model: Any, base: str, folder: Path) -> None:
-    """The adapters into the existing folder in peft's own layout. base: the folder or hub id of the model that they belong to."""
-    config = copy.copy(model.peft_config[NAME])
-    config.base_model_name_or_path, config.inference_mode = base, True
-    config.save_pretrained(str(folder))
-    tensors = {name: p.detach().to("cpu").contiguous() for name, p in adapter_tensors(model).items()}
-    save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
+    """What the adapters compute as one adapter, into the existing folder in peft's own layout. base: the
+    folder or hub id of the model that it belongs to."""
+    write_pairs(pairs_of(model), base, folder, dict.fromkeys(linear_names(model).values()))
 
 
 @torch.no_grad()
 def load_adapters(folder: Path, model: Any) -> None:
-    """Puts saved adapters into those of the model. Raises UserError if they are of another rank or of other layers."""
-    saved, places = load_file(folder / WEIGHTS), adapter_tensors(model)
-    if differing := sorted(saved.keys() ^ places.keys()):
-        raise UserError(f"{folder / WEIGHTS} has adapters of other layers: {len(differing)} names differ, the first {differing[0]}.")
-    for name, place in places.items():
-        if place.shape != saved[name].shape:
-            raise UserError(f"{folder / WEIGHTS}: {name} has shape {list(saved[name].shape)}, and the model's {list(place.shape)}.")
-        place.copy_(saved[name])
-
-
-def is_adapter_folder(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
-
-
-def base_of(folder: Path) -> str:
-    """The folder or hub id of the base that saved adapters belong to. Raises UserError if the config names none."""
-    base = _config(folder).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{folder / CONFIG} does not say which model it adapts: set base_model_name_or_path to the base's folder or hub id.")
-    return base
-
-
-@torch.no_grad()
-def merge_adapters(folder: Path, model: Any) -> None:
-    """Adds saved adapters to the weights of their base, in place and for good; peft is not needed. Raises UserError for adapters that are not plain
-    LoRA of the language model's linear layers."""
-    config = _config(folder)
-    try:
-        tensors, rank, alpha = load_file(folder / WEIGHTS), int(config["r"]), float(config["lora_alpha"])
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder} does not hold whole adapters ({type(error).__name__}): {CONFIG} with r and lora_alpha, and {WEIGHTS}.") from None
-    names = {id(module): name for name, module in model.named_modules()}
-    for _, _, linear in language_linears(model):
-        pair = [f"{PREFIX}{names[id(linear)]}.lora_{side}.weight" for side in "BA"]
-        if tensors.keys() >= set(pair):
-            up, down = (tensors.pop(name).to(linear.weight.device, torch.float32) for name in pair)
-            linear.weight.copy_(linear.weight.float() + up @ down * (alpha / rank))
-    if tensors or any(config.get(key) for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")):
-        what = f"the first {min(tensors)}" if tensors else "a variant of LoRA"
-        raise UserError(f"{folder} holds more than plain LoRA of the language model's linear layers, {what}: merge it with peft first.")
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / CONFIG).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder / CONFIG} cannot be read as the config of an adapter ({type(error).__name__}).") from None
+    """Puts adapters that `write_adapters` saved into the trained ones of the model, to the bit. Raises
+    UserError if they are of another rank or of other layers, or were saved over other adapters than those
+    that are kept."""
+    saved, now = load_file(folder / WEIGHTS), dict(named_tensors(pairs_of(model)))
+    if differing := sorted(saved.keys() ^ now.keys()):
+        what = f"{len(differing)} names differ, the first {differing[0]}"
+        raise UserError(f"{folder / WEIGHTS} has adapters of other layers: {what}.")
+    for name, place in adapter_tensors(model).items():
+        if now[name].shape != saved[name].shape:
+            shapes = f"has shape {list(saved[name].shape)}, and the model's {list(now[name].shape)}"
+            raise UserError(f"{folder / WEIGHTS}: {name} {shapes}.")
+        along = int(".lora_B." in name)  # the dimension of the rank: lora_A is [rank, in], lora_B [out, rank]
+        kept = now[name].shape[along] - place.shape[along]
+        beneath, trained = saved[name].split([kept, place.shape[along]], along)
+        if not torch.allclose(beneath, now[name].narrow(along, 0, kept), rtol=1e-5, atol=0):
+            what = "was saved over other adapters than --model holds now"
+            raise UserError(f"{folder / WEIGHTS}: {name} {what}: give back those of the run.")
+        place.copy_(trained)

@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
-from locus_fast.adapters import has_adapters, is_adapter_folder, load_adapters, write_adapters
+from locus_fast.adapter_files import is_adapter_folder
+from locus_fast.adapters import has_adapters, load_adapters, write_adapters
 from locus_fast.errors import UserError, reason
 from locus_fast.families import family_of
 from locus_fast.files import refuse_endless, refuse_endless_in
 from locus_fast.finite import first_not_finite
 from locus_fast.optim import load_state_tensors, state_tensors
 from locus_fast.policy import use_attention
+from locus_fast.processor import write_limits
 from locus_fast.runs import refuse_run
 from locus_fast.shards import load_weights, stored_dtype, write_model, write_tensors
 from locus_fast.source import Source, check_config, read_source
@@ -87,6 +89,9 @@ def load_source(source: Source, device: torch.device, dtype: torch.dtype | None 
         raise UserError(f"{source.folder} could not be loaded as a model: {reason(error)}") from None
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{source.folder}: {len(missing)} of the model's tensors are in none of its weight files, the first {missing[0]}.")
+    if source.config.tie_word_embeddings and model.lm_head.weight is not model.get_input_embeddings().weight:
+        what = "tie_word_embeddings is true, and lm_head.weight is stored with other values than the embedding"
+        raise UserError(f"{source.folder / 'config.json'}: {what}: set it to false to train the head that is stored, or fetch the model again.")
     _stop_at_turns(model, source.tokenizer, family_of(source.config).stop)
     use_attention(model)
     return model.to(device).eval()
@@ -106,10 +111,15 @@ def _stop_at_turns(model: Any, tokenizer: Any, stop: str) -> None:
         model.generation_config.eos_token_id = [*stops, turn]
 
 
-def save_model(model: Any, source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """The model in the layout it came in, as `source` has it (see `shards.write_model`). Written beside and renamed: whole or absent."""
+def save_model(model: Any, source: Path, folder: Path, dtype: torch.dtype | None = None, limits: tuple[int, int] | None = None) -> None:
+    """The model in the layout it came in, as `source` has it (see `shards.write_model`). Written beside and renamed: whole or absent.
+
+    limits: the fewest and most pixels that the config of its image processor is to have; None for those of the source.
+    """
     with whole_or_absent(folder) as partial:
         write_model(model, source, partial, dtype)
+        if limits:
+            write_limits(partial, limits)
 
 
 def save_adapters(model: Any, base: str, folder: Path) -> None:

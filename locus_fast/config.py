@@ -79,6 +79,10 @@ class Config:
     lora_alpha: float = option(32.0, "the adapters' product counts alpha / rank times")
     quantize: str = option("off", "nf4: the language model's linear layers in 4 bits under the adapters (QLoRA)", ("off", "nf4"))
     export: str = option("merged", "what final/ holds: the model with the adapters merged, or the adapters in peft's layout", ("merged", "adapter"))
+    merge: bool = option(
+        False, "true: the adapters that --model holds are merged and all weights trained; false: trained further, or kept under those of --lora"
+    )
+    export_limits: bool = option(False, "write the fewest and most of --image-pixels into the image processor's config in final/")
 
     optimizer: str = option("auto", "auto: adamw8bit for bfloat16 weights, adamw for float32", OPTIMIZERS)
     lr: float = option(1e-6, "learning rate after warm-up")
@@ -177,7 +181,7 @@ ASKED = (  # what has a meaning where nothing is trained and replies are greedy
     *("image_pixels", "cue_pixels", "max_tokens", "answer_prefix", "dtype", "attention", "tokens", "device", "workers"),
     "eval_cues",
 )
-FIXED = ("out", "preset", "model", "seed", "prompts", "lora", "lora_alpha", "quantize")  # what a resumed run keeps
+FIXED = ("out", "preset", "model", "seed", "prompts", "lora", "lora_alpha", "merge", "quantize")  # what a resumed run keeps
 CHOSEN = ("preset", "out", "resume")  # what is empty is as if it were not given
 OF_DATA = ("images", "box_format")  # what was said of a run's data, and does not hold for other data
 PATHS = ("model", "data", "images", "out")
@@ -237,8 +241,10 @@ def stored(config: Config) -> dict[str, Any]:
 
 
 def default_preset(model: str) -> str:
-    """The preset of a model that is named without one; a hub id, or a folder that loading will complain about, has
-    the paper's."""
+    """The preset of a model, or of adapters, that is named without one; a hub id, or a folder that loading will complain
+    about, has the paper's."""
+    if model and may_hold_adapters(model):
+        model = str(read_object(Path(model) / "adapter_config.json").get("base_model_name_or_path") or model)
     return "tiny" if not model or "coordinate_extent" in read_object(Path(model) / "config.json") else "paper"
 
 
@@ -264,11 +270,12 @@ def shown(f: dataclasses.Field) -> str:
     return f"{text}; tiny: {PRESETS['tiny'][f.name]}" if f.name in PRESETS["tiny"] else text
 
 
-def check(config: Config) -> Config:
-    """The configuration itself, if every value can be, and with the others."""
+def check(config: Config, settled: bool = False) -> Config:
+    """The configuration itself, if every value can be, and with the others. settled: `lora` is known to be the rank of what is trained, those of
+    the adapters that --model holds included."""
     for f in dataclasses.fields(Config):
         check_value(f.name, getattr(config, f.name))
-    return check_together(config)
+    return check_together(config, settled)
 
 
 def check_value(field: str, value: Any) -> None:
@@ -283,13 +290,23 @@ def check_value(field: str, value: Any) -> None:
         raise UserError(f"{name} must be {words}; {short(value)} was given.")
 
 
-def check_together(config: Config) -> Config:
+def check_together(config: Config, settled: bool) -> Config:
     """The configuration itself, if its values go together."""
     for name in PATHS:
         if (value := getattr(config, name)) and not (name == "out" and config.resume):  # a resumed run may have been moved
             refuse_endless(Path(value), option_of(name))
-    if not config.lora and (needy := [name for name in ("quantize", "export") if getattr(config, name) != Config.__dataclass_fields__[name].default]):
+    needy = [name for name in ("quantize", "export") if getattr(config, name) != Config.__dataclass_fields__[name].default]
+    adapters = config.lora or (not settled and may_hold_adapters(config.model))
+    if needy and not adapters:
         raise UserError(f"--{needy[0]} {getattr(config, needy[0])} needs --lora: give the rank of the adapters, such as 16.")
     if config.lora and config.reference != "auto":
         raise UserError(f"--reference {config.reference}: with --lora the reference is the policy without its adapters, at no cost; leave it away.")
+    if config.export_limits and config.export == "adapter":
+        raise UserError("--export-limits writes into an image processor's config, and with --export adapter final/ has none: give one of the two.")
     return config
+
+
+def may_hold_adapters(model: str) -> bool:
+    """Whether a model may turn out to be adapters: what is known to be none is the embedded base, and a folder with a model's
+    config."""
+    return bool(model) and not (Path(model) / "config.json").is_file()

@@ -1,13 +1,27 @@
-"""What a model family adds to its architecture in `transformers`, one small record each, and the rules that the records name.
+"""What a model family adds to its architecture in `transformers`, one small record each, and the rules that
+the records name.
 
-To add a family, add a line to FAMILIES under its config's `model_type`, naming what differs from the defaults. The rest is read from a checkpoint's
-own files: patch sizes and the placeholder's id from config.json, normalisation from the processor's config, the turns of a conversation and a
-thinking model's opening from its chat template.
+A record says how a family speaks of places and how its prompts are laid out. The rest of that is read from a
+checkpoint's own files: patch sizes and the placeholder's id from config.json, normalisation from the
+processor's config, the turns of a conversation and a thinking model's opening from its chat template.
+
+A record alone does not add a family. One with the architecture of Qwen2.5-VL or Qwen3-VL under another
+`model_type` is also to be made known to `cost/shapes.py` (dimensions, parameters and FLOPs; it refuses what
+it does not know), `cost/traffic.py` (kernels that a layer starts) and `switches.py` (settings that are
+computed exactly). Another architecture needs changes in these too:
+
+- `packing.py`: what its vision tower derives from the images' grids, and the placeholder's id, `image_token_id`;
+- `policy.py`, `rollout.py`, `reference.py`: the parts' names `visual` and `language_model`, how features enter the
+  language model's layers, and the decoding step;
+- `fused.py`: the modules that have a fused counterpart;
+- `quantize.py`, `adapter_files.py`: the linear layers that take adapters and 4-bit weights, and their names;
+- `optim.py`: which parameters are of the tower, the projector and the language model (`part_of`);
+- `held_name` below: where `transformers` has moved tensors since the checkpoints were published.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +35,8 @@ from locus_fast.preprocess import resize
 
 @dataclass(frozen=True)
 class Frame:
-    """How a family speaks of a place: pixels of the resized image (extent None), or 0 to `extent` across the image."""
+    """How a family speaks of a place: pixels of the resized image (extent None), or 0 to `extent` across the
+    image."""
 
     extent: int | None
 
@@ -30,7 +45,8 @@ class Frame:
         return "pixel coordinates" if self.extent is None else f"coordinates from 0 to {self.extent} relative to its size"
 
     def scale(self, size: tuple[int, int], resized: tuple[int, int]) -> np.ndarray:
-        """Frame units per pixel of the original image, float64 [4] for xyxy. size, resized: (width, height) before and after the resize."""
+        """Frame units per pixel of the original image, float64 [4] for xyxy. size, resized: (width, height)
+        before and after the resize."""
         spoken = resized if self.extent is None else (self.extent, self.extent)
         return np.array([spoken[i % 2] / size[i % 2] for i in range(4)])
 
@@ -38,9 +54,9 @@ class Frame:
 def interleave(pieces: Sequence[Sequence[int]], cells: Sequence[tuple[int, int]], placeholder: int) -> tuple[Tensor, Tensor]:
     """Token ids and multimodal rotary positions of text pieces with an image between each two.
 
-    cells: (rows, columns) of language tokens of each image. Returns ids int64 [P] and position int64 [3, P] (temporal, row, column): text counts
-    up by one on all three axes; an image stands at the next free index plus its row and column; text goes on past its longer side
-    (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    cells: (rows, columns) of language tokens of each image. Returns ids int64 [P] and position int64 [3, P]
+    (temporal, row, column): text counts up by one on all three axes; an image stands at the next free index
+    plus its row and column; text goes on past its longer side (Qwen2-VL, arXiv 2409.12191, section 2.1).
     """
     ids: list[int] = []
     position: list[Tensor] = []
@@ -88,5 +104,16 @@ def family_named(model_type: object) -> Family:
 
 
 def frame_of(config: Any) -> Frame:
-    """The frame of a model, from its config: the family's, unless the config names its own `coordinate_extent`."""
+    """The frame of a model, from its config: the family's, unless the config names its own
+    `coordinate_extent`."""
     return Frame(getattr(config, "coordinate_extent", family_of(config).extent))
+
+
+def held_name(stored: str, names: Container[str]) -> str | None:
+    """The model's name of what a checkpoint calls `stored`, None if the model has none: `transformers` put
+    the vision tower and the language model under `model` in 4.52, after the Qwen2.5-VL checkpoints were
+    published."""
+    for name in (stored, f"model.{stored}", f"model.language_model.{stored.removeprefix('model.')}"):
+        if name in names:
+            return name
+    return None

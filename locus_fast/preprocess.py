@@ -16,7 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from locus_fast.errors import UserError
+from locus_fast.processor import processor_config
 
+# What an image processor's config may state of the rest, and how images are prepared here.
+PROCESSING = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "resample": int(Image.Resampling.BICUBIC)}
+EXAMPLES = ((4000, 3000), (300, 200))  # width and height of a photograph and of a small picture
 BAND = 8  # rows of language tokens that the CPU makes patches of at a time: their floats stay in its cache
 
 
@@ -37,20 +41,28 @@ class PatchSpec:
 
     @staticmethod
     def of(config: Any, folder: Path) -> PatchSpec:
-        """From a model's config and its folder: the image processor's part of processor_config.json, where newer versions of `transformers` save it,
-        else preprocessor_config.json. Raises UserError without three means and three deviations."""
-        vision, path = config.vision_config, folder / "processor_config.json"
+        """From a model's config and the config of its image processor, see `processor_config`. Raises UserError
+        without three means and three deviations, and for a processor that makes other patches than these."""
+        vision, (path, stated) = config.vision_config, processor_config(folder)
         try:
-            stated = json.loads(path.read_text()).get("image_processor") if path.is_file() else None
-            if stated is None:
-                path = folder / "preprocessor_config.json"
-                stated = json.loads(path.read_text())
             mean, std = (tuple(float(v) for v in stated[key]) for key in ("image_mean", "image_std"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} must be readable JSON with image_mean and image_std: {error}.") from None
         if not len(mean) == len(std) == 3 or not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std):
             raise UserError(f"{path} must give image_mean and image_std as three numbers each, the second above 0.")
-        return PatchSpec(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, mean, std)  # type: ignore[arg-type]
+        sizes = vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size
+        expected = {**PROCESSING, **dict(zip(("patch_size", "temporal_patch_size", "merge_size"), sizes, strict=True))}
+        for key, value in expected.items():
+            if (got := stated.get(key, value)) is not None and not _same(got, value):
+                what = f"{key} is {json.dumps(got)}, and must be {json.dumps(value)}"
+                raise UserError(f"{path}: {what}, as images are prepared for this model.")
+        return PatchSpec(*sizes, mean, std)  # type: ignore[arg-type]
+
+
+def _same(got: Any, value: Any) -> bool:
+    if isinstance(got, bool) or isinstance(value, bool) or not isinstance(got, int | float):
+        return got is value
+    return math.isclose(got, value, rel_tol=1e-6)
 
 
 def grid_size(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -72,6 +84,25 @@ def resize(image: np.ndarray, *, factor: int, min_pixels: int, max_pixels: int) 
     if (rows, columns) == image.shape[:2]:
         return image
     return np.asarray(Image.fromarray(image).resize((columns, rows), Image.Resampling.BICUBIC))
+
+
+def describe_limits(here: tuple[int, int], own: tuple[int, int], factor: int, exported: bool) -> str:
+    """One line where images are trained with another fewest and most of pixels than the model's own image processor has;
+    else nothing. factor: pixels of a language token's side; exported: whether final/ gets the limits of training."""
+    if here == own:
+        return ""
+    words = [f"{least:,} to {most:,} pixels" for least, most in (here, own)]
+    if exported:
+        return f"the image processor in final/ gets {words[0]}, as in training, for its own {words[1]}"
+    sizes = []
+    for width, height in EXAMPLES:
+        made = [grid_size(height, width, factor=factor, min_pixels=least, max_pixels=most) for least, most in (here, own)]
+        if made[0] != made[1]:
+            (rows, columns), (own_rows, own_columns) = made
+            sizes.append(f"{width}x{height} is {columns}x{rows} here and {own_columns}x{own_rows} there")
+    shown = f": {', '.join(sizes)}" if sizes else ""
+    what = f"images have {words[0]} here, and {words[1]} by the model's own processor{shown}"
+    return f"{what} (--export-limits gives it those of training)"
 
 
 def patches_of(pixels: Tensor, grids: Tensor, spec: PatchSpec) -> Tensor:

@@ -26,6 +26,13 @@ def language_linears(model: Any) -> Iterator[tuple[Any, str, torch.nn.Linear]]:
             yield from ((parent, name, linear) for name, linear in parent.named_children() if name in PROJECTIONS)
 
 
+def linear_names(model: Any) -> dict[int, str]:
+    """The model's name of each linear layer of the language model's decoder layers, or of what stands in its place, by its
+    identity, in their order."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return {id(linear): names[id(linear)] for _, _, linear in language_linears(model)}
+
+
 class Int8Linear(torch.nn.Module):
     """A linear layer for reading. codes: int8 [out, in]; scale: float32 [out], of each row; weight[o, i] = codes[o, i] * scale[o]. bias: [out].
 

@@ -3,7 +3,11 @@
 - copy: the base's weights once more, in the policy's dtype.
 - int8, nf4: the same with the language model's linear layers quantised. The reference is then the base with that error.
 - host: the copy lies in pinned host memory; each layer is on the device only while it computes. Exact, and slow over a narrow bus.
-- adapters: the policy itself with its adapters off. Exact and free; what LoRA takes.
+- adapters: the policy itself without the adapters that are trained. Exact and free; what LoRA takes.
+
+It is the model as the run was given it: where --model holds adapters, with these as they were, and not the base that
+they belong to. Those that stay under new ones are simply left on; of those that are trained further a frozen copy is
+kept beside them, which is small. So the KL of the first step is 0.
 
 What the policy does not train is shared with it, not copied.
 """
@@ -77,7 +81,9 @@ class Reference:
 
 
 def make_reference(model: Any, kind: str = "auto") -> Reference:
-    """The reference of a policy as it is now; with adapters: of its base. kind: one of REFERENCES, auto for adapters where there are some, else copy.
+    """The reference of a policy as it is now; with adapters: as it was given.
+
+    kind: one of REFERENCES, auto for adapters where there are some, else copy.
 
     What is to be frozen must be so already. Raises UserError for int8 and nf4 without bitsandbytes, and for another kind than auto with adapters.
     """

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from locus_fast.adapters import WEIGHTS, is_adapter_folder
+from locus_fast.adapter_files import WEIGHTS, is_adapter_folder
 from locus_fast.checkpoint import checkpoints, latest_checkpoint, trained_with, verify_checkpoint
 from locus_fast.config import Config, of_run, stored
 from locus_fast.errors import UserError

@@ -6,7 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from locus_kernels.shared_prefix_attention import send
 from torch import Tensor
 from tqdm import tqdm
 
-from locus_fast.adapters import add_adapters, base_of, is_adapter_folder, merge_adapters
+from locus_fast.adapter_files import base_of, is_adapter_folder
+from locus_fast.adapter_reader import read_adapters
+from locus_fast.adapters import add_adapters, keep_adapters, merge_adapters, train_further
 from locus_fast.budget import Budget, check_rank, plan_for
 from locus_fast.checkpoint import is_hub_id, load_source, model_folder, weight_dtype
 from locus_fast.collapse import refuse_collapsed
@@ -30,8 +32,10 @@ from locus_fast.data import read_boxes
 from locus_fast.disk import check_disk
 from locus_fast.errors import UserError
 from locus_fast.finite import first_not_finite
+from locus_fast.given import describe, role_of, settle
 from locus_fast.packing import PromptBatch, pack
 from locus_fast.policy import use_attention
+from locus_fast.preprocess import describe_limits
 from locus_fast.prompts import GRAMMAR, WHICH_BOX, Prompter
 from locus_fast.quantize import quantize
 from locus_fast.rollout import Decoder, Vocabulary
@@ -48,10 +52,9 @@ class Setup:
 
     config: Config
     device: torch.device
-    folder: Path  # where the base model lies
+    source: Source  # the base model's folder
     model: Any
     shape: ModelShape
-    tokenizer: Any
     decoder: Decoder
     table: TokenTable
     cues: CueSource
@@ -59,6 +62,24 @@ class Setup:
     skipped: Skipped
     plan: Plan
     budget: Budget
+    role: str  # of the adapters that --model holds, see `locus_fast.given`
+    notes: tuple[str, ...]  # what the user should know before the run begins, one line each
+
+    @property
+    def folder(self) -> Path:
+        """Where the base model lies."""
+        return self.source.folder
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.source.tokenizer
+
+    @property
+    def base(self) -> str:
+        """What adapters call the base model: its hub id, or its folder."""
+        model = self.config.model
+        named = base_of(model_folder(model)) if self.source.adapters else model
+        return named if is_hub_id(named) else str(self.folder.resolve())
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -90,6 +111,8 @@ def set_up(config: Config, out: Path | None = None) -> Setup:
     source = None if is_hub_id(config.model) else source_of(config)
     cues = cue_source(config)  # before a model is fetched: it is the quicker one to be wrong
     source = source or source_of(config)
+    role = role_of(config, source, trains=out is not None)
+    config = settle(config, source, role)
     prompter = Prompter(
         source.tokenizer,
         source.config,
@@ -101,20 +124,25 @@ def set_up(config: Config, out: Path | None = None) -> Setup:
     )
     prompter.check_question(config.question)
     plan = unplanned(config.tokens, config.checkpointing) if out is None else plan_run(config, source, device, out)
-    model = open_model(config, source, device)
+    model = open_model(config, source, device, role)
     table = build_token_table(source.tokenizer, model.lm_head.weight.shape[0]).to(device)
     vocabulary = Vocabulary.of(model, source.tokenizer, table, WHICH_BOX[config.question], prompter.opening)
     if vocabulary.start == CLOSED:
         raise UserError(f"--answer-prefix {config.answer_prefix} has said the whole box already: leave it open, such as [ alone.")
     shape, decoder = ModelShape.of(model.config), Decoder(model, vocabulary)
     budget = Budget(plan.tokens, config.rollout_tokens)
-    return Setup(config, device, source.folder, model, shape, source.tokenizer, decoder, table, cues, prompter, Skipped(), plan, budget)
+    limits = describe_limits(config.image_pixels, source.limits, source.spec.factor, config.export_limits)
+    notes = tuple(filter(None, [describe(config, source, role), limits]))
+    return Setup(config, device, source, model, shape, decoder, table, cues, prompter, Skipped(), plan, budget, role, notes)
 
 
 def source_of(config: Config) -> Source:
-    """The base model's folder: that of the model, or of what the model's adapters adapt."""
+    """The base model's folder: that of the model, or of what the model's adapters adapt, with these."""
     folder = model_folder(config.model)
-    return read_source(model_folder(base_of(folder)) if is_adapter_folder(folder) else folder)
+    if not is_adapter_folder(folder):
+        return read_source(folder)
+    source = read_source(model_folder(base_of(folder)))
+    return replace(source, adapters=read_adapters(folder, source.linears))
 
 
 def plan_run(config: Config, source: Source, device: torch.device, out: Path) -> Plan:
@@ -130,17 +158,21 @@ def plan_run(config: Config, source: Source, device: torch.device, out: Path) ->
     return plan_for(config, shape, kind, device)
 
 
-def open_model(config: Config, source: Source, device: torch.device) -> Any:
-    """The model on the device, with saved adapters merged, quantised or with adapters to train as the settings say."""
+def open_model(config: Config, source: Source, device: torch.device, role: str) -> Any:
+    """The model on the device, quantised or with adapters to train as the settings say. role: of those of the source."""
     model = load_source(source, torch.device("cpu") if config.quantize != "off" else device, DTYPES[config.dtype])
-    if is_adapter_folder(folder := model_folder(config.model)):
-        merge_adapters(folder, model)
+    if role == "merged":
+        merge_adapters(source.adapters, model)
     if name := first_not_finite(model.named_parameters()):
-        raise UserError(f"{folder}: {name} holds values that are not finite (NaN or infinite): fetch it again, or take an earlier state.")
+        raise UserError(f"{source.folder}: {name} holds values that are not finite (NaN or infinite): fetch it again, or take an earlier state.")
     if config.quantize != "off":
         quantize(model, config.quantize, device)  # straight from the mapped files: the device never holds the whole layers
         model.to(device)
-    if config.lora:
+    if role == "trained":
+        train_further(model, source.adapters, anchored=config.kl > 0)
+    elif config.lora:
+        if role == "kept":
+            keep_adapters(model, source.adapters)
         add_adapters(model, config.lora, config.lora_alpha)
     try:
         use_attention(model, backend=config.attention)

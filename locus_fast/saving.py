@@ -13,7 +13,6 @@ import torch
 from locus_fast.budget import make_room
 from locus_fast.checkpoint import (
     checkpoints,
-    is_hub_id,
     load_saved_weights,
     save_adapters,
     save_checkpoint,
@@ -28,7 +27,6 @@ from locus_fast.packing import PromptBatch
 from locus_fast.policy import prefill
 from locus_fast.resume import FINAL, layout_of
 from locus_fast.runtime import Setup, open_model
-from locus_fast.source import read_source
 
 NOTHING = "nothing new is done yet, so there is nothing to save;"
 
@@ -128,17 +126,17 @@ class Saver:
     def _base(self) -> Any:
         """The model as it was before the first step, in host memory."""
         config: Config = replace(self.setup.config, quantize="off")
-        return open_model(config, read_source(self.setup.folder), torch.device("cpu"))
+        return open_model(config, self.setup.source, torch.device("cpu"), self.setup.role)
 
     def _write_checkpoint(self, step: int) -> None:
         with self.stop.saving(name_of(step), then=f"{FINAL}/ is saved, and it ends"):
             save_checkpoint(self.out, self.setup.model, self.setup.folder, self.optimizer, step, self.trained)
 
     def _export(self, model: Any) -> None:
-        config, folder = self.setup.config, self.setup.folder
+        config = self.setup.config
+        limits = config.image_pixels if config.export_limits else None
         with self.stop.saving(f"{FINAL}/"):
             if config.export == "adapter":
-                base = config.model if is_hub_id(config.model) else str(folder.resolve())
-                save_adapters(model, base, self.out / FINAL)
+                save_adapters(model, self.setup.base, self.out / FINAL)
             else:
-                save_model(model, folder, self.out / FINAL)
+                save_model(model, self.setup.folder, self.out / FINAL, limits=limits)

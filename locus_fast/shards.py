@@ -21,6 +21,7 @@ from torch import Tensor
 
 from locus_fast.adapters import merged_state
 from locus_fast.errors import UserError
+from locus_fast.families import held_name
 from locus_fast.writing import SummedFile
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -105,15 +106,6 @@ def read_headers(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype of a model's first stored tensor."""
     return DTYPES[next(iter(read_headers(folder).values()))[1]["dtype"]]
-
-
-def held_name(stored: str, state: Mapping[str, Tensor]) -> str | None:
-    """The model's name of a stored tensor, None if it holds none: `transformers` put the vision tower and the language model under `model` after
-    the Qwen2.5-VL checkpoints were published."""
-    for name in (stored, f"model.{stored}", f"model.language_model.{stored.removeprefix('model.')}"):
-        if name in state:
-            return name
-    return None
 
 
 @torch.no_grad()

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
+from locus_fast.adapter_files import CONFIG as ADAPTERS
+from locus_fast.adapter_files import Pair
 from locus_fast.errors import UserError, reason
-from locus_fast.families import family_named, family_of
+from locus_fast.families import family_named, family_of, held_name
 from locus_fast.preprocess import PatchSpec
-from locus_fast.shards import held_name, read_headers
+from locus_fast.processor import own_limits
+from locus_fast.quantize import language_linears, linear_names
+from locus_fast.shards import read_headers
+from locus_fast.switches import check_switches
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,9 @@ class Source:
     config: Any  # transformers' configuration
     tokenizer: Any
     spec: PatchSpec
+    limits: tuple[int, int]  # the fewest and most pixels that its own image processor resizes to
+    linears: dict[str, tuple[int, int]]  # (out, in) of each layer that can have an adapter
+    adapters: dict[str, Pair] = field(default_factory=dict)  # those that --model holds, whose base this is
 
 
 def read_source(folder: Path) -> Source:
@@ -35,17 +43,22 @@ def read_source(folder: Path) -> Source:
     of another family, quantised, pickled, with shards that are absent, damaged or another model's, or with a tokenizer of another model."""
     check_config(folder)
     headers = read_headers(folder)
+    file, config = folder / "config.json", None
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=torch.bfloat16)  # which writes the dtype into its config
     except Exception as error:  # sizes that do not fit together raise anything from TypeError to ZeroDivisionError
-        raise UserError(f"{folder / 'config.json'} does not describe a model ({reason(error)}): copy the base model's.") from None
+        if config is not None:
+            check_switches(file, config)
+        raise UserError(f"{file} does not describe a model ({reason(error)}): copy the base model's.") from None
     _check_tensors(folder, headers, model)
-    _check_rotary(folder, config.get_text_config())
+    check_switches(file, config)
     tokenizer = load_tokenizer(folder)
     _check_tokens(folder, config, tokenizer)
-    return Source(folder, config, tokenizer, PatchSpec.of(config, folder))
+    names = linear_names(model)
+    linears = {names[id(linear)]: (linear.out_features, linear.in_features) for _, _, linear in language_linears(model)}
+    return Source(folder, config, tokenizer, PatchSpec.of(config, folder), own_limits(folder), linears)
 
 
 def check_config(folder: Path) -> None:
@@ -53,6 +66,8 @@ def check_config(folder: Path) -> None:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} has no config.json: give the folder of a model in Hugging Face layout.")
+    if (folder / ADAPTERS).is_file():  # transformers would put them on the model in silence
+        raise UserError(f"{folder} holds a model and adapters ({ADAPTERS}): move one of the two to a folder of its own.")
     stated = read_json(file)
     try:
         family_named(stated.get("model_type"))
@@ -73,14 +88,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object: copy the base model's.")
     return content
-
-
-def _check_rotary(folder: Path, text: Any) -> None:
-    """Raises UserError unless the rotary frequencies are shared out among the three axes: no tensor's shape would show it."""
-    sections = (text.rope_parameters or {}).get("mrope_section")
-    half = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) // 2
-    if sections is not None and (len(sections) != 3 or sum(sections) != half):
-        raise UserError(f"{folder / 'config.json'}: mrope_section {sections} must be three numbers that add up to {half}, half a head's dimension.")
 
 
 def _check_tensors(folder: Path, headers: dict[str, tuple[Path, dict[str, Any]]], model: Any) -> None:

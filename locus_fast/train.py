@@ -85,11 +85,11 @@ def train(config: Config, out: Path, stop: Interrupt) -> dict[str, Any]:
         return complete(config, begun, lacking)
     setup = set_up(config, out)
     model, done = setup.model, begun.done
-    check_layout(config, begun, model.dtype)
+    check_layout(setup.config, begun, model.dtype)
     lr_of = {part: config.lr * share for part, share in zip(PARTS, config.rates, strict=True)}
     optimizer = make_optimizer(config.optimizer, parameter_groups(model, lr_of), config.weight_decay)
     metrics = None if begun.checkpoint else open_metrics(config, out, begun)
-    print(f"{setup.cues.describe()}; {out}\n{setup.plan.reason}", file=sys.stderr)
+    print(f"{setup.cues.describe()}; {out}\n{setup.plan.reason}", *setup.notes, sep="\n", file=sys.stderr)
     stop.promise = f"{NOTHING} it ends after the microbatch at hand"
     before = evaluate(setup, "held-out cues, before", stop)
     reference = make_reference(model, config.reference) if config.kl > 0 else None

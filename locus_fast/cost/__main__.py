@@ -106,7 +106,7 @@ def settings_of(words: dict[str, Any]) -> Config:
         own |= {"reference": "auto", "kl": 0.0}
     settings = {**PRESETS[preset], **own, "preset": preset, "model": model}
     settings["max_tokens"] = max(settings.get("max_tokens", Config.max_tokens), words.get("reply_tokens", 100))
-    return check_together(Config(**settings))
+    return check_together(Config(**settings), settled=False)
 
 
 def shape_of(preset: str, model: str) -> ModelShape:
@@ -121,7 +121,7 @@ def model_of(preset: str, model: str) -> tuple[ModelShape, torch.dtype]:
         return PUBLISHED[preset], torch.bfloat16
     from transformers import AutoConfig  # takes seconds, and the published shapes do not need it
 
-    from locus_fast.adapters import base_of, is_adapter_folder
+    from locus_fast.adapter_files import base_of, is_adapter_folder
     from locus_fast.checkpoint import model_folder
 
     if is_adapter_folder(folder := model_folder(model)):

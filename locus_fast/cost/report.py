@@ -145,6 +145,14 @@ def flop_lines(shape: ModelShape, group: Group, ways: dict[str, Any]) -> Iterato
     useful = model_flops(shape, [group], reference=ways["reference"], trained=ways["trained"])
     packed = group_cost(shape, group.grids, group.prompt, sum(group.replies))
     yield f"  model FLOPs (no recomputation): {scaled(useful, unit)} {name}; the group packs as {packed:,.0f} tokens"
+    unused = total(step_flops(shape, [replace(group, live=False)], **ways, executed=True))
+    if ways["reference"]:
+        yield (
+            f"  if its rewards are all equal it costs the same, for its KL; with --skip-zero-variance {scaled(unused, unit)} {name}, "
+            f"{unused / sums[0]:.2f} of that"
+        )
+    else:
+        yield f"  if its rewards are all equal it has no gradient without a KL, and costs {scaled(unused, unit)} {name}"
 
 
 def byte_lines(case: Case, microbatches: list[list[Group]], ways: dict[str, Any]) -> Iterator[str]:

@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from locus_fast import cost, packing, rollout
 from locus_fast.checkpoint import TINY_BASE
+from locus_fast.config import Config
 from locus_fast.cost.__main__ import main, shape_of
+from locus_fast.cost.plan import TEXT_TOKENS
 from locus_fast.cost.shapes import PUBLISHED, Group, ModelShape, group_of
 from locus_fast.cost.traffic import step_launches
 from locus_fast.fused import fuse
@@ -287,3 +289,18 @@ def test_bad_arguments_get_one_sentence(arguments: list[str], words: str, capsys
     assert printed.err.startswith("error: ")
     assert printed.err.count("\n") == 1
     assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"), [([], "it costs the same, for its KL; with --skip-zero-variance"), (["--kl", "0"], "no gradient without a KL")]
+)
+def test_what_a_group_of_equal_rewards_costs(more: list[str], sentence: str, capsys) -> None:
+    """The ledger says it: everything with a KL; its prefill and its decoding where it is left out."""
+    assert main(["--preset", "qwen2.5-vl-7b", *more]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "rewards are all equal" in line]
+    assert sentence in line
+    shape, preset = PUBLISHED["qwen2.5-vl-7b"], Config()
+    bounds = (preset.image_pixels, preset.cue_pixels)
+    group = group_of(shape, ((640, 480), (64, 64)), bounds, text_tokens=TEXT_TOKENS, replies=8, reply_tokens=100)
+    spent = cost.total(cost.step_flops(shape, [replace(group, live=False)], checkpointing=1, reference=not more, executed=True))
+    assert f"{spent / 1e12:,.2f} TFLOP" in line

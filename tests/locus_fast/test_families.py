@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from transformers import Qwen2_5_VLProcessor, Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from locus_fast import families
 from locus_fast.checkpoint import load_model
 from locus_fast.config import PRESETS, parse
 from locus_fast.families import FAMILIES as RECORDS
@@ -168,3 +170,13 @@ def test_boxes_go_to_the_frame_and_back(size, corners, limits, name: str) -> Non
     np.testing.assert_allclose(np.array([*size]) * scale[:2], ends, rtol=1e-6)
     spoken = np.rint(there)  # a model says whole numbers: that loses half a step of the frame
     assert (np.abs(spoken / scale - box) <= 0.5 / scale + 1e-2).all()
+
+
+def test_the_docstring_names_every_module_that_knows_an_architecture() -> None:
+    """Those that name a part of one, a family, or its placeholder: adding a record to FAMILIES does not change them."""
+    package = Path(families.__file__).parent
+    known = re.compile(r"language_model|\bvisual\b|qwen2_5_vl|qwen3_vl|image_token_id")
+    files = [file for file in package.rglob("*.py") if "tiny" not in file.parts and known.search(file.read_text())]
+    names = {str(file.relative_to(package)) for file in files} - {"families.py"}
+    assert {"packing.py", "cost/shapes.py", "optim.py"} <= names
+    assert {name for name in names if f"`{name}`" not in families.__doc__} == set()

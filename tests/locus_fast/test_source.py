@@ -121,6 +121,10 @@ BAD: dict[str, tuple[Spoil, str]] = {
     ),
     "other formats": (lambda folder: (absent("*.safetensors*")(folder), text("a.gguf", b"GGUF")(folder)), "(there is a.gguf)"),
     "another family": (fields("config.json", model_type="llama"), "config.json: model type 'llama' is not one of the families"),
+    "adapters in the same folder": (
+        text("adapter_config.json", '{"peft_type": "LORA"}'),
+        "holds a model and adapters (adapter_config.json): move one of the two to a folder of its own.",
+    ),
     "custom code": (fields("config.json", model_type="x", auto_map={"AutoConfig": "x.X"}), "config.json: model type 'x' is not"),
     "model type that is no text": (fields("config.json", model_type=["a"]), "config.json: model type '['a']' is not"),
     "quantised": (fields("config.json", quantization_config={"quant_method": "awq"}), "config.json has a quantization_config"),
