@@ -68,7 +68,12 @@ class Vocabulary:
         """Some way of writing an ASCII text in tokens, at random among all."""
         ids, at = [], 0
         while at < len(text):
-            piece = text[at : at + random_.choice([n for n in range(1, 10) if at + n <= len(text) and text[at : at + n] in self.pieces])]
+            piece = text[
+                at : at
+                + random_.choice(
+                    [n for n in range(1, 10) if at + n <= len(text) and text[at : at + n] in self.pieces]
+                )
+            ]
             ids.append(random_.choice(self.pieces[piece]))
             at += len(piece)
         return ids
@@ -90,11 +95,21 @@ BYTE_LEVEL_WORDS = """
 @lru_cache(maxsize=1)
 def byte_level() -> Vocabulary:
     """Byte-level BPE in the manner of Qwen: single digits, parts of UTF-8 characters, chat tokens, "<think>" as an added token, spare rows."""
-    vocab = {symbol: n for n, symbol in enumerate(dict.fromkeys([*sorted(ByteLevel.alphabet()), *BYTE_LEVEL_WORDS.split()]))}
+    vocab = {
+        symbol: n
+        for n, symbol in enumerate(dict.fromkeys([*sorted(ByteLevel.alphabet()), *BYTE_LEVEL_WORDS.split()]))
+    }
     core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|box_start|>", "<answer-hint>")])
-    core.add_tokens([AddedToken(t, special=False) for t in ("<think>", "</think>", "<tool_call>", "[ 1, 2 ,3,4 ]")])
+    core.add_special_tokens(
+        [
+            AddedToken(t, special=True)
+            for t in ("<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|box_start|>", "<answer-hint>")
+        ]
+    )
+    core.add_tokens(
+        [AddedToken(t, special=False) for t in ("<think>", "</think>", "<tool_call>", "[ 1, 2 ,3,4 ]")]
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
     texts = {n: core.decode([n], skip_special_tokens=True) for n in range(core.get_vocab_size())}
     return Vocabulary(tokenizer, len(tokenizer) + 5, _by_text(texts), list(range(len(tokenizer) + 5)))
@@ -115,9 +130,15 @@ def sentencepiece() -> Vocabulary:
     symbols += [f"{n:0{w}d}" for w in (2, 3) for n in range(10**w)] + SENTENCEPIECE_WORDS.split()
     vocab = {symbol: n for n, symbol in enumerate(dict.fromkeys(symbols))}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    texts = {n: core.decode([vocab["a"], n], skip_special_tokens=True)[1:] for n in range(core.get_vocab_size())}
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    texts = {
+        n: core.decode([vocab["a"], n], skip_special_tokens=True)[1:] for n in range(core.get_vocab_size())
+    }
     noise = [n for n in range(len(tokenizer) + 3) if not vocab["<0x80>"] <= n <= vocab["<0xFF>"]]
     return Vocabulary(tokenizer, len(tokenizer) + 3, _by_text(texts), noise)
 
@@ -164,7 +185,9 @@ def reply_text(random_: random.Random) -> str:
     elif kind == 1:
         text = _prose(random_) + _box(random_) + _prose(random_) + _box(random_) + _prose(random_)
     else:
-        answer = _prose(random_) * random_.randrange(2) + _box(random_) + _prose(random_) * random_.randrange(2)
+        answer = (
+            _prose(random_) * random_.randrange(2) + _box(random_) + _prose(random_) * random_.randrange(2)
+        )
         text = f"{space()}<think>{_prose(random_)}</think>{space()}<answer>{answer}</answer>{space()}"
     while random_.random() < 0.2:
         at = random_.randrange(len(text) + 1)

@@ -12,11 +12,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def figures(kernel: Any, arguments: dict[str, Any], target: str, divisible: tuple[str, ...] = (), **options: Any) -> dict[str, int]:
+def figures(
+    kernel: Any, arguments: dict[str, Any], target: str, divisible: tuple[str, ...] = (), **options: Any
+) -> dict[str, int]:
     """Registers and spilled bytes a thread, and shared memory a program in bytes, of `kernel` on `target`.
 
     arguments: a type such as "*fp32" or "i64" for each run-time parameter, the value itself (not a string) for each constexpr. Pointers are taken to
@@ -25,19 +32,38 @@ def figures(kernel: Any, arguments: dict[str, Any], target: str, divisible: tupl
     """
     signature = {name: a if isinstance(a, str) else "constexpr" for name, a in arguments.items()}
     constants = {name: a for name, a in arguments.items() if not isinstance(a, str)}
-    aligned: Any = {(n,): [["tt.divisibility", 16]] for n, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or name in divisible}
+    aligned: Any = {
+        (n,): [["tt.divisibility", 16]]
+        for n, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in divisible
+    }
     backend, chip, warp = TARGETS[target]
     if backend == "hip":
         options.pop("maxnreg", None)
-    compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget(backend, chip, warp), options=options)
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget(backend, chip, warp),
+        options=options,
+    )
     counts = _amd(compiled.asm["amdgcn"]) if backend == "hip" else _nvidia(compiled.asm["ptx"], chip)
     ptx = compiled.asm.get("ptx", "")
-    return {**counts, "shared": compiled.metadata.shared, "wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync")}
+    return {
+        **counts,
+        "shared": compiled.metadata.shared,
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": ptx.count("mma.sync"),
+    }
 
 
 def _amd(assembly: str) -> dict[str, int]:
-    found = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", assembly)}
-    return {"registers": found["vgpr_count"], "spills": 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])}
+    found = {
+        name: int(value)
+        for name, value in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", assembly)
+    }
+    return {
+        "registers": found["vgpr_count"],
+        "spills": 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"]),
+    }
 
 
 def _nvidia(ptx: str, chip: int) -> dict[str, int]:

@@ -22,9 +22,27 @@ Case = tuple[Any, dict[str, Any], dict[str, Any]]  # kernel, arguments as in `fi
 
 def box_reward(group: int, groups: int, reward: bool, id_type: str = "*i64") -> Case:
     """box_reward_kernel for groups of `group` replies, `groups` of them a program."""
-    pointers = {"ids": id_type, "lengths": "*i64", "offsets": "*i32", "classes": "*u8", "transitions": "*i16", "final": "*u8", "target": "*fp32"}
-    out = {"box": "*fp32", "valid": "*u8", "format_ok": "*u8", "iou": "*fp32", "reward": "*fp32", "advantage": "*fp32", "zero_variance": "*u8"}
-    integers = dict.fromkeys(("rows", "tokens", "vocab_size", "group_size", "stride_r", "stride_l", "stride_length"), "i32")
+    pointers = {
+        "ids": id_type,
+        "lengths": "*i64",
+        "offsets": "*i32",
+        "classes": "*u8",
+        "transitions": "*i16",
+        "final": "*u8",
+        "target": "*fp32",
+    }
+    out = {
+        "box": "*fp32",
+        "valid": "*u8",
+        "format_ok": "*u8",
+        "iou": "*fp32",
+        "reward": "*fp32",
+        "advantage": "*fp32",
+        "zero_variance": "*u8",
+    }
+    integers = dict.fromkeys(
+        ("rows", "tokens", "vocab_size", "group_size", "stride_r", "stride_l", "stride_length"), "i32"
+    )
     weights = dict.fromkeys(("shape_weight", "format_weight", "rising"), "fp32")
     constants = {"SHAPE": box.shape_giou, "READ": 2, "FORMAT": 2, "REWARD": reward, "NORMALIZE": True}
     tile = {"GROUPS": groups, "BLOCK": group, "UNROLL": 8}
@@ -42,11 +60,22 @@ def sample(stage: str, masked: bool, greedy: bool = False, cut: bool = False, lo
     warps = {"num_warps": 8}
     if stage == "threshold":
         numbers = {"vocab": "i32", **strides, "inverse_temperature": "fp32", "top_k": "i32", "top_p": "fp32"}
-        return sampling.threshold_kernel, {**pointers, **numbers, "K": True, "P": True, "MASKED": masked, "BLOCK": sampling.SEARCH_TILE}, warps
+        return (
+            sampling.threshold_kernel,
+            {**pointers, **numbers, "K": True, "P": True, "MASKED": masked, "BLOCK": sampling.SEARCH_TILE},
+            warps,
+        )
     if stage == "tiles":
         numbers = {"vocab": "i32", "tiles": "i32", **strides, "inverse_temperature": "fp32"}
         return sampling.tiles_kernel, {**pointers, **partial, **numbers, **flags}, warps
-    numbers = {"vocab": "i32", "tiles": "i32", **strides, "stride_row": 1, "stride_position": 1, "inverse_temperature": "fp32"}
+    numbers = {
+        "vocab": "i32",
+        "tiles": "i32",
+        **strides,
+        "stride_row": 1,
+        "stride_position": 1,
+        "inverse_temperature": "fp32",
+    }
     counted = {"start": "i64", "position": "i32", **flags, "MOVING": False, "TILES": 64}
     return sampling.draw_kernel, {**pointers, **partial, **drawn, **numbers, **counted}, warps
 
@@ -64,7 +93,13 @@ def patchify(stage: str, side: int = 14) -> Case:
 def adamw8bit(value: tl.dtype, slope: tl.dtype, eight_bit: bool = True) -> Case:
     """adamw8bit_kernel for weights and gradients of these types."""
     numbers = dict.fromkeys(("beta1", "beta2", "eps", "weight_decay"), "fp32")
-    arguments = {"jobs": "*i64", "corrections": "*fp32", "gradient_scale": "*fp32", "jobs_count": "i32", **numbers}
+    arguments = {
+        "jobs": "*i64",
+        "corrections": "*fp32",
+        "gradient_scale": "*fp32",
+        "jobs_count": "i32",
+        **numbers,
+    }
     constants = {"VALUES": value, "SLOPES": slope, "EIGHT_BIT": eight_bit, "ALIGNED": True, "SEARCH": 10}
     return adamw.adamw8bit_kernel, {**arguments, **constants, "ROWS": adamw.ROWS}, {"num_warps": 4}
 
@@ -91,5 +126,9 @@ CASES: dict[str, tuple[Case, tuple[str, ...]]] = {
 if __name__ == "__main__":
     table = {}
     for name, ((kernel, arguments, options), targets) in CASES.items():
-        table[name] = {target: figures(kernel, arguments, target, **options) for target in targets if target in (sys.argv[1:] or TARGETS)}
+        table[name] = {
+            target: figures(kernel, arguments, target, **options)
+            for target in targets
+            if target in (sys.argv[1:] or TARGETS)
+        }
     print(json.dumps(table))

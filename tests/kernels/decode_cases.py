@@ -28,10 +28,24 @@ class Case:
     longest_own: int
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.q, self.prompt_k, self.prompt_v, self.cu_prompts, self.own_k, self.own_v, self.own_lengths, self.cu_rows
+        return (
+            self.q,
+            self.prompt_k,
+            self.prompt_v,
+            self.cu_prompts,
+            self.own_k,
+            self.own_v,
+            self.own_lengths,
+            self.cu_rows,
+        )
 
     def options(self) -> dict:
-        return {"scale": self.scale, "longest_prompt": self.longest_prompt, "most_rows": self.most_rows, "longest_own": self.longest_own}
+        return {
+            "scale": self.scale,
+            "longest_prompt": self.longest_prompt,
+            "most_rows": self.most_rows,
+            "longest_own": self.longest_own,
+        }
 
 
 def offsets(sizes: list[int]) -> Tensor:
@@ -55,19 +69,40 @@ def make(
     wide = torch.full((R, heads + 1, dimension + 8), NAN, dtype=dtype)
     wide[:, :heads, :dimension] = 2 * some(R, heads, dimension)
     prompt_k, prompt_v = (
-        (some(key_heads, N, dimension).transpose(0, 1) if storage == "KND" else some(N, key_heads, dimension)).to(device) for _ in range(2)
+        (
+            some(key_heads, N, dimension).transpose(0, 1)
+            if storage == "KND"
+            else some(N, key_heads, dimension)
+        ).to(device)
+        for _ in range(2)
     )
     unused = torch.arange(L) >= torch.tensor(own, dtype=torch.int64).view(-1, 1)
-    own_k, own_v = (some(R, key_heads, L, dimension).masked_fill(unused[:, None, :, None], NAN).to(device) for _ in range(2))
+    own_k, own_v = (
+        some(R, key_heads, L, dimension).masked_fill(unused[:, None, :, None], NAN).to(device)
+        for _ in range(2)
+    )
     lengths = torch.tensor(own, dtype=torch.int32, device=device)
     bounds = (max([*prompts, 0]) + slack, max([*rows, 0]) + slack, most)
     query = wide.to(device)[:, :heads, :dimension]
-    return Case(query, prompt_k, prompt_v, offsets(prompts).to(device), own_k, own_v, lengths, offsets(rows).to(device), dimension**-0.5, *bounds)
+    return Case(
+        query,
+        prompt_k,
+        prompt_v,
+        offsets(prompts).to(device),
+        own_k,
+        own_v,
+        lengths,
+        offsets(rows).to(device),
+        dimension**-0.5,
+        *bounds,
+    )
 
 
 def truth(case: Case) -> Tensor:
     """float64, one row and one head at a time, on CPU."""
-    q, prompt_k, prompt_v, own_k, own_v = (x.cpu().double() for x in (case.q, case.prompt_k, case.prompt_v, case.own_k, case.own_v))
+    q, prompt_k, prompt_v, own_k, own_v = (
+        x.cpu().double() for x in (case.q, case.prompt_k, case.prompt_v, case.own_k, case.own_v)
+    )
     prompts, rows, lengths = case.cu_prompts.tolist(), case.cu_rows.tolist(), case.own_lengths.tolist()
     out = torch.zeros(q.shape, dtype=torch.float64)
     share = q.shape[1] // prompt_k.shape[1]
@@ -88,7 +123,10 @@ def eager(case: Case) -> Tensor:
     for b in range(len(rows) - 1):
         for r in range(rows[b], rows[b + 1]):
             pairs = ((case.prompt_k, case.own_k), (case.prompt_v, case.own_v))
-            k, v = (torch.cat([prompt[prompts[b] : prompts[b + 1]].transpose(0, 1), own[r, :, : lengths[r]]], 1) for prompt, own in pairs)
+            k, v = (
+                torch.cat([prompt[prompts[b] : prompts[b + 1]].transpose(0, 1), own[r, :, : lengths[r]]], 1)
+                for prompt, own in pairs
+            )
             if k.shape[1]:
                 scores = torch.einsum("ksd,knd->ksn", case.q[r].unflatten(0, (len(k), -1)), k) * case.scale
                 out[r] = torch.einsum("ksn,knd->ksd", scores.softmax(-1), v).flatten(0, 1)

@@ -40,7 +40,13 @@ class Recorder:
             return_softmax=False,
         ):
             self.calls.append("forward")
-            out, lse = reference.forward(q, k, v, self.pairs(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal), softmax_scale)
+            out, lse = reference.forward(
+                q,
+                k,
+                v,
+                self.pairs(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal),
+                softmax_scale,
+            )
             return out, lse, torch.empty(0), torch.empty(2)
 
         def _flash_attn_varlen_backward(
@@ -69,7 +75,11 @@ class Recorder:
         ):
             self.calls.append("backward")
             pairs = self.pairs(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
-            for given, value in zip((dq, dk, dv), reference.backward(dout, q, k, v, out, softmax_lse, pairs, softmax_scale), strict=True):
+            for given, value in zip(
+                (dq, dk, dv),
+                reference.backward(dout, q, k, v, out, softmax_lse, pairs, softmax_scale),
+                strict=True,
+            ):
                 given.copy_(value)
             return torch.empty(0)
 
@@ -96,7 +106,9 @@ class Recorder:
             softmax_scale=None,
             causal=False,
         ):
-            return two._flash_attn_varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, softmax_scale, causal)
+            return two._flash_attn_varlen_forward(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, softmax_scale, causal
+            )
 
         def _flash_attn_backward(
             dout,
@@ -119,7 +131,24 @@ class Recorder:
         ):
             where = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
             return two._flash_attn_varlen_backward(
-                dout, q, k, v, out, softmax_lse, dq, dk, dv, *where, 0.0, softmax_scale, is_causal, -1, -1, 0.0, None, False
+                dout,
+                q,
+                k,
+                v,
+                out,
+                softmax_lse,
+                dq,
+                dk,
+                dv,
+                *where,
+                0.0,
+                softmax_scale,
+                is_causal,
+                -1,
+                -1,
+                0.0,
+                None,
+                False,
             )
 
         return types.SimpleNamespace(**locals())
@@ -142,9 +171,18 @@ class Recorder:
         ):
             assert return_lse
             return (
-                *self.two()._flash_attn_varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, softmax_scale, causal)[
-                    :2
-                ],
+                *self.two()._flash_attn_varlen_forward(
+                    q,
+                    k,
+                    v,
+                    cu_seqlens_q,
+                    cu_seqlens_k,
+                    max_seqlen_q,
+                    max_seqlen_k,
+                    0.0,
+                    softmax_scale,
+                    causal,
+                )[:2],
                 None,
                 None,
                 None,

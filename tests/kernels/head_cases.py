@@ -9,10 +9,20 @@ from locus_kernels.linear_logprob.reference import dense
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SHAPES = [(0, 5, 7), (1, 1, 7), (3, 16, 31), (37, 40, 523), (130, 24, 257), (2, 0, 11), (5, 8, 1)]  # (T, D, V)
+SHAPES = [
+    (0, 5, 7),
+    (1, 1, 7),
+    (3, 16, 31),
+    (37, 40, 523),
+    (130, 24, 257),
+    (2, 0, 11),
+    (5, 8, 1),
+]  # (T, D, V)
 
 
-def head_inputs(T: int, D: int, V: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def head_inputs(
+    T: int, D: int, V: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [T, D] and weight [V, D], both views of wider storage and so not contiguous, and ids [T] with both ends of the vocabulary."""
     generator = torch.Generator().manual_seed(seed + T + 1000 * D + 7 * V)
     hidden = torch.randn(T, D + 8, generator=generator)[:, :D]
@@ -32,14 +42,18 @@ def loss_gradients(function, hidden: Tensor, weight: Tensor, ids: Tensor, *optio
     """[log-prob, entropy, d/d hidden, d/d weight] in float64, for a fixed mix of both outputs; every third row has no gradient at all."""
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     logprob, entropy = function(hidden, weight, ids, *options)
-    mix = torch.linspace(-1, 1, len(ids), dtype=logprob.dtype, device=ids.device) * (torch.arange(len(ids), device=ids.device) % 3 != 0)
+    mix = torch.linspace(-1, 1, len(ids), dtype=logprob.dtype, device=ids.device) * (
+        torch.arange(len(ids), device=ids.device) % 3 != 0
+    )
     ((mix * logprob).sum() + (0.5 * mix * entropy).sum()).backward()
     assert hidden.grad is not None
     assert weight.grad is not None
     return [t.detach().double() for t in (logprob, entropy, hidden.grad, weight.grad)]
 
 
-def assert_as_good_as_eager(function, shape: tuple[int, int, int], dtype: torch.dtype, device: str, *options, draws: int = 6) -> None:
+def assert_as_good_as_eager(
+    function, shape: tuple[int, int, int], dtype: torch.dtype, device: str, *options, draws: int = 6
+) -> None:
     """`function` against `dense` on `shape`; see `assert_errors`."""
 
     def draw(seed: int) -> list[list[Tensor]]:
@@ -60,8 +74,15 @@ def assert_errors(draw: Callable[[int], list[list[Tensor]]], draws: int) -> None
         mine, eager, truth = draw(seed)
         for t in (mine, eager):
             assert [x.shape for x in t] == [x.shape for x in truth]
-        found = [torch.tensor([float((a - b).abs().max()) if b.numel() else 0.0 for a, b in zip(t, truth, strict=True)]) for t in (mine, eager)]
-        ours, theirs = (found[0], found[1]) if seed == 0 else (ours.maximum(found[0]), theirs.maximum(found[1]))  # maximum keeps a NaN
+        found = [
+            torch.tensor(
+                [float((a - b).abs().max()) if b.numel() else 0.0 for a, b in zip(t, truth, strict=True)]
+            )
+            for t in (mine, eager)
+        ]
+        ours, theirs = (
+            (found[0], found[1]) if seed == 0 else (ours.maximum(found[0]), theirs.maximum(found[1]))
+        )  # maximum keeps a NaN
     assert (ours <= 2 * theirs + 1e-6).all(), (ours, theirs)
 
 

@@ -25,7 +25,9 @@ def some(shape: tuple[int, ...], rng: torch.Generator, spread: float, dtype: tor
     return values.to(dtype).to(DEVICE)
 
 
-def steps(dtype: torch.dtype, slopes: torch.dtype, rows: int, spread: float, sides: tuple) -> list[tuple[list, list]]:
+def steps(
+    dtype: torch.dtype, slopes: torch.dtype, rows: int, spread: float, sides: tuple
+) -> list[tuple[list, list]]:
     """(weights, states) after three steps by each of two functions, from the same start."""
     ends = []
     for side in sides:
@@ -37,7 +39,9 @@ def steps(dtype: torch.dtype, slopes: torch.dtype, rows: int, spread: float, sid
             where = {
                 "lr": rates,
                 "gradient_scale": torch.tensor(0.0 if count == 2 else 0.3, device=DEVICE),
-                "corrections": torch.tensor([[1 - 0.9**count, 1 - 0.999**count]] * len(SHAPES), device=DEVICE),
+                "corrections": torch.tensor(
+                    [[1 - 0.9**count, 1 - 0.999**count]] * len(SHAPES), device=DEVICE
+                ),
                 "words": [reference.key(count, number) for number in range(len(SHAPES))],
             }
             gradients = [some(shape, rng, spread, slopes) for shape in SHAPES]
@@ -55,10 +59,14 @@ def steps(dtype: torch.dtype, slopes: torch.dtype, rows: int, spread: float, sid
     ("dtype", "slopes"),
     [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)],
 )
-def test_the_kernel_steps_as_the_reference(dtype: torch.dtype, slopes: torch.dtype, rows: int, spread: float) -> None:
+def test_the_kernel_steps_as_the_reference(
+    dtype: torch.dtype, slopes: torch.dtype, rows: int, spread: float
+) -> None:
     """Weights to a few roundings; codes equal but where a value lies on the border of two, which moves a later step of
     that weight by a hundredth of the rate or so."""
-    (ours, states), (theirs, expected) = steps(dtype, slopes, rows, spread, (adamw8bit_triton, reference.adamw8bit_))
+    (ours, states), (theirs, expected) = steps(
+        dtype, slopes, rows, spread, (adamw8bit_triton, reference.adamw8bit_)
+    )
     for weight, other, state, truth in zip(ours, theirs, states, expected, strict=True):
         assert weight.isfinite().all()
         if dtype == torch.float32:
@@ -85,13 +93,22 @@ def test_equal_bits_every_time() -> None:
 def test_a_strided_gradient_and_a_view_as_weight() -> None:
     rng = torch.Generator().manual_seed(1)
     storage = torch.zeros(64 * 64 * 3 + 5, device=DEVICE)
-    weights = [storage[5 : 5 + 4096].view(64, 64), storage[5 + 4096 : 5 + 8192].view(64, 64)]  # not aligned to 16 bytes
-    gradients = [some((64, 64), rng, 1.0, torch.float32).t(), some((64, 128), rng, 1.0, torch.float32)[:, ::2]]
+    weights = [
+        storage[5 : 5 + 4096].view(64, 64),
+        storage[5 + 4096 : 5 + 8192].view(64, 64),
+    ]  # not aligned to 16 bytes
+    gradients = [
+        some((64, 64), rng, 1.0, torch.float32).t(),
+        some((64, 128), rng, 1.0, torch.float32)[:, ::2],
+    ]
     ends = []
     for side in (adamw8bit_triton, reference.adamw8bit_):
         storage.zero_()
         states = [new_state(weight) for weight in weights]
-        where = {"lr": [torch.tensor(1e-2, device=DEVICE)] * 2, "gradient_scale": torch.ones((), device=DEVICE)}
+        where = {
+            "lr": [torch.tensor(1e-2, device=DEVICE)] * 2,
+            "gradient_scale": torch.ones((), device=DEVICE),
+        }
         corrections = torch.tensor([[0.1, 0.001]] * 2, device=DEVICE)
         words = [reference.key(0, 0), reference.key(0, 1)]
         side(weights, gradients, states, **where, corrections=corrections, words=words, **SETTINGS)

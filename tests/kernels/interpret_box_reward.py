@@ -19,7 +19,14 @@ from tests.kernels.interpreter import device, poisoned_empty
 DEVICE = device()
 LANES = 4096 if DEVICE == "cpu" else 32  # the interpreter's time is in the programs
 READINGS = [("first", "direct"), ("last", "direct"), ("answer", "think_answer")]
-DEFAULTS = {"which": "last", "grammar": "direct", "shape": "iou", "format_weight": 0.1, "normalize_std": True, "progress": 0.0}
+DEFAULTS = {
+    "which": "last",
+    "grammar": "direct",
+    "shape": "iou",
+    "format_weight": 0.1,
+    "normalize_std": True,
+    "progress": 0.0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +36,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def batch(rows: list[list[int]], dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
     width = max(map(len, rows), default=0)
-    ids = torch.tensor([row + [5, -100][len(row) % 2 :][:1] * (width - len(row)) for row in rows], dtype=dtype).reshape(len(rows), width)
+    ids = torch.tensor(
+        [row + [5, -100][len(row) % 2 :][:1] * (width - len(row)) for row in rows], dtype=dtype
+    ).reshape(len(rows), width)
     return ids.to(DEVICE), torch.tensor([len(row) for row in rows], dtype=dtype, device=DEVICE)
 
 
@@ -44,7 +53,9 @@ def assert_equal(got, expected) -> None:
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
             assert torch.equal(a == 0, b == 0)
         else:
-            assert torch.equal(a, b), f"{name}: {(a != b).reshape(len(a), -1).any(1).nonzero().flatten().tolist()[:5]}"
+            assert torch.equal(a, b), (
+                f"{name}: {(a != b).reshape(len(a), -1).any(1).nonzero().flatten().tolist()[:5]}"
+            )
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece])
@@ -88,12 +99,22 @@ def test_rewards_as_the_reference_does(shape: str) -> None:
     groups = got.reward.double().view(-1, size)
     centred = groups - groups.mean(1, keepdim=True)
     truth = centred / (groups.std(1, keepdim=True) + 1e-6) if normalize else centred
-    torch.testing.assert_close(got.advantage.double().view(-1, size), truth.masked_fill(got.zero_variance[:, None], 0), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(
+        got.advantage.double().view(-1, size),
+        truth.masked_fill(got.zero_variance[:, None], 0),
+        atol=2e-5,
+        rtol=2e-5,
+    )
     assert (got.advantage.view(-1, size)[got.zero_variance] == 0).all()
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
-@given(groups=st.integers(0, 7), size=st.sampled_from([1, 2, 3, 7, 13, 16, 31]), lanes=st.sampled_from([32, 256]), seed=st.integers(0, 9))
+@given(
+    groups=st.integers(0, 7),
+    size=st.sampled_from([1, 2, 3, 7, 13, 16, 31]),
+    lanes=st.sampled_from([32, 256]),
+    seed=st.integers(0, 9),
+)
 def test_any_number_of_rows_and_any_group(groups: int, size: int, lanes: int, seed: int) -> None:
     table = table_of(byte_level())
     ids, lengths, targets = task(groups, size, tokens=12, seed=seed)
@@ -103,10 +124,14 @@ def test_any_number_of_rows_and_any_group(groups: int, size: int, lanes: int, se
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8, torch.uint16, torch.uint64])
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.int32, torch.int16, torch.uint8, torch.uint16, torch.uint64]
+)
 def test_integer_types_and_strides(dtype: torch.dtype) -> None:
     table = table_of(byte_level())
-    ids, lengths = batch([byte_level().spell(text, random.Random(1)) for text in ("[1,2,3,4]", "[5, 6.5,70,80]", "x")])
+    ids, lengths = batch(
+        [byte_level().spell(text, random.Random(1)) for text in ("[1,2,3,4]", "[5, 6.5,70,80]", "x")]
+    )
     ids = ids.clamp(0, 250).to(dtype)
     wide = torch.full((6, ids.shape[1] * 2), 99, dtype=dtype, device=DEVICE)
     wide[::2, ::2] = ids
@@ -123,22 +148,34 @@ def test_wild_ids_and_lengths_stay_inside() -> None:
     generator = torch.Generator().manual_seed(0)
     wild = torch.randint(-(2**62), 2**62, (64, 24), generator=generator)
     near = torch.randint(-3, table.vocab_size + 3, (64, 24), generator=generator)
-    edges = torch.tensor([-1, table.vocab_size, 2**31, 2**32, 2**32 + 20, -(2**63), 2**63 - 1, 3]).repeat(64, 3)
+    edges = torch.tensor([-1, table.vocab_size, 2**31, 2**32, 2**32 + 20, -(2**63), 2**63 - 1, 3]).repeat(
+        64, 3
+    )
     for ids in (wild, near, edges):
         lengths = torch.randint(-(2**40), 2**40, (64,), generator=generator)
-        arguments, choices = (ids.to(DEVICE), lengths.to(DEVICE), table), {"which": "first", "grammar": "direct"}
+        arguments, choices = (
+            (ids.to(DEVICE), lengths.to(DEVICE), table),
+            {"which": "first", "grammar": "direct"},
+        )
         assert_equal(read_boxes_triton(*arguments, **choices), reference.read_boxes(*arguments, **choices))
     box = byte_level().spell("[1,2,3,4]", random.Random(0))
     whole = torch.tensor([box, box], device=DEVICE)
-    cut = read_boxes_triton(whole[:, :-1], torch.tensor([2**40, 10**9], device=DEVICE), table, which="first", grammar="direct")
+    cut = read_boxes_triton(
+        whole[:, :-1], torch.tensor([2**40, 10**9], device=DEVICE), table, which="first", grammar="direct"
+    )
     assert not cut.valid.any()
-    assert not read_boxes_triton(whole, torch.tensor([-1, 0], device=DEVICE), table, which="first", grammar="direct").valid.any()
+    assert not read_boxes_triton(
+        whole, torch.tensor([-1, 0], device=DEVICE), table, which="first", grammar="direct"
+    ).valid.any()
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(0, 0), (0, 5), (3, 0), (3, 1)])
 def test_empty(rows: int, tokens: int) -> None:
     table = table_of(byte_level())
-    ids, lengths = torch.zeros(rows, tokens, dtype=torch.int64, device=DEVICE), torch.full((rows,), 9, device=DEVICE)
+    ids, lengths = (
+        torch.zeros(rows, tokens, dtype=torch.int64, device=DEVICE),
+        torch.full((rows,), 9, device=DEVICE),
+    )
     got = box_reward_triton(ids, lengths, table, torch.zeros(rows, 4, device=DEVICE), 3, **DEFAULTS)
     assert [list(x.shape) for x in got] == [[rows, 4], [rows], [rows], [rows], [rows], [rows], [rows // 3]]
     assert not any(x.any() for x in got[:6])
@@ -161,7 +198,10 @@ def test_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         box_reward_triton(ids, lengths, table_of(byte_level()), targets, 8, **DEFAULTS)
     assert launches == [(1,)]
     counted = {e.key for e in profile.key_averages() if e.key.startswith("aten::")}
-    assert not counted & {"aten::item", "aten::copy_", "aten::_local_scalar_dense", "aten::nonzero"} or DEVICE == "cpu"
+    assert (
+        not counted & {"aten::item", "aten::copy_", "aten::_local_scalar_dense", "aten::nonzero"}
+        or DEVICE == "cpu"
+    )
 
 
 def test_bad_input() -> None:
@@ -170,5 +210,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match=rf"expected 1 \.\. {MAX_GROUP}, got {MAX_GROUP + 1}"):
         box_reward_triton(ids, lengths, table, targets, MAX_GROUP + 1, **DEFAULTS)
     wrong = dataclasses.replace(table, offsets=table.offsets.long())
-    with pytest.raises(ValueError, match=r"table.offsets: expected a contiguous torch.int32 vector, got torch.int64"):
+    with pytest.raises(
+        ValueError, match=r"table.offsets: expected a contiguous torch.int32 vector, got torch.int64"
+    ):
         read_boxes_triton(ids, lengths, wrong, which="first", grammar="direct")

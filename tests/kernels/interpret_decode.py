@@ -31,14 +31,37 @@ def run(case: Case, processors: int = 12) -> Tensor:
 
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
-SHAPES = [(16, 1, FULL), (40, 4, FULL), (64, 7, FULL), (128, 1, FULL), (256, 4, FULL), (64, 8, BRAIN), (80, 8, BRAIN), (128, 7, BRAIN)]
+SHAPES = [
+    (16, 1, FULL),
+    (40, 4, FULL),
+    (64, 7, FULL),
+    (128, 1, FULL),
+    (256, 4, FULL),
+    (64, 8, BRAIN),
+    (80, 8, BRAIN),
+    (128, 7, BRAIN),
+]
 SHAPES += [(256, 1, BRAIN), (40, 3, HALF), (80, 1, HALF), (128, 4, HALF), (200, 7, HALF)]
 
 
 @pytest.mark.parametrize(("dimension", "share", "dtype"), SHAPES)
 def test_dimensions_shares_and_dtypes(dimension: int, share: int, dtype: torch.dtype) -> None:
     """Ragged groups and prompts, an empty group, an empty prompt, rows without own tokens, rows of no group."""
-    run(make([70, 3, 0, 40], [2, 0, 2, 1], [1, 33, 0, 2, 5], 2 * share, 2, dimension, dtype, padding=1, slack=3, seed=share, device=DEVICE))
+    run(
+        make(
+            [70, 3, 0, 40],
+            [2, 0, 2, 1],
+            [1, 33, 0, 2, 5],
+            2 * share,
+            2,
+            dimension,
+            dtype,
+            padding=1,
+            slack=3,
+            seed=share,
+            device=DEVICE,
+        )
+    )
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
@@ -48,18 +71,30 @@ def test_any_lengths(data: st.DataObject) -> None:
     prompts = data.draw(st.lists(st.integers(0, 70), min_size=groups, max_size=groups))
     rows = data.draw(st.lists(st.integers(0, 3), min_size=groups, max_size=groups))
     own = data.draw(st.lists(st.integers(0, 35), min_size=sum(rows), max_size=sum(rows)))
-    choices: dict[str, Any] = {"padding": data.draw(st.integers(0, 2)), "slack": data.draw(st.sampled_from([0, 1, 150])), "capacity": 36}
-    run(make(prompts, rows, own, 4, 2, 16, HALF, seed=len(own), device=DEVICE, **choices), data.draw(st.sampled_from([1, 5, 132])))
+    choices: dict[str, Any] = {
+        "padding": data.draw(st.integers(0, 2)),
+        "slack": data.draw(st.sampled_from([0, 1, 150])),
+        "capacity": 36,
+    }
+    run(
+        make(prompts, rows, own, 4, 2, 16, HALF, seed=len(own), device=DEVICE, **choices),
+        data.draw(st.sampled_from([1, 5, 132])),
+    )
 
 
 def test_groups_wider_than_a_tile() -> None:
     run(make([40, 20], [9, 1], [2] * 10, 4, 1, 16, device=DEVICE))
-    run(make([40], [1], [20], 40, 1, 16, device=DEVICE))  # more heads of a key head than a tile of the merging kernel
+    run(
+        make([40], [1], [20], 40, 1, 16, device=DEVICE)
+    )  # more heads of a key head than a tile of the merging kernel
 
 
 def test_splits() -> None:
     """About one program a multiprocessor, and none so short that its output costs more than its keys."""
-    assert [choose_splits(*a) for a in ((16, 132, 4096), (16, 132, 300), (200, 132, 4096), (1, 132, 1), (4, 132, 10**6))] == [9, 3, 1, 1, 33]
+    assert [
+        choose_splits(*a)
+        for a in ((16, 132, 4096), (16, 132, 300), (200, 132, 4096), (1, 132, 1), (4, 132, 10**6))
+    ] == [9, 3, 1, 1, 33]
     case = make([600, 130], [2, 1], [5, 6, 7], 4, 2, 16, HALF, device=DEVICE)
     for processors in (1, 8, 132):
         run(case, processors)
@@ -104,6 +139,11 @@ def bytes_loaded(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]
 def test_a_prompt_is_read_once_a_group_and_not_once_a_reply(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [200, 70]
     once = sum(prompts) * 32 * 2  # tokens of one key head, dimension, bytes of float16
-    for replies, times in ((1, 1), (5, 1), (16, 1), (17, 2)):  # 16 replies of 8 heads fill the tile of 128 queries
+    for replies, times in (
+        (1, 1),
+        (5, 1),
+        (16, 1),
+        (17, 2),
+    ):  # 16 replies of 8 heads fill the tile of 128 queries
         case = make(prompts, [replies] * 2, [2] * (2 * replies), 8, 1, 32, HALF, device=DEVICE)
         assert bytes_loaded(case, monkeypatch) == (times * once, times * once)

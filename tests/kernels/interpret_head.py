@@ -33,7 +33,11 @@ def descriptors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if request.param and DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("no bulk copy engine")
     plain = kernels.Head.__init__
-    monkeypatch.setattr(kernels.Head, "__init__", lambda self, h, w, t, c, _=None, **kw: plain(self, h, w, t, c, request.param, **kw))
+    monkeypatch.setattr(
+        kernels.Head,
+        "__init__",
+        lambda self, h, w, t, c, _=None, **kw: plain(self, h, w, t, c, request.param, **kw),
+    )
     return request.param
 
 
@@ -139,7 +143,12 @@ def test_grpo_agrees_with_the_reference(T, optional, dtype, monkeypatch) -> None
         leaves = [t.detach().clone().requires_grad_() for t in (hidden, weight)]
         loss, logprob, metrics = grpo_loss(*leaves, ids, *vectors, **NUMBERS)
         (loss + 0.1 * logprob.sum()).backward()
-        results.append([t.detach().double().cpu() for t in (loss, logprob, *metrics.values(), *(leaf.grad for leaf in leaves))])
+        results.append(
+            [
+                t.detach().double().cpu()
+                for t in (loss, logprob, *metrics.values(), *(leaf.grad for leaf in leaves))
+            ]
+        )
     tolerance = {"rtol": 1e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, **tolerance)

@@ -15,7 +15,9 @@ from tests.kernels.interpreter import device, poisoned_empty
 DEVICE = device()
 QWEN25 = {"patch": 14, "frames": 2, "merge": 2, "mean": (0.48, 0.45, 0.40), "std": (0.26, 0.27, 0.28)}
 QWEN3 = {"patch": 16, "frames": 2, "merge": 2, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-BIG = (64, 512, 8192) if DEVICE == "cpu" else (ROWS, COLUMNS, VALUES)  # the interpreter's time is in the programs
+BIG = (
+    (64, 512, 8192) if DEVICE == "cpu" else (ROWS, COLUMNS, VALUES)
+)  # the interpreter's time is in the programs
 
 
 @pytest.fixture(autouse=True)
@@ -24,19 +26,27 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def picture(height: int, width: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8).to(DEVICE)
+    return torch.randint(
+        0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    ).to(DEVICE)
 
 
-def assert_same(images: list[Tensor], sizes, boxes=None, tile=BIG, dtype: torch.dtype = torch.float32, **constants) -> None:
+def assert_same(
+    images: list[Tensor], sizes, boxes=None, tile=BIG, dtype: torch.dtype = torch.float32, **constants
+) -> None:
     """The kernels give the reference's bits, twice."""
     taken = boxes or [(0, 0, image.shape[1], image.shape[0]) for image in images]
-    got, again = (patchify_images_triton(images, sizes, taken, **constants, dtype=dtype, tile=tile) for _ in range(2))
+    got, again = (
+        patchify_images_triton(images, sizes, taken, **constants, dtype=dtype, tile=tile) for _ in range(2)
+    )
     assert torch.equal(got, again)
     expected = reference.patchify_images(images, sizes, taken, **constants, dtype=torch.float32)
     if dtype == torch.float32:
         assert torch.equal(got, expected)
     else:
-        torch.testing.assert_close(got.float(), expected, rtol=2**-7, atol=1e-6)  # the interpreter truncates to bfloat16
+        torch.testing.assert_close(
+            got.float(), expected, rtol=2**-7, atol=1e-6
+        )  # the interpreter truncates to bfloat16
 
 
 def test_images_of_different_sizes_and_crops_of_them() -> None:
@@ -45,7 +55,12 @@ def test_images_of_different_sizes_and_crops_of_them() -> None:
     assert_same(images, sizes, **QWEN25)
     boxes = [(10, 20, 47, 90), (0, 0, 21, 30), (39, 0, 40, 300), (0, 0, 1, 1)]
     assert_same(images, sizes, boxes, **QWEN25)
-    assert_same([images[0]] * 4, sizes, [(0, 0, 131, 97), (130, 96, 131, 97), (5, 5, 33, 61), (0, 50, 131, 51)], **QWEN25)
+    assert_same(
+        [images[0]] * 4,
+        sizes,
+        [(0, 0, 131, 97), (130, 96, 131, 97), (5, 5, 33, 61), (0, 50, 131, 51)],
+        **QWEN25,
+    )
     assert_same([images[0]], [(32, 64)], **QWEN3)
 
 
@@ -55,7 +70,13 @@ def test_images_of_different_sizes_and_crops_of_them() -> None:
     width=st.integers(1, 140),
     rows=st.integers(1, 4),
     columns=st.integers(1, 4),
-    constants=st.sampled_from([{"patch": 4, "frames": 1, "merge": 1}, {"patch": 3, "frames": 2, "merge": 2}, {"patch": 2, "frames": 3, "merge": 3}]),
+    constants=st.sampled_from(
+        [
+            {"patch": 4, "frames": 1, "merge": 1},
+            {"patch": 3, "frames": 2, "merge": 2},
+            {"patch": 2, "frames": 3, "merge": 3},
+        ]
+    ),
 )
 def test_any_size(height: int, width: int, rows: int, columns: int, constants: dict) -> None:
     block = constants["patch"] * constants["merge"]
@@ -65,7 +86,9 @@ def test_any_size(height: int, width: int, rows: int, columns: int, constants: d
 
 def test_the_tiles_of_the_device() -> None:
     """The same at the tile sizes that are compiled, on images that need several tiles of either kernel."""
-    assert_same([picture(19, 61), picture(90, 11, 1)], [(28, 56), (28, 28)], tile=(ROWS, COLUMNS, VALUES), **QWEN25)
+    assert_same(
+        [picture(19, 61), picture(90, 11, 1)], [(28, 56), (28, 28)], tile=(ROWS, COLUMNS, VALUES), **QWEN25
+    )
 
 
 def test_strides() -> None:
@@ -75,8 +98,15 @@ def test_strides() -> None:
     wide[::2, ::3, :3] = image
     for shown in (planar, wide[::2, ::3, :3], image.flip(0).flip(0)):
         assert_same([shown], [(28, 28)], [(3, 4, 31, 45)], **QWEN25)
-        got = patchify_images_triton([shown], [(28, 28)], [(0, 0, 33, 45)], **QWEN25, dtype=torch.float32, tile=BIG)
-        assert torch.equal(got, patchify_images_triton([image], [(28, 28)], [(0, 0, 33, 45)], **QWEN25, dtype=torch.float32, tile=BIG))
+        got = patchify_images_triton(
+            [shown], [(28, 28)], [(0, 0, 33, 45)], **QWEN25, dtype=torch.float32, tile=BIG
+        )
+        assert torch.equal(
+            got,
+            patchify_images_triton(
+                [image], [(28, 28)], [(0, 0, 33, 45)], **QWEN25, dtype=torch.float32, tile=BIG
+            ),
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

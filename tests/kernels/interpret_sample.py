@@ -38,7 +38,11 @@ def draws(logits: Tensor, tile: int, **choices) -> tuple[Tensor, Tensor]:
 
 
 def some_logits(rows: int, vocab: int, dtype: torch.dtype = torch.float32, scale: float = 3.0) -> Tensor:
-    return (torch.randn(rows, vocab, generator=torch.Generator().manual_seed(rows * vocab)) * scale).to(dtype).to(DEVICE)
+    return (
+        (torch.randn(rows, vocab, generator=torch.Generator().manual_seed(rows * vocab)) * scale)
+        .to(dtype)
+        .to(DEVICE)
+    )
 
 
 def mask(vocab: int) -> Tensor:
@@ -62,7 +66,9 @@ CHOICES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_draws_as_the_reference_does(choices: dict, dtype: torch.dtype) -> None:
     for rows, vocab, tile in ((2, 1009, 512), (1, 513, 512)) if dtype == torch.float32 else ((2, 255, 256),):
-        chosen = {k: v for k, v in choices.items() if k != "masked"} | ({"allowed": mask(vocab)} if "masked" in choices else {})
+        chosen = {k: v for k, v in choices.items() if k != "masked"} | (
+            {"allowed": mask(vocab)} if "masked" in choices else {}
+        )
         draws(some_logits(rows, vocab, dtype), tile, **chosen)
 
 
@@ -94,7 +100,9 @@ def test_rows_with_strides() -> None:
         got = draws(shown, 128)
         assert torch.equal(got[0], plain[0])
         assert torch.equal(got[1], plain[1])
-    assert torch.equal(draws(wide[::2, 100:400], 128, row=torch.arange(6, device=DEVICE)[::2])[0], plain[0][::2])
+    assert torch.equal(
+        draws(wide[::2, 100:400], 128, row=torch.arange(6, device=DEVICE)[::2])[0], plain[0][::2]
+    )
 
 
 def test_a_row_does_not_depend_on_its_batch_nor_on_how_its_position_is_told() -> None:

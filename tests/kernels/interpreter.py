@@ -18,11 +18,23 @@ ROOT = Path(__file__).parents[2]
 
 def run_cases(file: str, interpret: bool, folder: str = "kernels") -> None:
     """Run the cases in tests/`folder`/`file`; they fail here with pytest's own report."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    }
     environment.pop("TRITON_INTERPRET", None)
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / folder / file)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(ROOT / "tests" / folder / file),
+    ]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
@@ -42,6 +54,12 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(*args, **kwargs):
         made = plain(*args, **kwargs)
-        return made.fill_(float("nan") if made.is_floating_point() else True if made.dtype == torch.bool else torch.iinfo(made.dtype).max)
+        return made.fill_(
+            float("nan")
+            if made.is_floating_point()
+            else True
+            if made.dtype == torch.bool
+            else torch.iinfo(made.dtype).max
+        )
 
     monkeypatch.setattr(torch, "empty", poisoned)

@@ -157,7 +157,9 @@ def test_codes_by_their_definition(spread: float) -> None:
 def test_second_moments_are_rounded_right_on_average() -> None:
     """20,000 roundings of 254 values between the ends of a block: the mean's error is within 4 standard errors."""
     root = torch.cat([torch.tensor([1e-3, 1.0]), torch.logspace(-2.9, -0.1, 254)]).expand(20_000, 256)
-    _, (codes, low, high) = quantize(root, root, torch.rand(root.shape, generator=torch.Generator().manual_seed(2)))
+    _, (codes, low, high) = quantize(
+        root, root, torch.rand(root.shape, generator=torch.Generator().manual_seed(2))
+    )
     zeros = torch.zeros(root.shape, dtype=torch.int8)
     state = {"exp_avg_codes": zeros, "exp_avg_scale": low, "exp_avg_sq_codes": codes}
     kept = dequantize(state | {"exp_avg_sq_low": low, "exp_avg_sq_high": high})[1].sqrt().double()
@@ -187,7 +189,10 @@ def test_states_of_dynamic_codes_are_read() -> None:
     lost = (square == 0) & (theirs != 0)  # rounded to 0 there: between 0 and the smallest code
     torch.testing.assert_close(exp_avg_sq[~lost], square[~lost], rtol=0.08, atol=1e-12)
     assert (exp_avg_sq[lost] > 0).all()
-    assert (exp_avg_sq[lost] <= (square.view(-1, 256).amax(1, keepdim=True) * 1e-6).expand(-1, 256)[lost.view(-1, 256)]).all()
+    assert (
+        exp_avg_sq[lost]
+        <= (square.view(-1, 256).amax(1, keepdim=True) * 1e-6).expand(-1, 256)[lost.view(-1, 256)]
+    ).all()
     tolerance = ours["exp_avg_scale"].max() / 250 * exp_avg_sq.sqrt()
     assert ((exp_avg - theirs).abs() <= tolerance).all()
 
@@ -202,7 +207,9 @@ def test_the_step_is_torchaos_where_that_is_right() -> None:
     for step in range(20):
         gradient = torch.full(SHAPE, 0.5 + 0.1 * step)
         rate = torch.tensor(1e-2)
-        adamw8bit_([ours], [gradient], [state], lr=[rate], gradient_scale=one, weight_decay=0.1, seed=0, streams=[0])
+        adamw8bit_(
+            [ours], [gradient], [state], lr=[rate], gradient_scale=one, weight_decay=0.1, seed=0, streams=[0]
+        )
         theirs.grad = gradient
         with torch.compiler.set_stance("force_eager"):
             optimizer.step()
@@ -211,12 +218,18 @@ def test_the_step_is_torchaos_where_that_is_right() -> None:
 
 # ----------------------------------------------------------------------------------------------------- random bits
 def test_random_bits_are_uniform_and_tell_everything_apart() -> None:
-    streams = [random_bits(key(seed, number), 0, 2**16, torch.device("cpu")) for seed in (0, 1) for number in (0, 1, 2)]
+    streams = [
+        random_bits(key(seed, number), 0, 2**16, torch.device("cpu"))
+        for seed in (0, 1)
+        for number in (0, 1, 2)
+    ]
     for bits in streams:
         assert ((bits >= 0) & (bits < 2**32)).all()
         for shift in range(0, 32, 8):
             counts = torch.bincount((bits >> shift) & 255, minlength=256).double()
-            assert ((counts - 256).square() / 256).sum() < 360  # 99.999% of uniform ones, 255 degrees of freedom
+            assert (
+                (counts - 256).square() / 256
+            ).sum() < 360  # 99.999% of uniform ones, 255 degrees of freedom
         share = bits.double() / 2**32 - 0.5
         for lag in (1, 2, 255, 256):
             assert abs((share[lag:] * share[:-lag]).mean().item() * 12) < 0.02
@@ -266,8 +279,14 @@ def arguments() -> dict:
     ("change", "sentence"),
     [
         ({"gradients": []}, "a gradient, a state, a rate and a stream for each parameter"),
-        ({"parameters": [torch.zeros(64, 64, dtype=torch.float16)]}, "parameter: expected float32 or bfloat16, got torch.float16"),
-        ({"gradients": [torch.zeros(64, 64, dtype=torch.int32)]}, "gradient: expected float32 or bfloat16, got torch.int32"),
+        (
+            {"parameters": [torch.zeros(64, 64, dtype=torch.float16)]},
+            "parameter: expected float32 or bfloat16, got torch.float16",
+        ),
+        (
+            {"gradients": [torch.zeros(64, 64, dtype=torch.int32)]},
+            "gradient: expected float32 or bfloat16, got torch.int32",
+        ),
         ({"gradients": [torch.zeros(64, 32)]}, "gradients of their parameters' shapes"),
         ({"parameters": [torch.zeros(64, 64).t()[:, :]]}, "contiguous parameters"),
         ({"lr": [torch.tensor([1e-3])]}, r"lr: expected float32 \[\], got torch.float32 \[1\]"),

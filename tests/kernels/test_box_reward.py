@@ -15,7 +15,14 @@ from locus_kernels.box_reward import REWARD_SHAPES, box_reward, build_token_tabl
 from locus_kernels.box_reward import table as table_module
 from torch import Tensor
 
-from tests.kernels.box_reward_cases import Vocabulary, byte_level, oracle_box, oracle_format, replies, sentencepiece
+from tests.kernels.box_reward_cases import (
+    Vocabulary,
+    byte_level,
+    oracle_box,
+    oracle_format,
+    replies,
+    sentencepiece,
+)
 
 VOCABULARIES = {"byte_level": byte_level, "sentencepiece": sentencepiece}
 
@@ -37,7 +44,9 @@ def batch(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """ids [R, L] and lengths [R]; what lies past a row's length is garbage, to show that nobody looks at it."""
     width = max(map(len, rows), default=0)
     garbage = [-100, 10**12, 5, -1]
-    ids = torch.tensor([row + [garbage[k % 4] for k in range(width - len(row))] for row in rows], dtype=torch.int64).reshape(len(rows), width)
+    ids = torch.tensor(
+        [row + [garbage[k % 4] for k in range(width - len(row))] for row in rows], dtype=torch.int64
+    ).reshape(len(rows), width)
     return ids, torch.tensor([len(row) for row in rows], dtype=torch.int64)
 
 
@@ -52,22 +61,33 @@ def read_text(text: str, vocabulary: Vocabulary, **choices: str):
     return reading.box[0].tolist(), bool(reading.valid[0]), bool(reading.format_ok[0])
 
 
-def assert_agrees(rows: list[list[int]], texts: list[str], table, which: str, grammar: str) -> tuple[int, int]:
+def assert_agrees(
+    rows: list[list[int]], texts: list[str], table, which: str, grammar: str
+) -> tuple[int, int]:
     """Reading `rows` gives exactly what the oracle finds in `texts`; returns how many were valid and how many well formed."""
     reading = read_boxes(*batch(rows), table, which=which, grammar=grammar)
     expected = [oracle_box(text, which) for text in texts]
     boxes = np.array([box for box, _ in expected], dtype=np.float32).reshape(-1, 4)
     valid = np.array([v for _, v in expected], dtype=bool)
     good = np.array([oracle_format(text, grammar) for text in texts], dtype=bool)
-    for name, got, want in (("box", reading.box, boxes), ("valid", reading.valid, valid), ("format_ok", reading.format_ok, good)):
+    for name, got, want in (
+        ("box", reading.box, boxes),
+        ("valid", reading.valid, valid),
+        ("format_ok", reading.format_ok, good),
+    ):
         wrong = np.flatnonzero((got.numpy() != want).reshape(len(rows), -1).any(1))
-        assert not len(wrong), f"{name} ({which}, {grammar}): {texts[wrong[0]]!r} of {rows[wrong[0]]}: got {got[wrong[0]]}, expected {want[wrong[0]]}"
+        assert not len(wrong), (
+            f"{name} ({which}, {grammar}): {texts[wrong[0]]!r} of {rows[wrong[0]]}: got {got[wrong[0]]}, expected {want[wrong[0]]}"
+        )
     return int(valid.sum()), int(good.sum())
 
 
 # -------------------------------------------------------------------------------------------- agreement with text and regular expressions
 def test_agrees_with_decode_then_regular_expression_on_100000_sequences() -> None:
-    began, counts = time.perf_counter(), dict.fromkeys(("first", "last", "answer", "think_answer", "direct"), 0)
+    began, counts = (
+        time.perf_counter(),
+        dict.fromkeys(("first", "last", "answer", "think_answer", "direct"), 0),
+    )
     for name, make in VOCABULARIES.items():
         vocabulary = make()
         table = table_of(vocabulary)
@@ -105,16 +125,28 @@ def test_shortened_tokens_read_like_whole_ones(monkeypatch: pytest.MonkeyPatch) 
     random_ = random.Random(1)
     symbols = list(range(table_module.OTHER + 1))
     likely = [table_module.ALPHABET.index(c) for c in "[],.-1 <>/"] + [table_module.OTHER]
-    parts = [bytes(random_.choice(likely if random_.random() < 0.7 else symbols) for _ in range(random_.randrange(1, 8))) for _ in range(20_000)]
+    parts = [
+        bytes(
+            random_.choice(likely if random_.random() < 0.7 else symbols)
+            for _ in range(random_.randrange(1, 8))
+        )
+        for _ in range(20_000)
+    ]
     tags = ["<think>", "</think>", "<answer>", "</answer>", "[1,2,3", ",4]", "[10,20,30,40]", " "]
     parts += [text.encode().translate(table_module.CLASS_OF_BYTE) for text in tags] * 500
     short = [table_module.shorten(part) for part in parts]
     assert sum(map(len, short)) < 0.7 * sum(map(len, parts))
     rows = [[random_.randrange(len(parts)) for _ in range(random_.randrange(8))] for _ in range(1000)]
-    rows += [[random_.choice([random_.randrange(len(parts)), *range(20_000, 20_008)]) for _ in range(8)] for _ in range(1000)]
+    rows += [
+        [random_.choice([random_.randrange(len(parts)), *range(20_000, 20_008)]) for _ in range(8)]
+        for _ in range(1000)
+    ]
     whole_table, short_table = (_table_of_strings(strings) for strings in (parts, short))
     for which, grammar in itertools.product(("first", "last", "answer"), ("think_answer", "direct")):
-        whole, shortened = (read_boxes(*batch(rows), table, which=which, grammar=grammar) for table in (whole_table, short_table))
+        whole, shortened = (
+            read_boxes(*batch(rows), table, which=which, grammar=grammar)
+            for table in (whole_table, short_table)
+        )
         for a, b in zip(whole, shortened, strict=True):
             assert torch.equal(a, b)
 
@@ -123,7 +155,9 @@ def _table_of_strings(strings: list[bytes]):
     machine = table_module.automaton()
     offsets = torch.tensor([0, *map(len, strings)]).cumsum(0).int()
     classes = torch.frombuffer(bytearray(b"".join(strings)), dtype=torch.uint8)
-    return table_module.TokenTable(offsets, classes, machine.transitions, machine.final, width=max(map(len, strings)))
+    return table_module.TokenTable(
+        offsets, classes, machine.transitions, machine.final, width=max(map(len, strings))
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- rules, one by one
@@ -215,9 +249,18 @@ def test_format_rules(text: str, grammar: str, expected: bool, vocabulary: Vocab
 def test_special_tokens_are_silent_and_other_added_tokens_speak() -> None:
     vocabulary = byte_level()
     box = vocabulary.spell("[1,2,3,4]", random.Random(0))
-    special, think, close, with_spaces = (vocabulary.tokenizer.get_vocab()[t] for t in ("<|im_start|>", "<think>", "</think>", "[ 1, 2 ,3,4 ]"))
+    special, think, close, with_spaces = (
+        vocabulary.tokenizer.get_vocab()[t] for t in ("<|im_start|>", "<think>", "</think>", "[ 1, 2 ,3,4 ]")
+    )
     spare, tags = vocabulary.vocab_size - 1, vocabulary.spell("</think>", random.Random(0))
-    rows = [[box[0], special, spare, *box[1:], special], [special, *box], [think, *box], [with_spaces], [think, close], [think, *tags]]
+    rows = [
+        [box[0], special, spare, *box[1:], special],
+        [special, *box],
+        [think, *box],
+        [with_spaces],
+        [think, close],
+        [think, *tags],
+    ]
     table = table_of(vocabulary)
     reading = read_boxes(*batch(rows), table, which="first", grammar="direct")
     assert reading.valid.tolist() == [True, True, True, True, False, False]
@@ -228,7 +271,10 @@ def test_special_tokens_are_silent_and_other_added_tokens_speak() -> None:
 def test_byte_fallback_tokens_count_as_their_bytes() -> None:
     vocabulary = sentencepiece()
     byte = [vocabulary.tokenizer.get_vocab()[f"<0x{b:02X}>"] for b in range(256)]
-    rows = [[byte[b] for b in text] for text in (b"[1,2,\n3,4]", "é[1,2,3,4]".encode(), b"\xe9[1,2,3,4]\xf0\x9f", b"[1,2,3\xc3,4]")]
+    rows = [
+        [byte[b] for b in text]
+        for text in (b"[1,2,\n3,4]", "é[1,2,3,4]".encode(), b"\xe9[1,2,3,4]\xf0\x9f", b"[1,2,3\xc3,4]")
+    ]
     reading = read_boxes(*batch(rows), table_of(vocabulary), which="first", grammar="direct")
     assert reading.valid.tolist() == [True, True, True, False]
     assert reading.format_ok.tolist() == [True, False, False, False]
@@ -252,7 +298,10 @@ def test_table_layout(vocabulary: Vocabulary) -> None:
 def test_long_dull_tokens_become_short() -> None:
     vocabulary = byte_level()
     table = table_of(vocabulary)
-    lengths = {token: int(table.offsets[i + 1] - table.offsets[i]) for token, i in vocabulary.tokenizer.get_vocab().items()}
+    lengths = {
+        token: int(table.offsets[i + 1] - table.offsets[i])
+        for token, i in vocabulary.tokenizer.get_vocab().items()
+    }
     assert [lengths[t] for t in ("-" * 8, "Ġ" * 8, "/" * 8, "[" * 4, "]" * 4, ">" * 4, "Ġthe", "answer", "</think>", "<|im_end|>")] == [
         1, 1, 1, 2, 2, 2, 1, 6, 8, 0,
     ]  # fmt: skip
@@ -263,7 +312,10 @@ def test_table_errors() -> None:
         build_token_table(byte_level().tokenizer, 0)
     with pytest.raises(ValueError, match="fast Hugging Face tokenizer"):
         build_token_table(object(), 10)
-    backend = SimpleNamespace(decode=lambda ids, **_: "a" if len(ids) == 1 else "b", decode_batch=lambda rows, **_: ["zz" for _ in rows])
+    backend = SimpleNamespace(
+        decode=lambda ids, **_: "a" if len(ids) == 1 else "b",
+        decode_batch=lambda rows, **_: ["zz" for _ in rows],
+    )
     with pytest.raises(ValueError, match="token by token"):
         build_token_table(SimpleNamespace(get_vocab=lambda: {"a": 0}, backend_tokenizer=backend), 2)
     with pytest.raises(ValueError, match="at least one printable ASCII character"):
@@ -279,7 +331,9 @@ def test_ids_outside_the_vocabulary_fit_nowhere_and_lengths_are_bounded() -> Non
         reading = read_boxes(*batch(rows), table, which="first", grammar="direct")
         assert reading.valid.tolist() == [True, False, True]
         assert not reading.format_ok.any()
-        with pytest.raises(ValueError, match=rf"ids: expected values in \[0, {vocabulary.vocab_size}\), got \[{wrong}\]"):
+        with pytest.raises(
+            ValueError, match=rf"ids: expected values in \[0, {vocabulary.vocab_size}\), got \[{wrong}\]"
+        ):
             read_boxes(*batch(rows), table, validate=True)
     ids = torch.tensor([box, box])
     assert read_boxes(ids, torch.tensor([10**9, -5]), table, which="first").valid.tolist() == [True, False]
@@ -295,16 +349,34 @@ def test_every_length_is_read_up_to_exactly_there(vocabulary: Vocabulary) -> Non
     for which, grammar in (("first", "think_answer"), ("last", "direct"), ("answer", "think_answer")):
         assert_agrees(prefixes, vocabulary.decode(prefixes), table_of(vocabulary), which, grammar)
         cut = read_boxes(ids, lengths, table_of(vocabulary), which=which, grammar=grammar)
-        for a, b in zip(cut, read_boxes(*batch(prefixes), table_of(vocabulary), which=which, grammar=grammar), strict=True):
+        for a, b in zip(
+            cut, read_boxes(*batch(prefixes), table_of(vocabulary), which=which, grammar=grammar), strict=True
+        ):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint32, torch.uint64])
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint32, torch.uint64]
+)
 def test_empty_batches_strides_and_integer_types(dtype: torch.dtype) -> None:
     table = table_of(byte_level())
     for rows, tokens in ((0, 0), (0, 5), (3, 0)):
-        earned = box_reward(torch.zeros(rows, tokens, dtype=dtype), torch.full((rows,), 9, dtype=dtype), table, torch.zeros(rows, 4), 3)
-        assert [list(t.shape) for t in earned] == [[rows, 4], [rows], [rows], [rows], [rows], [rows], [rows // 3]]
+        earned = box_reward(
+            torch.zeros(rows, tokens, dtype=dtype),
+            torch.full((rows,), 9, dtype=dtype),
+            table,
+            torch.zeros(rows, 4),
+            3,
+        )
+        assert [list(t.shape) for t in earned] == [
+            [rows, 4],
+            [rows],
+            [rows],
+            [rows],
+            [rows],
+            [rows],
+            [rows // 3],
+        ]
         assert not earned.valid.any()
         assert not earned.reward.any()
     ids, lengths = batch([byte_level().spell("[1,2,3,4]", random.Random(0))] * 2)
@@ -315,9 +387,14 @@ def test_empty_batches_strides_and_integer_types(dtype: torch.dtype) -> None:
 def test_nothing_is_read_back_from_the_device() -> None:
     """Tensors without data have nothing to give to the host: any copy to it raises."""
     table = table_of(byte_level()).to("meta")
-    ids, lengths = torch.empty(8, 6, dtype=torch.int32, device="meta"), torch.empty(8, dtype=torch.int64, device="meta")
+    ids, lengths = (
+        torch.empty(8, 6, dtype=torch.int32, device="meta"),
+        torch.empty(8, dtype=torch.int64, device="meta"),
+    )
     for shape, which in itertools.product(REWARD_SHAPES, ("first", "last", "answer")):
-        earned = box_reward(ids, lengths, table, torch.empty(8, 4, device="meta"), 4, shape=shape, which=which)
+        earned = box_reward(
+            ids, lengths, table, torch.empty(8, 4, device="meta"), 4, shape=shape, which=which
+        )
         assert earned.advantage.shape == (8,)
 
 
@@ -327,12 +404,21 @@ def test_nothing_is_read_back_from_the_device() -> None:
         ({"ids": torch.zeros(4, 3)}, "ids: expected an integer tensor, got torch.float32"),
         ({"ids": torch.zeros(4, 3, dtype=torch.bool)}, "ids: expected an integer tensor, got torch.bool"),
         ({"lengths": torch.zeros(4)}, "lengths: expected an integer tensor, got torch.float32"),
-        ({"lengths": torch.zeros(4, dtype=torch.int64, device="meta")}, "lengths: expected the token table's device cpu, got meta"),
+        (
+            {"lengths": torch.zeros(4, dtype=torch.int64, device="meta")},
+            "lengths: expected the token table's device cpu, got meta",
+        ),
         ({"lengths": torch.zeros(3, dtype=torch.int64)}, r"got \[4, 3\] and \[3\]"),
         ({"ids": torch.zeros(4, dtype=torch.int64)}, r"expected ids \[rows, tokens\]"),
-        ({"target_boxes": torch.zeros(4, 3)}, r"target_boxes: expected float32 \[4, 4\], got torch.float32 \[4, 3\]"),
+        (
+            {"target_boxes": torch.zeros(4, 3)},
+            r"target_boxes: expected float32 \[4, 4\], got torch.float32 \[4, 3\]",
+        ),
         ({"target_boxes": torch.zeros(4, 4, dtype=torch.float64)}, "got torch.float64"),
-        ({"target_boxes": torch.zeros(4, 4, device="meta")}, "target_boxes: expected the device of ids, cpu, got meta"),
+        (
+            {"target_boxes": torch.zeros(4, 4, device="meta")},
+            "target_boxes: expected the device of ids, cpu, got meta",
+        ),
         ({"group_size": 3}, "group_size: expected a positive divisor of the 4 rows, got 3"),
         ({"group_size": 2.0}, "group_size: expected a positive divisor of the 4 rows, got 2.0"),
         ({"group_size": 0}, "group_size: expected a positive divisor of the 4 rows, got 0"),
@@ -346,7 +432,12 @@ def test_nothing_is_read_back_from_the_device() -> None:
 )
 def test_errors_say_what_was_expected_and_what_came(change: dict, message: str) -> None:
     integers = {"ids": torch.zeros(4, 3, dtype=torch.int64), "lengths": torch.zeros(4, dtype=torch.int64)}
-    arguments = {**integers, "target_boxes": torch.zeros(4, 4), "table": table_of(byte_level()), "group_size": 2}
+    arguments = {
+        **integers,
+        "target_boxes": torch.zeros(4, 4),
+        "table": table_of(byte_level()),
+        "group_size": 2,
+    }
     arguments |= change
     with pytest.raises(ValueError, match=message):
         box_reward(**arguments)  # type: ignore[arg-type]

@@ -32,20 +32,29 @@ OVERLAPS = [  # box, box, IoU, GIoU
 def test_overlap_by_hand(a: list[float], b: list[float], expected_iou: float, expected_giou: float) -> None:
     for first, second in ((a, b), (b, a)):
         assert float(iou(torch.tensor(first), torch.tensor(second))) == pytest.approx(expected_iou, abs=1e-7)
-        assert float(giou(torch.tensor(first), torch.tensor(second))) == pytest.approx(expected_giou, abs=1e-7)
+        assert float(giou(torch.tensor(first), torch.tensor(second))) == pytest.approx(
+            expected_giou, abs=1e-7
+        )
 
 
 def random_boxes(count: int, seed: int) -> Tensor:
-    corners = torch.randint(-50, 1000, (count, 2, 2), generator=torch.Generator().manual_seed(seed)).float() + 0.25
+    corners = (
+        torch.randint(-50, 1000, (count, 2, 2), generator=torch.Generator().manual_seed(seed)).float() + 0.25
+    )
     return corners.flatten(1)  # a quarter of them ordered, the others degenerate
 
 
 def test_overlap_against_float64_and_never_nan() -> None:
     a, b = random_boxes(20_000, 0), random_boxes(20_000, 1)
-    a[:5000], b[:5000] = (torch.cat([x[:5000, :2].minimum(x[:5000, 2:]), x[:5000, :2].maximum(x[:5000, 2:]) + 1], 1) for x in (a, b))
+    a[:5000], b[:5000] = (
+        torch.cat([x[:5000, :2].minimum(x[:5000, 2:]), x[:5000, :2].maximum(x[:5000, 2:]) + 1], 1)
+        for x in (a, b)
+    )
     for function in (iou, giou):
         assert function(a, b).dtype == torch.float32
-        torch.testing.assert_close(function(a, b).double(), function(a.double(), b.double()), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            function(a, b).double(), function(a.double(), b.double()), atol=1e-6, rtol=0
+        )
         assert function(a, b).isfinite().all()
         assert (function(a, b).abs() <= 1).all()
     degenerate = ~(a[:, 2:] > a[:, :2]).all(1) | ~(b[:, 2:] > b[:, :2]).all(1)
@@ -108,7 +117,10 @@ def test_shapes_by_hand(name: str, overlap: float, progress: float, expected: fl
 
 def test_shapes_of_far_and_degenerate_boxes() -> None:
     predicted = torch.tensor([[20.0, 0, 30, 10], [0, 0, 0, 0], [10, 10, 0, 0], [0, 0, 10, 0]])
-    values = {name: shape(predicted, torch.tensor([TARGET] * 4), 0.5).tolist() for name, shape in REWARD_SHAPES.items()}
+    values = {
+        name: shape(predicted, torch.tensor([TARGET] * 4), 0.5).tolist()
+        for name, shape in REWARD_SHAPES.items()
+    }
     assert values.pop("giou") == pytest.approx([-1 / 3, 0, 0, 0])
     assert values.pop("giou_plus_one") == pytest.approx([2 / 3, 0, 0, 0])
     assert set(values) == {"iou", "iou_squared", "iou_over_half", "threshold", "ramp", "rising"}
@@ -133,7 +145,9 @@ def test_advantage_against_float64() -> None:
     reward = torch.rand(64 * 7, generator=torch.Generator().manual_seed(0))
     groups = reward.double().view(64, 7)
     expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)
-    torch.testing.assert_close(group_advantage(reward, 7)[0].double().view(64, 7), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        group_advantage(reward, 7)[0].double().view(64, 7), expected, atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("normalize_std", [True, False])
@@ -153,7 +167,10 @@ def test_equal_rewards_have_exactly_no_advantage(normalize_std: bool) -> None:
 
 
 def test_advantage_errors() -> None:
-    for wrong, message in ((torch.zeros(4, dtype=torch.float64), "float64"), (torch.zeros(2, 2), r"\[2, 2\]")):
+    for wrong, message in (
+        (torch.zeros(4, dtype=torch.float64), "float64"),
+        (torch.zeros(2, 2), r"\[2, 2\]"),
+    ):
         with pytest.raises(ValueError, match=rf"reward: expected float32 \[rows\], got .*{message}"):
             group_advantage(wrong, 2)
     with pytest.raises(ValueError, match="positive divisor of the 4 rows, got 3"):
@@ -172,7 +189,9 @@ REPLIES = [
 def written(texts: list[str]) -> tuple[Tensor, Tensor]:
     rows = [byte_level().spell(text, random.Random(text)) for text in texts]
     width = max(map(len, rows))
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows]), torch.tensor([len(row) for row in rows])
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows]), torch.tensor(
+        [len(row) for row in rows]
+    )
 
 
 def test_whole_reward_by_hand() -> None:
@@ -190,18 +209,34 @@ def test_whole_reward_by_hand() -> None:
     assert (earned.advantage[4:] == 0).all()
     plain = box_reward(ids, lengths, table, torch.tensor([TARGET] * 8), 4, normalize_std=False)
     torch.testing.assert_close(plain.advantage[:4], earned.reward[:4] - 1.55 / 4)
-    direct = box_reward(ids, lengths, table, torch.tensor([TARGET] * 8), 2, shape="giou_plus_one", format_weight=0.5, which="last", grammar="direct")
+    direct = box_reward(
+        ids,
+        lengths,
+        table,
+        torch.tensor([TARGET] * 8),
+        2,
+        shape="giou_plus_one",
+        format_weight=0.5,
+        which="last",
+        grammar="direct",
+    )
     torch.testing.assert_close(direct.reward[:4], torch.tensor([0.75, 1.0, 0.0, 1.5]))
     assert direct.iou.tolist()[:4] == [0.5, 1.0, 0.0, 1.0]
-    late = box_reward(ids, lengths, table, torch.tensor([TARGET] * 8), 8, shape="rising", progress=1.0, format_weight=0.0)
+    late = box_reward(
+        ids, lengths, table, torch.tensor([TARGET] * 8), 8, shape="rising", progress=1.0, format_weight=0.0
+    )
     assert late.reward.tolist()[:4] == [0, 1, 0, 0]
 
 
 def test_no_box_earns_nothing_under_any_shape() -> None:
     table = build_token_table(byte_level().tokenizer, byte_level().vocab_size)
-    ids, lengths = written(["<answer>[10, 10, 0, 0]</answer>", "<answer></answer>", "<answer>[0,0,9999999,9999999]</answer>"])
+    ids, lengths = written(
+        ["<answer>[10, 10, 0, 0]</answer>", "<answer></answer>", "<answer>[0,0,9999999,9999999]</answer>"]
+    )
     for shape in REWARD_SHAPES:
-        assert box_reward(ids, lengths, table, torch.tensor([TARGET] * 3), 3, shape=shape).reward.tolist() == [0, 0, 0]
+        assert box_reward(
+            ids, lengths, table, torch.tensor([TARGET] * 3), 3, shape=shape
+        ).reward.tolist() == [0, 0, 0]
 
 
 def test_a_step_of_short_replies_takes_milliseconds() -> None:

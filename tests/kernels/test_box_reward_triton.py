@@ -29,11 +29,18 @@ def test_the_kernel_knows_the_reward_shapes_of_the_reference() -> None:
 
 
 def small_task(device: str = "cpu"):
-    rows = [byte_level().spell(text, random.Random(0)) for text in ("[1,2,30,40]", "[1,2,30,41]", "[1,2]", "no")]
+    rows = [
+        byte_level().spell(text, random.Random(0)) for text in ("[1,2,30,40]", "[1,2,30,41]", "[1,2]", "no")
+    ]
     ids = torch.tensor([row + [0] * (12 - len(row)) for row in rows])
     table = build_token_table(byte_level().tokenizer, byte_level().vocab_size)
     lengths = torch.tensor([len(row) for row in rows])
-    return ids.to(device), lengths.to(device), table.to(device), torch.tensor([[1.0, 2, 30, 44]] * 4, device=device)
+    return (
+        ids.to(device),
+        lengths.to(device),
+        table.to(device),
+        torch.tensor([[1.0, 2, 30, 44]] * 4, device=device),
+    )
 
 
 def whole(ids, lengths, table, target):
@@ -44,7 +51,9 @@ def test_operator_survives_compilation_whole() -> None:
     arguments = small_task()
     expected = reference.box_reward(*arguments, 2, which="first", grammar="direct")
     compiled = torch.compile(whole, backend="aot_eager", fullgraph=True)(*arguments)
-    reading = torch.compile(read_boxes, backend="aot_eager", fullgraph=True)(*arguments[:3], which="first", grammar="direct")
+    reading = torch.compile(read_boxes, backend="aot_eager", fullgraph=True)(
+        *arguments[:3], which="first", grammar="direct"
+    )
     for got in (whole(*arguments), compiled):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(reading, expected[:3], strict=True))

@@ -12,7 +12,9 @@ from tests.kernels.box_reward_cases import BOX, byte_level, replies, sentencepie
 
 
 @pytest.mark.parametrize("vocabulary", [byte_level(), sentencepiece()], ids=["byte_level", "sentencepiece"])
-@pytest.mark.parametrize(("which", "pattern"), [("first", BOX), ("answer", re.compile(r"<answer>.*?</answer>", re.DOTALL))])
+@pytest.mark.parametrize(
+    ("which", "pattern"), [("first", BOX), ("answer", re.compile(r"<answer>.*?</answer>", re.DOTALL))]
+)
 def test_agrees_with_the_text(vocabulary, which: str, pattern: re.Pattern) -> None:
     table = closing_table(build_token_table(vocabulary.tokenizer, vocabulary.vocab_size), which)
     assert table.dtype == torch.int16

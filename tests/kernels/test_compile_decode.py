@@ -24,13 +24,24 @@ TABLE = {
     "merge, D 256": (184, 224, 41),
     "merge, float32, D 256": (96, 224, 48),
 }
-WIDE = ("prompt, 7 x 8", "prompt, 8 x 16", "prompt, 7 x 8, D 80", "prompt, 8 x 8, D 256")  # 64 queries or more: Hopper's own instruction
+WIDE = (
+    "prompt, 7 x 8",
+    "prompt, 8 x 16",
+    "prompt, 7 x 8, D 80",
+    "prompt, 8 x 8, D 256",
+)  # 64 queries or more: Hopper's own instruction
 
 
 def test_every_kernel_compiles_within_its_limits() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run([sys.executable, "-m", "tests.kernels.compile_decode"], env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_decode"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)
     assert found.keys() == TABLE.keys()
@@ -40,7 +51,11 @@ def test_every_kernel_compiles_within_its_limits() -> None:
         for target, counts in targets.items():
             assert counts["spills"] == 0, (name, target, counts)
             assert counts["registers"] <= (amd if target == "gfx942" else nvidia), (name, target, counts)
-            assert counts["shared"] <= min(shared * 1024 + 1024, SHARED_MEMORY[target]), (name, target, counts)
+            assert counts["shared"] <= min(shared * 1024 + 1024, SHARED_MEMORY[target]), (
+                name,
+                target,
+                counts,
+            )
         if "float32" not in name:
             assert targets["sm_80"]["mma"] > 0, name
             assert targets["sm_90"]["wgmma" if name in WIDE else "mma"] > 0, name

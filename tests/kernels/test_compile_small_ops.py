@@ -35,7 +35,13 @@ TABLE = {
 def test_every_kernel_compiles_within_its_limits() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run([sys.executable, "-m", "tests.kernels.compile_small_ops"], env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_small_ops"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)
     assert found.keys() == TABLE.keys()

@@ -28,7 +28,15 @@ from locus_kernels.sample.triton import sample_triton  # noqa: E402
 
 T, D, V = 2048, 2048, 151_936
 NUMBERS = grpo_reference.Numbers(0.2, 0.2, 0.1, 20.0, 10.0)
-WAITING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique", "_unique2")  # operations that need values on the host
+WAITING = (
+    "_local_scalar_dense",
+    "nonzero",
+    "equal",
+    "is_nonzero",
+    "masked_select",
+    "unique",
+    "_unique2",
+)  # operations that need values on the host
 
 
 @pytest.fixture
@@ -36,7 +44,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels launched; none runs."""
     names: list[str] = []
     kernel = triton.runtime.jit.KernelInterface
-    monkeypatch.setattr(kernel, "__getitem__", lambda self, grid: lambda *a, **k: names.append(self.fn.__name__))
+    monkeypatch.setattr(
+        kernel, "__getitem__", lambda self, grid: lambda *a, **k: names.append(self.fn.__name__)
+    )
     monkeypatch.setattr(head, "INTERPRETED", True)  # no CUDA device is asked for
     monkeypatch.setattr(head, "_bulk_readable", lambda matrix: False)
     monkeypatch.setattr(head, "_aligned", lambda matrix: True)
@@ -62,9 +72,24 @@ def test_box_reward(launches) -> None:
     lengths, target = torch.full((1024,), 256), torch.zeros(1024, 4)
     choices = {"which": "answer", "grammar": "think_answer"}
     with Operations() as done, Allocations() as seen:
-        box_reward_triton(ids, lengths, table, target, 8, **choices, shape="iou", format_weight=0.1, normalize_std=True, progress=0.0)
+        box_reward_triton(
+            ids,
+            lengths,
+            table,
+            target,
+            8,
+            **choices,
+            shape="iou",
+            format_weight=0.1,
+            normalize_std=True,
+            progress=0.0,
+        )
     assert launches == ["box_reward_kernel"]
-    assert set(done.names) <= {"empty", "view", "detach"}  # nothing else runs on the device, and nothing is read back
+    assert set(done.names) <= {
+        "empty",
+        "view",
+        "detach",
+    }  # nothing else runs on the device, and nothing is read back
     assert seen.largest == 1024 * 4
     read_boxes_triton(ids, lengths, table, **choices)
     assert launches == ["box_reward_kernel"] * 2
@@ -120,7 +145,10 @@ def test_grpo_loss_on_the_cpu_path() -> None:
     assert 0 < seen.largest < T * V // 8
 
 
-@pytest.mark.parametrize(("choices", "expected"), [({}, 2), ({"temperature": 0.0}, 2), ({"top_k": 50}, 3), ({"top_k": 50, "top_p": 0.9}, 3)])
+@pytest.mark.parametrize(
+    ("choices", "expected"),
+    [({}, 2), ({"temperature": 0.0}, 2), ({"top_k": 50}, 3), ({"top_k": 50, "top_p": 0.9}, 3)],
+)
 def test_sample(launches, choices: dict, expected: int) -> None:
     rows = 256
     logits = torch.empty(rows, V, device="meta", dtype=torch.bfloat16)
@@ -144,7 +172,14 @@ def test_sample(launches, choices: dict, expected: int) -> None:
 def test_patchify(launches) -> None:
     images = [torch.zeros(270, 360, 3, dtype=torch.uint8), torch.zeros(97, 131, 3, dtype=torch.uint8)]
     sizes, boxes = [(196, 252), (56, 84), (28, 28)], [(0, 0, 360, 270), (0, 0, 131, 97), (10, 20, 70, 90)]
-    constants = {"patch": 14, "frames": 2, "merge": 2, "mean": (0.5,) * 3, "std": (0.5,) * 3, "dtype": torch.float32}
+    constants = {
+        "patch": 14,
+        "frames": 2,
+        "merge": 2,
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        "dtype": torch.float32,
+    }
     with Allocations() as seen:
         patches = patchify_images_triton([*images, images[0]], sizes, boxes, **constants)
     assert launches == ["first_kernel", "second_kernel"]

@@ -13,11 +13,23 @@ from torch import Tensor
 from locus_fast import grpo as trainer
 from tests.kernels.head_cases import assert_errors, head_inputs
 
-NUMBERS = {"clip_low": 0.2, "clip_high": 0.28, "kl_coefficient": 0.05, "log_ratio_clamp": 0.9, "kl_clamp": 0.5}
+NUMBERS = {
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "kl_coefficient": 0.05,
+    "log_ratio_clamp": 0.9,
+    "kl_clamp": 0.5,
+}
 
 
 def case(
-    T: int, D: int, V: int, dtype: torch.dtype = torch.float32, optional: bool = True, seed: int = 0, device: str = "cpu"
+    T: int,
+    D: int,
+    V: int,
+    dtype: torch.dtype = torch.float32,
+    optional: bool = True,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """([hidden, weight, ids], [advantages, old, reference, token weight]): ratios on both sides of both bounds, zero advantages and zero weights."""
     hidden, weight, ids = head_inputs(T, D, V, dtype, device, seed)
@@ -25,26 +37,45 @@ def case(
     logprob = dense(hidden.float(), weight.float(), ids)[0]
     keep = (torch.arange(T, device=device) % 5 != 4).float()
     advantages, share = draw[0] * keep, draw[3].abs() * keep.flip(0)
-    return [hidden, weight, ids], [advantages, *([logprob + 0.4 * draw[1], logprob + 0.5 * draw[2], share] if optional else [None, None, None])]
+    return [hidden, weight, ids], [
+        advantages,
+        *([logprob + 0.4 * draw[1], logprob + 0.5 * draw[2], share] if optional else [None, None, None]),
+    ]
 
 
 def by_trainer(
-    hidden: Tensor, weight: Tensor, ids: Tensor, advantages: Tensor, old, reference, share, *, temperature: float = 1.0, softcap=None, **numbers
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    advantages: Tensor,
+    old,
+    reference,
+    share,
+    *,
+    temperature: float = 1.0,
+    softcap=None,
+    **numbers,
 ):
     """The same through the trainer's pure objective on dense log-probs; in the dtype of the arguments."""
     logprob, entropy = dense(hidden, weight, ids, temperature, softcap)
     old = logprob.detach() if old is None else old
     share = torch.ones_like(logprob) if share is None else share
-    loss, metrics = trainer.grpo_loss(logprob, old=old, reference=reference, advantage=advantages, weight=share, **numbers)
+    loss, metrics = trainer.grpo_loss(
+        logprob, old=old, reference=reference, advantage=advantages, weight=share, **numbers
+    )
     return loss, logprob, metrics | {"entropy": entropy.detach().sum()}
 
 
-def results(function, head: list[Tensor], vectors: list[Tensor | None], **numbers) -> tuple[list[Tensor], dict[str, Tensor]]:
+def results(
+    function, head: list[Tensor], vectors: list[Tensor | None], **numbers
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     """([loss, log-prob, d/d hidden, d/d weight], metrics) in float64."""
     leaves = [t.detach().requires_grad_() for t in head[:2]]
     loss, logprob, metrics = function(*leaves, head[2], *vectors, **NUMBERS | numbers)
     (3 * loss).backward()
-    return [t.detach().double() for t in (loss, logprob, *(leaf.grad for leaf in leaves))], {k: v.double() for k, v in metrics.items()}
+    return [t.detach().double() for t in (loss, logprob, *(leaf.grad for leaf in leaves))], {
+        k: v.double() for k, v in metrics.items()
+    }
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 7), (1, 1, 7), (37, 40, 523), (131, 24, 257)], ids=str)
@@ -52,7 +83,10 @@ def results(function, head: list[Tensor], vectors: list[Tensor | None], **number
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_equals_the_trainers_objective(shape, optional, dtype) -> None:
     head, vectors = case(*shape, torch.float32, optional)
-    head, vectors = [head[0].to(dtype), head[1].to(dtype), head[2]], [t if t is None else t.to(dtype) for t in vectors]
+    head, vectors = (
+        [head[0].to(dtype), head[1].to(dtype), head[2]],
+        [t if t is None else t.to(dtype) for t in vectors],
+    )
     extra = {"temperature": 0.8, "softcap": 4.0} if optional else {}
     ours, metrics = results(grpo_loss, head, vectors, **extra)
     theirs, expected = results(by_trainer, head, vectors, **extra)
@@ -69,18 +103,33 @@ def test_equals_the_trainers_objective(shape, optional, dtype) -> None:
 
 
 @settings(derandomize=True, max_examples=20, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 30), st.integers(2, 200), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.booleans())
+@given(
+    st.integers(1, 40),
+    st.integers(1, 30),
+    st.integers(2, 200),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.booleans(),
+)
 def test_as_good_as_eager(T, D, V, dtype, optional) -> None:
     assert_grpo_as_good_as_eager(T, D, V, dtype, optional, draws=6)
 
 
-def assert_grpo_as_good_as_eager(T: int, D: int, V: int, dtype: torch.dtype, optional: bool, draws: int, device: str = "cpu") -> None:
+def assert_grpo_as_good_as_eager(
+    T: int, D: int, V: int, dtype: torch.dtype, optional: bool, draws: int, device: str = "cpu"
+) -> None:
     """Loss, log-prob and both gradients against the trainer's objective on dense log-probs; see `assert_errors`."""
 
     def draw(seed: int) -> list[list[Tensor]]:
         head, vectors = case(T, D, V, dtype, optional, seed, device)
-        exact = [head[0].double(), head[1].double(), head[2]], [t if t is None else t.double() for t in vectors]
-        return [results(grpo_loss, head, vectors)[0], results(by_trainer, head, vectors)[0], results(by_trainer, *exact)[0]]
+        exact = (
+            [head[0].double(), head[1].double(), head[2]],
+            [t if t is None else t.double() for t in vectors],
+        )
+        return [
+            results(grpo_loss, head, vectors)[0],
+            results(by_trainer, head, vectors)[0],
+            results(by_trainer, *exact)[0],
+        ]
 
     assert_errors(draw, draws)
 
@@ -95,7 +144,9 @@ def test_gradcheck() -> None:
     head, vectors = case(6, 3, 11)
     leaves = [t.double().clone().requires_grad_() for t in head[:2]]
     vectors = [t if t is None else t.double() for t in vectors]
-    assert torch.autograd.gradcheck(lambda h, w: grpo_loss(h, w, head[2], *vectors, **NUMBERS, temperature=0.7)[:2], leaves)
+    assert torch.autograd.gradcheck(
+        lambda h, w: grpo_loss(h, w, head[2], *vectors, **NUMBERS, temperature=0.7)[:2], leaves
+    )
 
 
 def test_same_bits_twice_and_compiled() -> None:

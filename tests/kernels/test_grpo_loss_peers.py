@@ -24,14 +24,22 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 def inputs() -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """([hidden [ROWS * L, D], weight, ids], advantages [ROWS], [old, reference] [ROWS * L]): ratios on both sides of both bounds."""
     head, vectors = case(ROWS * L, D, V)
-    return [t.contiguous() for t in head], torch.tensor([1.3, -0.4, 0.6]), [t for t in vectors[1:3] if t is not None]
+    return (
+        [t.contiguous() for t in head],
+        torch.tensor([1.3, -0.4, 0.6]),
+        [t for t in vectors[1:3] if t is not None],
+    )
 
 
-def by_us(head, advantages, old, reference, mask, beta: float) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+def by_us(
+    head, advantages, old, reference, mask, beta: float
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
     """(mean loss over the tokens of the mask [ROWS, L], metrics, gradients of hidden and weight)."""
     numbers = {"clip_low": 0.2, "clip_high": 0.28, "kl_coefficient": beta, "temperature": 0.9}
     leaves = [t.clone().requires_grad_() for t in head[:2]]
-    total, _, metrics = grpo_loss(*leaves, head[2], advantages.repeat_interleave(L), old, reference, mask.flatten(), **numbers)
+    total, _, metrics = grpo_loss(
+        *leaves, head[2], advantages.repeat_interleave(L), old, reference, mask.flatten(), **numbers
+    )
     loss = total / mask.sum()
     loss.backward()
     return loss, metrics, [leaf.grad for leaf in leaves if leaf.grad is not None]
@@ -43,7 +51,13 @@ def test_equals_liger(beta: float) -> None:
     head, advantages, (old, reference) = inputs()
     leaves = [t.clone().requires_grad_() for t in head[:2]]
     liger = chunked.LigerFusedLinearGRPOLoss(
-        beta=beta, compiled=False, use_ref_model=True, epsilon_low=0.2, epsilon_high=0.28, loss_type="bnpo", temperature=0.9
+        beta=beta,
+        compiled=False,
+        use_ref_model=True,
+        epsilon_low=0.2,
+        epsilon_high=0.28,
+        loss_type="bnpo",
+        temperature=0.9,
     )
     mask = torch.ones(ROWS, L)
     mask[1, 4:] = 0
@@ -75,7 +89,9 @@ class OnlyHead(nn.Module):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.05])
-@pytest.mark.parametrize(("on_policy", "lengths"), [(False, [7, 4, 1]), (True, [7, 4, 1]), (False, [7, 7, 7])])
+@pytest.mark.parametrize(
+    ("on_policy", "lengths"), [(False, [7, 4, 1]), (True, [7, 4, 1]), (False, [7, 7, 7])]
+)
 def test_equals_trl(beta: float, on_policy: bool, lengths: list[int]) -> None:
     """All of TRL's arithmetic from hidden states to the loss: its chunked log-prob head, and `GRPOTrainer._compute_loss` with the token mean.
 
@@ -86,7 +102,11 @@ def test_equals_trl(beta: float, on_policy: bool, lengths: list[int]) -> None:
     model = OnlyHead(torch.cat([head[0].view(ROWS, L, D), torch.zeros(ROWS, 1, D)], 1), head[1])
     trl.trainer.utils.add_fused_lm_head(model, temperature=0.9, outputs=("log_probs", "entropy"))
     accelerator = SimpleNamespace(
-        gather=lambda t: t, reduce=lambda t, reduction: t, num_processes=1, is_main_process=True, autocast=contextlib.nullcontext
+        gather=lambda t: t,
+        reduce=lambda t, reduction: t,
+        num_processes=1,
+        is_main_process=True,
+        autocast=contextlib.nullcontext,
     )
     trainer = SimpleNamespace(
         model=model, accelerator=accelerator, temperature=0.9,
@@ -94,7 +114,9 @@ def test_equals_trl(beta: float, on_policy: bool, lengths: list[int]) -> None:
         args=SimpleNamespace(delta=None, use_bias_correction_kl=False), top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
         aux_loss_enabled=False, _entropy_bonus_enabled=False, current_gradient_accumulation_steps=1, _metrics={"train": defaultdict(list)},
     )  # fmt: skip
-    trainer._get_per_token_logps_and_entropies = MethodType(trl.GRPOTrainer._get_per_token_logps_and_entropies, trainer)
+    trainer._get_per_token_logps_and_entropies = MethodType(
+        trl.GRPOTrainer._get_per_token_logps_and_entropies, trainer
+    )
     mask = torch.arange(L) < torch.tensor(lengths)[:, None]
     before = torch.ones(ROWS, 1, dtype=torch.int64)  # a prompt of one token
     batch = {
@@ -106,13 +128,23 @@ def test_equals_trl(beta: float, on_policy: bool, lengths: list[int]) -> None:
     names: dict = {"torch": torch, "grpo_loss": grpo_loss}
     exec(next(code for code in examples() if "import GRPOTrainer" in code), names)  # the README's subclass
     torch.testing.assert_close(names["FusedGRPOTrainer"]._compute_loss(trainer, model, batch), loss, **CLOSE)
-    ours, metrics, gradients = by_us(head, advantages, None if on_policy else old, reference if beta else None, mask.float(), beta)
+    ours, metrics, gradients = by_us(
+        head, advantages, None if on_policy else old, reference if beta else None, mask.float(), beta
+    )
     torch.testing.assert_close(ours, loss, **CLOSE)
     assert model.hidden.grad is not None
-    torch.testing.assert_close(gradients, [model.hidden.grad[:, :L].reshape(-1, D), model.lm_head.weight.grad], **CLOSE)
+    torch.testing.assert_close(
+        gradients, [model.hidden.grad[:, :L].reshape(-1, D), model.lm_head.weight.grad], **CLOSE
+    )
     if mask.all():  # TRL's metrics leave out tokens without weight, ours do not
-        names = {"clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "entropy": "entropy"} | ({"kl": "kl"} if beta else {})
+        names = {
+            "clip_low": "clip_ratio/low_mean",
+            "clip_high": "clip_ratio/high_mean",
+            "entropy": "entropy",
+        } | ({"kl": "kl"} if beta else {})
         for name, theirs in names.items():
-            assert float(metrics[name]) / mask.sum() == pytest.approx(trainer._metrics["train"][theirs][0], rel=1e-5)
+            assert float(metrics[name]) / mask.sum() == pytest.approx(
+                trainer._metrics["train"][theirs][0], rel=1e-5
+            )
         assert metrics["clip_low"] > 0
         assert metrics["clip_high"] > 0

@@ -51,18 +51,37 @@ def test_every_operator_runs_where_only_the_kernels_are_installed(tmp_path: Path
     site = next((home / "lib").glob("python3*")) / "site-packages"
     for name in installed(["torch", "triton"]):
         distribution = importlib.metadata.distribution(name)
-        tops = {file.parts[0] for file in distribution.files or [] if file.parts[0] not in ("..", "__pycache__")}
+        tops = {
+            file.parts[0] for file in distribution.files or [] if file.parts[0] not in ("..", "__pycache__")
+        }
         for top in tops:
             if not (site / top).exists():
                 (site / top).symlink_to(Path(str(distribution.locate_file(top))))
-    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--target", str(site)]
+    shutil.copytree(
+        ROOT / "kernels",
+        tmp_path / "kernels",
+        ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"),
+    )
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(site),
+    ]
     subprocess.run([*pip, str(tmp_path / "kernels")], check=True, capture_output=True, cwd=tmp_path)
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     shutil.copy(ROOT / "tests" / "kernels" / "install_script.py", elsewhere / "script.py")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") and k != "TRITON_INTERPRET"}
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith("PYTHON") and k != "TRITON_INTERPRET"
+    }
     command = [str(home / "bin" / "python"), "-W", "ignore", "-c", CHECKS, "script.py"]
     done = subprocess.run(command, env=environment, cwd=elsewhere, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -22,7 +22,14 @@ def test_as_good_as_eager(shape, dtype, temperature, softcap) -> None:
 
 
 @settings(derandomize=True, max_examples=25, deadline=None)
-@given(st.integers(0, 40), st.integers(0, 33), st.integers(2, 400), st.sampled_from(FLOATS), st.sampled_from([1.0, 0.3, 2.5]), st.integers(1, 4000))
+@given(
+    st.integers(0, 40),
+    st.integers(0, 33),
+    st.integers(2, 400),
+    st.sampled_from(FLOATS),
+    st.sampled_from([1.0, 0.3, 2.5]),
+    st.integers(1, 4000),
+)
 def test_property(T, D, V, dtype, temperature, chunk) -> None:
     """From two ids on: with one, eager's gradient is 0 to the bit, and recomputing logits can only come near it."""
     before = reference.CHUNK_ELEMENTS
@@ -69,7 +76,9 @@ def test_frozen_weight_gets_no_gradient(monkeypatch) -> None:
 
 def test_survives_compile() -> None:
     hidden, weight, ids = head_inputs(3, 16, 31, torch.float32)
-    compiled = torch.compile(lambda h: linear_logprob(h * 2, weight, ids, 0.9)[0].sum(), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda h: linear_logprob(h * 2, weight, ids, 0.9)[0].sum(), backend="aot_eager", fullgraph=True
+    )
     grads = []
     for function in (compiled, lambda h: linear_logprob(h * 2, weight, ids, 0.9)[0].sum()):
         leaf = hidden.clone().requires_grad_()
@@ -82,7 +91,11 @@ def test_no_large_tensor() -> None:
     """The reference's forward and backward at full size, on shapes alone."""
     T, D, V = 2048, 2048, 151_936
     vector = torch.empty(T, device="meta")
-    hidden, weight, ids = vector.new_empty(T, D), vector.new_empty(V, D), torch.empty(T, dtype=torch.int64, device="meta")
+    hidden, weight, ids = (
+        vector.new_empty(T, D),
+        vector.new_empty(V, D),
+        torch.empty(T, dtype=torch.int64, device="meta"),
+    )
     with Allocations(spared=(V, D)) as seen:
         reference.forward(hidden, weight, ids, 1.0, None)
         reference.backward(vector, vector, hidden, weight, ids, vector, vector, 1.0, 30.0, True, True)

@@ -9,7 +9,15 @@ import torch
 from locus_fast.tiny.tokenizer import build_tokenizer
 from tests.kernels.interpreter import ROOT
 
-OPERATORS = ("box_reward", "linear_logprob", "grpo_loss", "sample", "patchify_images", "shared_prefix_attention", "shared_prefix_decode")
+OPERATORS = (
+    "box_reward",
+    "linear_logprob",
+    "grpo_loss",
+    "sample",
+    "patchify_images",
+    "shared_prefix_attention",
+    "shared_prefix_decode",
+)
 
 
 def examples() -> list[str]:
@@ -18,7 +26,9 @@ def examples() -> list[str]:
 
 def test_every_operator_has_an_example() -> None:
     for name in OPERATORS:
-        assert any(re.search(rf"from locus_kernels\.\w+ import .*\b{name}\b", code) for code in examples()), name
+        assert any(re.search(rf"from locus_kernels\.\w+ import .*\b{name}\b", code) for code in examples()), (
+            name
+        )
 
 
 def test_the_examples_run() -> None:

@@ -26,7 +26,11 @@ DRAWS = 20_000
 
 
 def many(row: Tensor | None = None, **choices) -> Tensor:
-    return sample(LOGITS.expand(DRAWS, -1), row=torch.arange(DRAWS) if row is None else row, **{"seed": 5, "position": 0} | choices)[0]
+    return sample(
+        LOGITS.expand(DRAWS, -1),
+        row=torch.arange(DRAWS) if row is None else row,
+        **{"seed": 5, "position": 0} | choices,
+    )[0]
 
 
 def chi_square(ids: Tensor, probability: Tensor) -> float:
@@ -62,7 +66,11 @@ def test_distribution(choices: dict, left: list[int]) -> None:
 
 def test_neighbouring_rows_positions_and_seeds_are_independent() -> None:
     first = many()
-    shifted = {"row": many(row=torch.arange(1, DRAWS + 1)), "position": many(position=1), "seed": many(seed=6)}
+    shifted = {
+        "row": many(row=torch.arange(1, DRAWS + 1)),
+        "position": many(position=1),
+        "seed": many(seed=6),
+    }
     for name, second in shifted.items():
         table = torch.bincount(first * 7 + second, minlength=49).view(7, 7).double()
         expected = table.sum(1, keepdim=True) * table.sum(0) / DRAWS
@@ -71,7 +79,9 @@ def test_neighbouring_rows_positions_and_seeds_are_independent() -> None:
 
 
 def test_greedy_and_logprob() -> None:
-    logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(torch.bfloat16)
+    logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+        torch.bfloat16
+    )
     logits[0, :] = 1.0
     row = torch.arange(9)
     ids, logprob = sample(logits, seed=0, row=row, position=0, temperature=0.0)
@@ -79,7 +89,17 @@ def test_greedy_and_logprob() -> None:
     assert ids[0] == 0
     torch.testing.assert_close(logprob, logits.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0])
     allowed = torch.arange(50) == 31
-    ids, logprob = sample(logits, seed=0, row=row, position=0, temperature=0.7, top_k=5, top_p=0.5, allowed=allowed, validate=True)
+    ids, logprob = sample(
+        logits,
+        seed=0,
+        row=row,
+        position=0,
+        temperature=0.7,
+        top_k=5,
+        top_p=0.5,
+        allowed=allowed,
+        validate=True,
+    )
     assert (ids == 31).all()
     torch.testing.assert_close(logprob, (logits.float() / 0.7).log_softmax(-1)[:, 31])
 
@@ -92,7 +112,9 @@ def test_no_rows() -> None:
 def test_operator_is_registered_soundly_and_survives_compilation_whole() -> None:
     logits, row = torch.randn(4, 30, generator=torch.Generator().manual_seed(1)), torch.arange(4)
     torch.library.opcheck(op._operator, (logits, 1, row, None, 5, 0.9, 0.8, None, 3))
-    torch.library.opcheck(op._operator, (logits, 1, row, row, 0, 0.0, 1.0, torch.ones(30, dtype=torch.bool), 0))
+    torch.library.opcheck(
+        op._operator, (logits, 1, row, row, 0, 0.0, 1.0, torch.ones(30, dtype=torch.bool), 0)
+    )
 
     def draw(logits: Tensor) -> tuple[Tensor, Tensor]:
         return sample(logits, seed=2**64 - 1, row=row, position=7, temperature=0.9, top_p=0.9)
@@ -110,7 +132,10 @@ def test_operator_is_registered_soundly_and_survives_compilation_whole() -> None
         ({"row": torch.zeros(3)}, r"row: expected int64 \[3\], got torch.float32"),
         ({"row": torch.zeros(2, dtype=torch.int64)}, r"row: expected int64 \[3\], got torch.int64 \[2\]"),
         ({"position": torch.zeros(2, dtype=torch.int64)}, r"position: expected a number, or int64 \[3\]"),
-        ({"row": torch.zeros(3, dtype=torch.int64, device="meta")}, "row: expected the device of logits, cpu, got meta"),
+        (
+            {"row": torch.zeros(3, dtype=torch.int64, device="meta")},
+            "row: expected the device of logits, cpu, got meta",
+        ),
         ({"allowed": torch.ones(4, dtype=torch.bool)}, r"allowed: expected bool \[5\], got torch.bool \[4\]"),
         ({"allowed": torch.ones(5)}, r"allowed: expected bool \[5\], got torch.float32"),
         ({"temperature": -1.0}, "0 <= temperature"),
@@ -128,7 +153,9 @@ def test_errors_say_what_was_expected_and_what_came(change: dict, message: str) 
 
 def test_streams_of_seeds_and_positions_have_nothing_in_common() -> None:
     row = torch.arange(20_000)
-    streams = [uniform(seed, row, position) for seed, position in ((0, 0), (0, 1), (1, 0), (1, 1), (2**40, 0))]
+    streams = [
+        uniform(seed, row, position) for seed, position in ((0, 0), (0, 1), (1, 0), (1, 1), (2**40, 0))
+    ]
     assert len(torch.cat(streams).unique()) == 100_000  # neighbouring seeds are no shifted copies
     correlation = torch.corrcoef(torch.stack(streams)).fill_diagonal_(0).abs()
     assert correlation.max() < 0.04

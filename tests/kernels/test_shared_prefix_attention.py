@@ -7,7 +7,15 @@ import types
 
 import pytest
 import torch
-from locus_kernels.shared_prefix_attention import Packed, Pairs, SharedPrefixLayout, backends, choose_backend, packed_attention, reference
+from locus_kernels.shared_prefix_attention import (
+    Packed,
+    Pairs,
+    SharedPrefixLayout,
+    backends,
+    choose_backend,
+    packed_attention,
+    reference,
+)
 from locus_kernels.shared_prefix_attention import shared_prefix_attention as shared
 from torch import Tensor
 
@@ -25,7 +33,9 @@ GROUPS = {
 
 
 def rows(count: int, heads: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(count, heads, D, dtype=dtype, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    return torch.randn(
+        count, heads, D, dtype=dtype, generator=torch.Generator().manual_seed(seed)
+    ).requires_grad_()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -41,16 +51,24 @@ def backend(name: str, dtype: torch.dtype = torch.float64) -> backends.Backend:
 def same(ours: Tensor, truth: Tensor, inputs: list[Tensor], tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(ours, truth, rtol=0, atol=tolerance)
     direction = torch.randn(ours.shape, dtype=ours.dtype, generator=torch.Generator().manual_seed(9))
-    for a, b in zip(torch.autograd.grad((ours * direction).sum(), inputs), torch.autograd.grad((truth * direction).sum(), inputs), strict=True):
+    for a, b in zip(
+        torch.autograd.grad((ours * direction).sum(), inputs),
+        torch.autograd.grad((truth * direction).sum(), inputs),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
-def replies_truth(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, prompts: list[int], lengths: list[list[int]]) -> Tensor:
+def replies_truth(
+    q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, prompts: list[int], lengths: list[list[int]]
+) -> Tensor:
     truth, at, prompt = [], 0, 0
     for n, group in zip(prompts, lengths, strict=True):
         for length in group:
             for i in range(length):
-                keys, values = (torch.cat([p[prompt : prompt + n], own[at : at + i + 1]]) for p, own in ((pk, k), (pv, v)))
+                keys, values = (
+                    torch.cat([p[prompt : prompt + n], own[at : at + i + 1]]) for p, own in ((pk, k), (pv, v))
+                )
                 truth.append(attend(q[at + i], keys, values))
             at += length
         prompt += n
@@ -68,7 +86,11 @@ def test_packed(lengths: list[int], causal: bool, name: str) -> None:
         ends = [start + i + 1 if causal else start + length for i in range(length)]
         truth += [attend(q[start + i], k[start:end], v[start:end]) for i, end in enumerate(ends)]
         start += length
-    same(packed_attention(q, k, v, Pairs(packed, packed, causal), scale=SCALE, backend=backend(name)), torch.stack(truth), [q, k, v])
+    same(
+        packed_attention(q, k, v, Pairs(packed, packed, causal), scale=SCALE, backend=backend(name)),
+        torch.stack(truth),
+        [q, k, v],
+    )
 
 
 @pytest.mark.parametrize("name", [*HERE, "reference"])
@@ -101,7 +123,9 @@ def test_gradcheck_and_equal_bits(name: str) -> None:
 @pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 80, 256])
-def test_narrow_types_against_the_same_mathematics_done_eagerly(name: str, dtype: torch.dtype, head_dim: int) -> None:
+def test_narrow_types_against_the_same_mathematics_done_eagerly(
+    name: str, dtype: torch.dtype, head_dim: int
+) -> None:
     prompts, lengths = [37, 101], [[5, 1, 13], [7, 7, 2]]
     layout, rng = SharedPrefixLayout.of(Packed.of(prompts), lengths), torch.Generator().manual_seed(3)
     counts = [(35, 6), (35, 2), (35, 2), (138, 2), (138, 2)]
@@ -110,7 +134,10 @@ def test_narrow_types_against_the_same_mathematics_done_eagerly(name: str, dtype
     direction = torch.randn(35, 6, head_dim, generator=rng)
 
     def judged(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-        return [out.detach().double(), *(g.double() for g in torch.autograd.grad((out * direction.to(out.dtype)).sum(), leaves))]
+        return [
+            out.detach().double(),
+            *(g.double() for g in torch.autograd.grad((out * direction.to(out.dtype)).sum(), leaves)),
+        ]
 
     scale = head_dim**-0.5
     truth = judged(reference.shared_prefix_attention(*wide, layout, scale), wide)
@@ -125,7 +152,10 @@ def test_keys_are_views_of_any_strides() -> None:
     q, k, v, pk, pv = (torch.randn(h, 5, D, dtype=torch.float64).transpose(0, 1) for h in (H, K, K, K, K))
     for name in HERE:
         out = shared(q, k, v, pk, pv, layout, scale=SCALE, backend=backend(name))
-        torch.testing.assert_close(out, shared(*(t.contiguous() for t in (q, k, v, pk, pv)), layout, scale=SCALE, backend=backend(name)))
+        torch.testing.assert_close(
+            out,
+            shared(*(t.contiguous() for t in (q, k, v, pk, pv)), layout, scale=SCALE, backend=backend(name)),
+        )
 
 
 def test_no_tensor_is_larger_than_the_inputs_and_the_scores_of_no_pair_are_kept() -> None:
@@ -145,7 +175,10 @@ def test_no_tensor_is_larger_than_the_inputs_and_the_scores_of_no_pair_are_kept(
 
     P, G, L = 512, 16, 4
     layout = SharedPrefixLayout.of(Packed.of([P]), [[L] * G])
-    q, k, v, pk, pv = (rows(n, h, i, torch.float32) for i, (n, h) in enumerate([(G * L, H), (G * L, K), (G * L, K), (P, K), (P, K)]))
+    q, k, v, pk, pv = (
+        rows(n, h, i, torch.float32)
+        for i, (n, h) in enumerate([(G * L, H), (G * L, K), (G * L, K), (P, K), (P, K)])
+    )
     with Largest():
         shared(q, k, v, pk, pv, layout, scale=SCALE, backend=backend("torch")).sum().backward()
     assert largest <= P * H * D  # the gradient of the prompt's keys before its query heads are summed
@@ -159,12 +192,18 @@ def test_no_tensor_is_larger_than_the_inputs_and_the_scores_of_no_pair_are_kept(
         (backends._flash_attn_4, "flash_attn.cute.interface", "four"),
     ],
 )
-def test_flash_attention_packages_are_called_by_their_published_signatures(monkeypatch, maker, module: str, version: str) -> None:
+def test_flash_attention_packages_are_called_by_their_published_signatures(
+    monkeypatch, maker, module: str, version: str
+) -> None:
     recorder = Recorder()
-    monkeypatch.setattr(backends.importlib, "import_module", {module: getattr(recorder, version)()}.__getitem__)
+    monkeypatch.setattr(
+        backends.importlib, "import_module", {module: getattr(recorder, version)()}.__getitem__
+    )
     prompts, lengths = GROUPS["two groups"]
     q, k, v, pk, pv = rows(10, H, 0), rows(10, K, 1), rows(10, K, 2), rows(8, K, 3), rows(8, K, 4)
-    ours = shared(q, k, v, pk, pv, SharedPrefixLayout.of(Packed.of(prompts), lengths), scale=SCALE, backend=maker())
+    ours = shared(
+        q, k, v, pk, pv, SharedPrefixLayout.of(Packed.of(prompts), lengths), scale=SCALE, backend=maker()
+    )
     same(ours, replies_truth(q, k, v, pk, pv, prompts, lengths), [q, k, v, pk, pv])
     assert recorder.calls == ["forward"] * 2 + ["backward"] * 2
 
@@ -189,7 +228,11 @@ class TestChoice:
 
     @pytest.mark.parametrize("name", ["flash_attn_2", "flash_attn_3", "flash_attn_4"])
     def test_a_backend_asked_for_by_name_is_never_replaced(self, monkeypatch, name: str) -> None:
-        for module in ("flash_attn.flash_attn_interface", "flash_attn_interface", "flash_attn.cute.interface"):
+        for module in (
+            "flash_attn.flash_attn_interface",
+            "flash_attn_interface",
+            "flash_attn.cute.interface",
+        ):
             monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ValueError, match=f"{name}.*cannot be imported.*choose another, or auto"):
             choose_backend(name, "cuda", torch.bfloat16, (128,))

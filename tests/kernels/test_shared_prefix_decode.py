@@ -92,7 +92,19 @@ def test_any_lengths(data: st.DataObject) -> None:
     prompts = data.draw(st.lists(st.integers(0, 20), min_size=groups, max_size=groups))
     rows = data.draw(st.lists(st.integers(0, 4), min_size=groups, max_size=groups))
     own = data.draw(st.lists(st.integers(0, 6), min_size=sum(rows), max_size=sum(rows)))
-    run(make(prompts, rows, own, 4, 2, 16, padding=data.draw(st.integers(0, 2)), capacity=7, storage=data.draw(st.sampled_from(["KND", "NKD"]))))
+    run(
+        make(
+            prompts,
+            rows,
+            own,
+            4,
+            2,
+            16,
+            padding=data.draw(st.integers(0, 2)),
+            capacity=7,
+            storage=data.draw(st.sampled_from(["KND", "NKD"])),
+        )
+    )
 
 
 class BytesRead(TorchDispatchMode):
@@ -104,7 +116,9 @@ class BytesRead(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if not function.is_view:
-            read = [a for a in args if isinstance(a, Tensor) and a.untyped_storage().data_ptr() == self.storage]
+            read = [
+                a for a in args if isinstance(a, Tensor) and a.untyped_storage().data_ptr() == self.storage
+            ]
             self.bytes += sum(a.numel() * a.element_size() for a in read)
         return function(*args, **(kwargs or {}))
 
@@ -133,7 +147,9 @@ def test_the_example_of_the_readme_runs() -> None:
 
 def test_takes_no_gradient() -> None:
     case = make([5, 6], [2, 2], [1, 2, 3, 4], 4, 2, 16)
-    assert not shared_prefix_decode(case.q.clone().requires_grad_(), *case.tensors()[1:], **case.options()).requires_grad
+    assert not shared_prefix_decode(
+        case.q.clone().requires_grad_(), *case.tensors()[1:], **case.options()
+    ).requires_grad
 
 
 def test_longest_own_defaults_to_the_capacity() -> None:
@@ -145,7 +161,9 @@ def test_longest_own_defaults_to_the_capacity() -> None:
 def test_operator_is_registered_soundly_and_survives_compilation_whole() -> None:
     case = make([5, 6], [2, 2], [1, 2, 3, 4], 4, 2, 16, padding=1)
     torch.library.opcheck(op._operator, (*case.tensors(), *case.options().values()))
-    compiled = torch.compile(lambda *a: shared_prefix_decode(*a, **case.options()), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda *a: shared_prefix_decode(*a, **case.options()), backend="aot_eager", fullgraph=True
+    )
     assert torch.equal(compiled(*case.tensors()), run(case))
 
 
@@ -156,31 +174,61 @@ INT64 = torch.zeros(3, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.zeros(4, 64)}, r"q: expected float32, bfloat16 or float16 \[rows, heads >= 1, 16 to 256\], got torch.float32 \[4, 64\]"),
+        (
+            {"q": torch.zeros(4, 64)},
+            r"q: expected float32, bfloat16 or float16 \[rows, heads >= 1, 16 to 256\], got torch.float32 \[4, 64\]",
+        ),
         ({"q": torch.zeros(4, 4, 8)}, r"16 to 256\], got torch.float32 \[4, 4, 8\]"),
         ({"q": torch.zeros(4, 4, 257)}, r"16 to 256\], got torch.float32 \[4, 4, 257\]"),
         ({"q": torch.zeros(4, 4, 16, dtype=torch.int32)}, "got torch.int32"),
         ({"q": torch.zeros(4, 0, 16)}, r"heads >= 1, .*got torch.float32 \[4, 0, 16\]"),
-        ({"q": torch.zeros(4, 3, 16)}, r"prompt_k: expected \[tokens, key heads that divide 3, 16\], got \[11, 2, 16\]"),
+        (
+            {"q": torch.zeros(4, 3, 16)},
+            r"prompt_k: expected \[tokens, key heads that divide 3, 16\], got \[11, 2, 16\]",
+        ),
         ({"q": torch.zeros(5, 4, 16)}, r"own_k: expected \[5, 2, capacity, 16\], got \[4, 2, 8, 16\]"),
-        ({"q": torch.zeros(4, 16, 4).transpose(1, 2)}, r"q: expected a contiguous last dimension, got stride 4"),
+        (
+            {"q": torch.zeros(4, 16, 4).transpose(1, 2)},
+            r"q: expected a contiguous last dimension, got stride 4",
+        ),
         ({"prompt_k": torch.zeros(11, 2, 32)}, r"prompt_k: expected .*, 16\], got \[11, 2, 32\]"),
-        ({"prompt_v": torch.zeros(10, 2, 16)}, r"prompt_v: expected the shape of prompt_k, \[11, 2, 16\], got \[10, 2, 16\]"),
-        ({"prompt_v": torch.zeros(11, 2, 16, dtype=torch.float16)}, "prompt_v: expected the dtype of q, torch.float32, got torch.float16"),
-        ({"own_v": torch.zeros(4, 2, 7, 16)}, r"own_v: expected the shape of own_k, \[4, 2, 8, 16\], got \[4, 2, 7, 16\]"),
-        ({"own_k": torch.zeros(4, 2, 8, 16, device="meta")}, "own_k: expected the device of q, cpu, got meta"),
+        (
+            {"prompt_v": torch.zeros(10, 2, 16)},
+            r"prompt_v: expected the shape of prompt_k, \[11, 2, 16\], got \[10, 2, 16\]",
+        ),
+        (
+            {"prompt_v": torch.zeros(11, 2, 16, dtype=torch.float16)},
+            "prompt_v: expected the dtype of q, torch.float32, got torch.float16",
+        ),
+        (
+            {"own_v": torch.zeros(4, 2, 7, 16)},
+            r"own_v: expected the shape of own_k, \[4, 2, 8, 16\], got \[4, 2, 7, 16\]",
+        ),
+        (
+            {"own_k": torch.zeros(4, 2, 8, 16, device="meta")},
+            "own_k: expected the device of q, cpu, got meta",
+        ),
         ({"cu_prompts": INT64}, r"cu_prompts: expected int32 \[prompts \+ 1\], got torch.int64 \[3\]"),
-        ({"cu_prompts": torch.zeros(0, dtype=torch.int32)}, r"cu_prompts: expected int32 \[prompts \+ 1\], got torch.int32 \[0\]"),
+        (
+            {"cu_prompts": torch.zeros(0, dtype=torch.int32)},
+            r"cu_prompts: expected int32 \[prompts \+ 1\], got torch.int32 \[0\]",
+        ),
         ({"cu_rows": INT64.int()[:2]}, r"cu_rows: expected int32 \[3\], got torch.int32 \[2\]"),
         ({"own_lengths": INT64.int()}, r"own_lengths: expected int32 \[4\], got torch.int32 \[3\]"),
         ({"own_lengths": torch.ones(8, dtype=torch.int32)[::2]}, "own_lengths: expected a contiguous tensor"),
         ({"cu_rows": INT64.int().to("meta")}, "cu_rows: expected the device of q, cpu, got meta"),
         ({"longest_own": 9}, r"0 <= longest_own <= 8, got 6, 2 and 9"),
         ({"longest_prompt": -1}, "0 <= longest_prompt"),
-        ({"cu_rows": offsets([1, 3])}, r"cu_rows: expected ascending offsets within 0 to 4 in steps of at most 2, got \[0, 1, 4\]"),
+        (
+            {"cu_rows": offsets([1, 3])},
+            r"cu_rows: expected ascending offsets within 0 to 4 in steps of at most 2, got \[0, 1, 4\]",
+        ),
         ({"cu_rows": torch.tensor([1, 2, 4], dtype=torch.int32)}, "cu_rows: expected 0 first, got 1"),
         ({"cu_rows": torch.tensor([0, 2, 1], dtype=torch.int32)}, "cu_rows: expected ascending"),
-        ({"cu_prompts": offsets([6, 6])}, "cu_prompts: expected ascending offsets within 0 to 11 in steps of at most 6"),
+        (
+            {"cu_prompts": offsets([6, 6])},
+            "cu_prompts: expected ascending offsets within 0 to 11 in steps of at most 6",
+        ),
         ({"cu_prompts": offsets([4, 7])}, "in steps of at most 6"),
         ({"own_lengths": offsets([1, 1, 3])}, "own_lengths: expected 0 to longest_own = 4, got 0 to 5"),
     ],

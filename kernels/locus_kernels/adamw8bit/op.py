@@ -86,7 +86,9 @@ def _check(
 ) -> None:
     counts = {len(each) for each in (parameters, gradients, states, lr, streams)}
     if len(counts) > 1:
-        raise ValueError(f"expected a gradient, a state, a rate and a stream for each parameter, got {sorted(counts)}")
+        raise ValueError(
+            f"expected a gradient, a state, a rate and a stream for each parameter, got {sorted(counts)}"
+        )
     device = parameters[0].device
     for parameter, gradient, state, rate in zip(parameters, gradients, states, lr, strict=True):
         for name, tensor in (("parameter", parameter), ("gradient", gradient)):
@@ -94,12 +96,20 @@ def _check(
                 raise ValueError(f"{name}: expected float32 or bfloat16, got {tensor.dtype}")
         if gradient.shape != parameter.shape or not parameter.is_contiguous():
             shapes = f"{list(gradient.shape)} for {list(parameter.shape)}"
-            raise ValueError(f"expected gradients of their parameters' shapes, and contiguous parameters, got {shapes}")
+            raise ValueError(
+                f"expected gradients of their parameters' shapes, and contiguous parameters, got {shapes}"
+            )
         for name, scalar in (("lr", rate), ("gradient_scale", gradient_scale)):
             if scalar.dtype != torch.float32 or scalar.dim():
                 raise ValueError(f"{name}: expected float32 [], got {scalar.dtype} {list(scalar.shape)}")
         codes = state.get("exp_avg_codes", state.get("exp_avg"))
-        if codes is None or codes.shape != parameter.shape or ("exp_avg" in state) == reference.has_blocks(parameter):
-            raise ValueError(f"expected the state of a parameter of shape {list(parameter.shape)}, see new_state")
+        if (
+            codes is None
+            or codes.shape != parameter.shape
+            or ("exp_avg" in state) == reference.has_blocks(parameter)
+        ):
+            raise ValueError(
+                f"expected the state of a parameter of shape {list(parameter.shape)}, see new_state"
+            )
         if {t.device for t in (parameter, gradient, rate, gradient_scale, *state.values())} != {device}:
             raise ValueError(f"expected every tensor on {device}")

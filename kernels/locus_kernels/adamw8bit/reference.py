@@ -31,7 +31,9 @@ LEAST = 4096  # elements from which on a parameter has 8-bit moments
 NARROW = 1e-8  # smallest share of a block's largest r that has a code of its own; what is below takes the same code
 STEPS = 254  # of the logarithmic codes, from 1 to 255
 LARGEST = 127.0  # code of exp_avg / r
-CHUNK = 2**16  # elements worked on at a time: the float32 temporaries of more would be seen in a step's peak memory
+CHUNK = (
+    2**16
+)  # elements worked on at a time: the float32 temporaries of more would be seen in a step's peak memory
 
 # A finaliser of 32-bit integers with low bias (Mueller and Wellons, "hash-prospector", 2018)
 HASH_A, HASH_B, WORD = 0x7FEB352D, 0x846CA68B, 0xFFFFFFFF
@@ -67,7 +69,9 @@ def round_to_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
     return (raised & -65536).view(torch.float32).to(torch.bfloat16)
 
 
-def quantize(exp_avg: Tensor, root: Tensor, draw: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+def quantize(
+    exp_avg: Tensor, root: Tensor, draw: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """Both moments in 8 bits. exp_avg, root = sqrt(exp_avg_sq): float32 [b, 256]; draw in [0, 1), [b, 256].
 
     Returns ((codes int8 [b, 256], scale float32 [b]), (codes uint8 [b, 256], low and high float32 [b])).
@@ -110,7 +114,9 @@ def dequantize(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 def _moments(state: dict[str, Tensor], blocks: slice) -> tuple[Tensor, Tensor]:
     """(exp_avg, root), float32 [b, 256] of some blocks."""
     codes, parts = (state[name].view(-1, BLOCK)[blocks] for name in ("exp_avg_sq_codes", "exp_avg_codes"))
-    low, high, scale = (state[name][blocks, None] for name in ("exp_avg_sq_low", "exp_avg_sq_high", "exp_avg_scale"))
+    low, high, scale = (
+        state[name][blocks, None] for name in ("exp_avg_sq_low", "exp_avg_sq_high", "exp_avg_scale")
+    )
     root = _root(codes.float(), low, high)
     return parts.float() * (scale / LARGEST) * root, root
 
@@ -176,7 +182,12 @@ def adamw8bit_(
     words: Sequence[tuple[int, int]],
 ) -> None:
     """What `op.adamw8bit_` documents. corrections: float32 [parameters, 2]; words: of each parameter, see `key`."""
-    rest: dict[str, Any] = {"gradient_scale": gradient_scale, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    rest: dict[str, Any] = {
+        "gradient_scale": gradient_scale,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+    }
     for i, (parameter, gradient, state) in enumerate(zip(parameters, gradients, states, strict=True)):
         step(parameter, gradient, state, lr=lr[i], corrections=corrections[i], words=words[i], **rest)
 
@@ -193,7 +204,9 @@ def dynamic_codes(signed: bool) -> Tensor:
     return torch.tensor(sorted(values))
 
 
-def from_dynamic_codes(exp_avg: tuple[Tensor, Tensor], exp_avg_sq: tuple[Tensor, Tensor], block: int = BLOCK) -> dict[str, Tensor]:
+def from_dynamic_codes(
+    exp_avg: tuple[Tensor, Tensor], exp_avg_sq: tuple[Tensor, Tensor], block: int = BLOCK
+) -> dict[str, Tensor]:
     """The state whose moments are nearest to those of "dynamic" codes, as torchao's AdamW8bit keeps them.
 
     Each moment: (codes uint8 of the parameter's shape, scale float32 [n / block]). Where the second moment was
@@ -201,10 +214,14 @@ def from_dynamic_codes(exp_avg: tuple[Tensor, Tensor], exp_avg_sq: tuple[Tensor,
     """
     shape = exp_avg[0].shape
     first, second = (
-        (dynamic_codes(signed).to(codes.device)[codes.long()].view(-1, block) * scale[:, None]).view(-1, BLOCK)
+        (dynamic_codes(signed).to(codes.device)[codes.long()].view(-1, block) * scale[:, None]).view(
+            -1, BLOCK
+        )
         for (codes, scale), signed in ((exp_avg, True), (exp_avg_sq, False))
     )
-    smallest = (dynamic_codes(False)[1].item() / 2 * exp_avg_sq[1])[:, None].expand(-1, block).reshape(-1, BLOCK)
+    smallest = (
+        (dynamic_codes(False)[1].item() / 2 * exp_avg_sq[1])[:, None].expand(-1, block).reshape(-1, BLOCK)
+    )
     second = torch.where((second == 0) & (first != 0), smallest, second)
     (parts, scale), (codes, low, high) = quantize(first, second.sqrt(), torch.full_like(first, 0.5))
     return {

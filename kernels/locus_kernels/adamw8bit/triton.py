@@ -24,7 +24,9 @@ HASH_A, HASH_B = (tl.constexpr(n - 2**32 if n >= 2**31 else n) for n in (referen
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 ROWS = 4  # blocks a program
 # Fields of a job, int64 each: addresses, elements, first program, the two words of its random bits
-VALUE, SLOPE, RATE, PARTS, SCALE, CODES, LOW, HIGH, COUNT, FIRST, WORD_A, WORD_B = (tl.constexpr(n) for n in range(12))
+VALUE, SLOPE, RATE, PARTS, SCALE, CODES, LOW, HIGH, COUNT, FIRST, WORD_A, WORD_B = (
+    tl.constexpr(n) for n in range(12)
+)
 JOB = tl.constexpr(12)
 
 
@@ -86,7 +88,10 @@ def adamw8bit_kernel(
             _pointer(job, LOW, tl.float32, False) + block,
             _pointer(job, HIGH, tl.float32, False) + block,
         )
-        low, high = tl.load(lows, mask=there, other=0.0)[:, None], tl.load(highs, mask=there, other=0.0)[:, None]
+        low, high = (
+            tl.load(lows, mask=there, other=0.0)[:, None],
+            tl.load(highs, mask=there, other=0.0)[:, None],
+        )
         code = tl.load(codes, mask=inside, other=0).to(tl.float32)
         root = tl.where(code > 0, low * tl.exp2((code - 1) * _spacing(low, high)), 0.0)
         share = tl.load(scales, mask=there, other=0.0)[:, None] / LARGEST
@@ -168,14 +173,24 @@ def adamw8bit_triton(
         jobs: list[list[int]] = []
         programs = 0
         for i in chosen:
-            names = ("exp_avg_codes", "exp_avg_scale", "exp_avg_sq_codes", "exp_avg_sq_low", "exp_avg_sq_high")
+            names = (
+                "exp_avg_codes",
+                "exp_avg_scale",
+                "exp_avg_sq_codes",
+                "exp_avg_sq_low",
+                "exp_avg_sq_high",
+            )
             held = [states[i][name] for name in names] if eight_bit else _unblocked(states[i])
             where = [t.data_ptr() for t in (parameters[i], slopes[i], lr[i], *held)]
             count = parameters[i].numel()
             jobs.append([*where, count, programs, *map(_signed, words[i])])
             programs += triton.cdiv(count, rows * reference.BLOCK)
         aligned = not any(job[field] % 16 for job in jobs for field in (0, 1, 3, 5))
-        kept = corrections if len(chosen) == len(parameters) else corrections[_send(torch.tensor(chosen), corrections)]
+        kept = (
+            corrections
+            if len(chosen) == len(parameters)
+            else corrections[_send(torch.tensor(chosen), corrections)]
+        )
         adamw8bit_kernel[(programs,)](
             _send(torch.tensor(jobs), corrections), kept.contiguous(), gradient_scale, len(jobs), *betas, eps, weight_decay,
             VALUES=TYPES[value], SLOPES=TYPES[slope], EIGHT_BIT=eight_bit, ALIGNED=aligned,

@@ -39,7 +39,21 @@ def _operator(
 
 @_operator.register_kernel("cuda")
 def _on_cuda(
-    ids, lengths, offsets, classes, transitions, final, width, target_boxes, group_size, which, grammar, shape, format_weight, normalize_std, progress
+    ids,
+    lengths,
+    offsets,
+    classes,
+    transitions,
+    final,
+    width,
+    target_boxes,
+    group_size,
+    which,
+    grammar,
+    shape,
+    format_weight,
+    normalize_std,
+    progress,
 ):
     from locus_kernels.box_reward import triton as kernel  # only here: a machine without CUDA needs no Triton
 
@@ -58,7 +72,11 @@ def _shapes(ids, lengths, offsets, classes, transitions, final, width, target_bo
     reading = [ids.new_empty(rows, 4, dtype=torch.float32), *flags]
     if target_boxes is None:
         return reading
-    return [*reading, *(ids.new_empty(rows, dtype=torch.float32) for _ in range(3)), ids.new_empty(rows // group_size, dtype=torch.bool)]
+    return [
+        *reading,
+        *(ids.new_empty(rows, dtype=torch.float32) for _ in range(3)),
+        ids.new_empty(rows // group_size, dtype=torch.bool),
+    ]
 
 
 def read_boxes(
@@ -127,4 +145,16 @@ def box_reward(
         weights = {"format_weight": format_weight, "normalize_std": normalize_std, "progress": progress}
         return reference.box_reward(ids, lengths, table, target_boxes, group_size, **names, **weights)  # type: ignore[arg-type]
     parts = (table.offsets, table.classes, table.transitions, table.final, table.width)
-    return BoxReward(*_operator(ids, lengths, *parts, target_boxes.detach(), group_size, *choices, format_weight, normalize_std, progress))
+    return BoxReward(
+        *_operator(
+            ids,
+            lengths,
+            *parts,
+            target_boxes.detach(),
+            group_size,
+            *choices,
+            format_weight,
+            normalize_std,
+            progress,
+        )
+    )

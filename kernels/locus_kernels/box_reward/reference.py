@@ -75,7 +75,9 @@ def _expand(ids: Tensor, lengths: Tensor, table: TokenTable) -> Tensor:
 
 def _run(symbol_NR: Tensor, table: TokenTable) -> tuple[Tensor, Tensor]:
     """Run the automaton over all rows at once: (action int16 [N, R] of every character, final state int64 [R])."""
-    next_row = (table.transitions & STATE_MASK).long() * CLASS_COUNT  # where the next state's row of the table begins
+    next_row = (
+        table.transitions & STATE_MASK
+    ).long() * CLASS_COUNT  # where the next state's row of the table begins
     row_R = torch.zeros_like(symbol_NR[0])
     index_NR = torch.empty_like(symbol_NR)
     for symbol_R, index_R in zip(symbol_NR.unbind(0), index_NR.unbind(0), strict=True):
@@ -115,7 +117,9 @@ def _numbers(action_NR: Tensor, symbol_NR: Tensor, begin_R: Tensor, end_R: Tenso
         weight_NR = whole_NR * 10 ** (seen_NR[-1] - seen_NR).clamp(max=7)
         whole_R = (weight_NR * symbol_NR).sum(0).clamp(max=2 * LARGEST // UNIT)
         seen_NR = fraction_NR.cumsum(0, dtype=torch.int32)
-        weight_NR = (fraction_NR & (seen_NR <= FRACTION_DIGITS)) * 10 ** (FRACTION_DIGITS - seen_NR).clamp(min=0)
+        weight_NR = (fraction_NR & (seen_NR <= FRACTION_DIGITS)) * 10 ** (FRACTION_DIGITS - seen_NR).clamp(
+            min=0
+        )
         magnitude_R = whole_R * UNIT + (weight_NR * symbol_NR).sum(0)
         numbers.append(torch.where((mine_NR == MINUS).any(0), -magnitude_R, magnitude_R))
     return torch.stack(numbers, -1)
@@ -127,30 +131,52 @@ def _check_values(ids: Tensor, lengths: Tensor, table: TokenTable) -> None:
     counted = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     wrong = counted & ((ids < 0) | (ids >= table.vocab_size))
     if bool(wrong.any()):
-        raise ValueError(f"ids: expected values in [0, {table.vocab_size}), got {ids[wrong].unique().tolist()}")
+        raise ValueError(
+            f"ids: expected values in [0, {table.vocab_size}), got {ids[wrong].unique().tolist()}"
+        )
 
 
-def check_reading(ids: Tensor, lengths: Tensor, table: TokenTable, which: str, grammar: str, vocab_size: int | None, validate: bool) -> None:
+def check_reading(
+    ids: Tensor,
+    lengths: Tensor,
+    table: TokenTable,
+    which: str,
+    grammar: str,
+    vocab_size: int | None,
+    validate: bool,
+) -> None:
     """Raise the ValueErrors of `read_boxes`."""
     for name, tensor in (("ids", ids), ("lengths", lengths)):
         if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
             raise ValueError(f"{name}: expected an integer tensor, got {tensor.dtype}")
         if tensor.device != table.offsets.device:
-            raise ValueError(f"{name}: expected the token table's device {table.offsets.device}, got {tensor.device}")
+            raise ValueError(
+                f"{name}: expected the token table's device {table.offsets.device}, got {tensor.device}"
+            )
     if ids.ndim != 2 or lengths.shape != ids.shape[:1]:
-        raise ValueError(f"expected ids [rows, tokens] and lengths [rows], got {list(ids.shape)} and {list(lengths.shape)}")
+        raise ValueError(
+            f"expected ids [rows, tokens] and lengths [rows], got {list(ids.shape)} and {list(lengths.shape)}"
+        )
     if which not in WHICH:
         raise ValueError(f"which: expected one of {list(WHICH)}, got {which!r}")
     if grammar not in GRAMMARS:
         raise ValueError(f"grammar: expected one of {list(GRAMMARS)}, got {grammar!r}")
     if vocab_size is not None and vocab_size != table.vocab_size:
-        raise ValueError(f"table: expected one for a vocabulary of {vocab_size} ids, got one for {table.vocab_size}: build it with that vocab_size")
+        raise ValueError(
+            f"table: expected one for a vocabulary of {vocab_size} ids, got one for {table.vocab_size}: build it with that vocab_size"
+        )
     if validate:
         _check_values(ids.long(), lengths.long(), table)
 
 
 def read_boxes(
-    ids: Tensor, lengths: Tensor, table: TokenTable, *, which: str = "answer", grammar: str = "think_answer", validate: bool = False
+    ids: Tensor,
+    lengths: Tensor,
+    table: TokenTable,
+    *,
+    which: str = "answer",
+    grammar: str = "think_answer",
+    validate: bool = False,
 ) -> BoxReading:
     """What `op.read_boxes` documents. A tensor of N * R actions is kept, and its reading is a few operations on all of it at once."""
     check_reading(ids, lengths, table, which, grammar, None, validate)
@@ -173,7 +199,11 @@ def read_boxes(
 # --------------------------------------------------------------------------------------------------------------- overlaps
 def _areas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Areas [...] of the intersection and of the union of two boxes [..., 4]; a box whose sides are not positive has area 0."""
-    width, height = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).unbind(-1)
+    width, height = (
+        (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]))
+        .clamp(min=0)
+        .unbind(-1)
+    )
     intersection = width * height
     area_a, area_b = ((box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1) for box in (a, b))
     return intersection, area_a + area_b - intersection
@@ -192,8 +222,12 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 def giou(a: Tensor, b: Tensor) -> Tensor:
     """Generalised IoU [...] in [-1, 1] of xyxy boxes [..., 4]: IoU less the share of the smallest box around both that neither covers; never NaN."""
     intersection, union = _areas(a, b)
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    return intersection / torch.where(union > 0, union, 1) - (hull - union).clamp(min=0) / torch.where(hull > 0, hull, 1)
+    hull = (
+        (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    )
+    return intersection / torch.where(union > 0, union, 1) - (hull - union).clamp(min=0) / torch.where(
+        hull > 0, hull, 1
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- shapes
@@ -264,7 +298,9 @@ def _check_groups(rows: int, group_size: int) -> None:
         raise ValueError(f"group_size: expected a positive divisor of the {rows} rows, got {group_size}")
 
 
-def group_advantage(reward: Tensor, group_size: int, normalize_std: bool = True, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def group_advantage(
+    reward: Tensor, group_size: int, normalize_std: bool = True, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
     """Advantage float32 [R] of each reward [R] within its group of `group_size` neighbouring rows, and bool [R / G] where a group has no variance.
 
     (reward - mean) / (std + eps) with the unbiased standard deviation, or reward - mean alone. Exactly 0 where a group's rewards are all equal,
@@ -281,14 +317,18 @@ def group_advantage(reward: Tensor, group_size: int, normalize_std: bool = True,
     return torch.where(zero_variance[:, None], 0.0, centred).flatten(), zero_variance
 
 
-def check_reward(ids: Tensor, target_boxes: Tensor, group_size: int, shape: str, format_weight: float, progress: float) -> None:
+def check_reward(
+    ids: Tensor, target_boxes: Tensor, group_size: int, shape: str, format_weight: float, progress: float
+) -> None:
     """Raise the ValueErrors of `box_reward` that are not those of `read_boxes`."""
     if shape not in REWARD_SHAPES:
         raise ValueError(f"shape: expected one of {list(REWARD_SHAPES)}, got {shape!r}")
     if not 0 <= format_weight <= 1 or not 0 <= progress <= 1:
         raise ValueError(f"expected format_weight and progress in [0, 1], got {format_weight} and {progress}")
     if target_boxes.dtype != torch.float32 or target_boxes.shape != (*ids.shape[:1], 4):
-        raise ValueError(f"target_boxes: expected float32 {[*ids.shape[:1], 4]}, got {target_boxes.dtype} {list(target_boxes.shape)}")
+        raise ValueError(
+            f"target_boxes: expected float32 {[*ids.shape[:1], 4]}, got {target_boxes.dtype} {list(target_boxes.shape)}"
+        )
     if target_boxes.device != ids.device:
         raise ValueError(f"target_boxes: expected the device of ids, {ids.device}, got {target_boxes.device}")
     _check_groups(ids.shape[0], group_size)

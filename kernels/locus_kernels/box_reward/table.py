@@ -28,7 +28,9 @@ import torch
 from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------------------------- classes
-ALPHABET = "0123456789+-.[], </>thinkaswer"  # one character stands for each class, in the order of the class numbers
+ALPHABET = (
+    "0123456789+-.[], </>thinkaswer"  # one character stands for each class, in the order of the class numbers
+)
 OTHER = len(ALPHABET)
 PADDING = OTHER + 1
 CLASS_COUNT = 32
@@ -76,7 +78,9 @@ class _State(NamedTuple):
     number: int = -1  # which of a box's four numbers is being read; -1 outside a box
     part: str = ""  # how far that number is: before, sign, whole, point, fraction, after; "" outside a box
     answer: str = "before"  # before, inside, after: where the first <answer>...</answer> stands
-    thinking: str = "start"  # start, think, between, answer, done, dead: progress through the think/answer structure
+    thinking: str = (
+        "start"  # start, think, between, answer, done, dead: progress through the think/answer structure
+    )
     direct: str = "start"  # start, box, done, dead: progress through "white space, box, white space"
 
 
@@ -86,7 +90,9 @@ def _step_box(state: _State, character: str) -> tuple[int, str, int]:
         return 0, "before", OPEN
     if state.number < 0:
         return -1, "", NOTHING
-    kind = "digit" if character.isdigit() else {" ": "space", "+": "sign", "-": "sign"}.get(character, character)
+    kind = (
+        "digit" if character.isdigit() else {" ": "space", "+": "sign", "-": "sign"}.get(character, character)
+    )
     part = _BOX_PARTS.get((state.part, kind), "")
     if part:
         digit_action = {"whole": DIGIT, "fraction": FRACTION}.get(part, NOTHING)
@@ -104,7 +110,11 @@ def _step_thinking(state: _State, character: str, tag: str, closed: str) -> str:
 
     def may_become(expected: str) -> bool:
         grown = state.tag + character
-        return closed == expected or (tag == grown and expected.startswith(grown)) or (character == " " and not state.tag)
+        return (
+            closed == expected
+            or (tag == grown and expected.startswith(grown))
+            or (character == " " and not state.tag)
+        )
 
     if state.thinking == "start":
         return ("think" if closed else "start") if may_become("<think>") else "dead"
@@ -113,7 +123,9 @@ def _step_thinking(state: _State, character: str, tag: str, closed: str) -> str:
     if state.thinking in ("think", "between"):
         return "between" if closed == "</think>" else "think"
     if state.thinking in ("answer", "done"):
-        return "done" if closed == "</answer>" or (state.thinking == "done" and character == " ") else "answer"
+        return (
+            "done" if closed == "</answer>" or (state.thinking == "done" and character == " ") else "answer"
+        )
     return "dead"
 
 
@@ -121,7 +133,15 @@ def _step(state: _State, character: str) -> tuple[_State, int]:
     """One character: (next state, action). A character that is not in `ALPHABET` stands for OTHER."""
     grown = state.tag + character
     closed = grown if grown in _TAGS else ""
-    tag = "" if closed else grown if any(t.startswith(grown) for t in _TAGS) else "<" if character == "<" else ""
+    tag = (
+        ""
+        if closed
+        else grown
+        if any(t.startswith(grown) for t in _TAGS)
+        else "<"
+        if character == "<"
+        else ""
+    )
     number, part, action = _step_box(state, character)
 
     answer = state.answer
@@ -133,7 +153,9 @@ def _step(state: _State, character: str) -> tuple[_State, int]:
     direct = "dead"
     if state.direct in ("start", "done") and character == " ":
         direct = state.direct
-    elif (state.direct == "start" and action == OPEN) or (state.direct == "box" and number >= 0 and action != OPEN):
+    elif (state.direct == "start" and action == OPEN) or (
+        state.direct == "box" and number >= 0 and action != OPEN
+    ):
         direct = "box"
     elif state.direct == "box" and action == CLOSE:
         direct = "done"
@@ -172,7 +194,12 @@ def automaton() -> Automaton:
             row.append(numbers[following] | action << ACTION_SHIFT)
         rows.append([*row, numbers[state]])  # PADDING: stay
     assert len(states) <= STATE_MASK + 1, "a transition no longer fits its int16"
-    final = [ANSWER_CLOSED * (s.answer == "after") | THINK_ANSWER * (s.thinking == "done") | DIRECT * (s.direct == "done") for s in states]
+    final = [
+        ANSWER_CLOSED * (s.answer == "after")
+        | THINK_ANSWER * (s.thinking == "done")
+        | DIRECT * (s.direct == "done")
+        for s in states
+    ]
     return Automaton(
         torch.tensor(rows, dtype=torch.int16, device="cpu").flatten(),
         torch.tensor(final, dtype=torch.uint8, device="cpu"),
@@ -195,7 +222,10 @@ def _effect(classes: tuple[int, ...]) -> tuple[int, ...]:
         entry = table[state, symbol]
         state, action = entry & STATE_MASK, entry >> ACTION_SHIFT
         completes, alive = action >= CLOSE, machine.in_box[state]
-        kept = [torch.where((earlier >= CLOSE << 5) | completes | (alive & (action != OPEN)), earlier, 0) for earlier in trace]
+        kept = [
+            torch.where((earlier >= CLOSE << 5) | completes | (alive & (action != OPEN)), earlier, 0)
+            for earlier in trace
+        ]
         code = (action << 5) + torch.where((action == DIGIT) | (action == FRACTION), symbol, 0)
         trace = [*kept, torch.where(completes | alive, code, 0)]
     first, second = trace if len(trace) == 2 else (trace[0], torch.zeros_like(state))
@@ -293,16 +323,24 @@ def token_texts(tokenizer: Any, vocab_size: int) -> list[str]:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(f"expected a fast Hugging Face tokenizer (one with backend_tokenizer), got {type(tokenizer).__name__}")
+        raise ValueError(
+            f"expected a fast Hugging Face tokenizer (one with backend_tokenizer), got {type(tokenizer).__name__}"
+        )
     vocabulary = tokenizer.get_vocab()
     plain = ((c, vocabulary[c]) for c in map(chr, range(33, 127)) if c in vocabulary)
-    prefix, anchor = next(((c, token) for c, token in plain if backend.decode([token], skip_special_tokens=True) == c), ("", -1))
+    prefix, anchor = next(
+        ((c, token) for c, token in plain if backend.decode([token], skip_special_tokens=True) == c), ("", -1)
+    )
     if anchor < 0:
-        raise ValueError("expected a vocabulary with a token for at least one printable ASCII character, found none")
+        raise ValueError(
+            "expected a vocabulary with a token for at least one printable ASCII character, found none"
+        )
     texts = backend.decode_batch([[anchor, token] for token in range(vocab_size)], skip_special_tokens=True)
     for token, text in enumerate(texts):
         if not text.startswith(prefix):
-            raise ValueError(f"expected a decoder that works token by token, but {prefix!r} followed by id {token} decodes to {text!r}")
+            raise ValueError(
+                f"expected a decoder that works token by token, but {prefix!r} followed by id {token} decodes to {text!r}"
+            )
     return [text[len(prefix) :] for text in texts]
 
 

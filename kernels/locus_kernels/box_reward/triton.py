@@ -168,7 +168,9 @@ def _overlaps(x1, y1, x2, y2, target, lane):
 @triton.jit
 def _advantages(reward, lane, group_size, NORMALIZE: tl.constexpr):
     """(advantage [GROUPS, BLOCK], whether all rewards of the group are equal [GROUPS]), as `reference.group_advantage`."""
-    equal = tl.max(tl.where(lane, reward, float("-inf")), 1) == tl.min(tl.where(lane, reward, float("inf")), 1)
+    equal = tl.max(tl.where(lane, reward, float("-inf")), 1) == tl.min(
+        tl.where(lane, reward, float("inf")), 1
+    )
     size = tl.full(equal.shape, 0.0, tl.float32) + group_size
     mean = tl.div_rn(tl.sum(tl.where(lane, reward, 0.0), 1), size)
     centred = tl.where(lane, reward - mean[:, None], 0.0)
@@ -198,7 +200,9 @@ def box_reward_kernel(
     step = tl.full((1, 1), 0, tl.int64) + stride_l
 
     machine = _start(GROUPS, BLOCK)
-    begins, counts, heads = _fetch(ids + row * stride_r, step, 0, length, offsets, classes, vocab_size, UNROLL)
+    begins, counts, heads = _fetch(
+        ids + row * stride_r, step, 0, length, offsets, classes, vocab_size, UNROLL
+    )
     for at in range(0, tl.max(length), UNROLL):
         later = _fetch(ids + row * stride_r, step, at + UNROLL, length, offsets, classes, vocab_size, UNROLL)
         for u in tl.static_range(UNROLL):
@@ -213,8 +217,15 @@ def box_reward_kernel(
     formed = (flags & FORMAT) != 0
     if READ == ANSWER:
         found = found & ((flags & ANSWER_CLOSED) != 0)
-    found = found & (tl.maximum(tl.maximum(tl.abs(x1), tl.abs(y1)), tl.maximum(tl.abs(x2), tl.abs(y2))) <= MOST)
-    x1, y1, x2, y2 = _coordinate(x1, found), _coordinate(y1, found), _coordinate(x2, found), _coordinate(y2, found)
+    found = found & (
+        tl.maximum(tl.maximum(tl.abs(x1), tl.abs(y1)), tl.maximum(tl.abs(x2), tl.abs(y2))) <= MOST
+    )
+    x1, y1, x2, y2 = (
+        _coordinate(x1, found),
+        _coordinate(y1, found),
+        _coordinate(x2, found),
+        _coordinate(y2, found),
+    )
     good = (x2 > x1) & (y2 > y1)
     tl.store(box + row * 4, x1, mask=lane)
     tl.store(box + row * 4 + 1, y1, mask=lane)
@@ -235,23 +246,43 @@ def box_reward_kernel(
 
 # --------------------------------------------------------------------------------------------------------------- launcher
 def _check_layout(table: TokenTable, group_size: int) -> None:
-    expected = {"offsets": torch.int32, "classes": torch.uint8, "transitions": torch.int16, "final": torch.uint8}
+    expected = {
+        "offsets": torch.int32,
+        "classes": torch.uint8,
+        "transitions": torch.int16,
+        "final": torch.uint8,
+    }
     for name, dtype in expected.items():
         tensor = getattr(table, name)
         if tensor.dtype != dtype or tensor.ndim != 1 or not tensor.is_contiguous():
-            raise ValueError(f"table.{name}: expected a contiguous {dtype} vector, got {tensor.dtype} {list(tensor.shape)}")
+            raise ValueError(
+                f"table.{name}: expected a contiguous {dtype} vector, got {tensor.dtype} {list(tensor.shape)}"
+            )
     if not 1 <= group_size <= MAX_GROUP:
-        raise ValueError(f"group_size: the kernel holds a group in one program, expected 1 .. {MAX_GROUP}, got {group_size}")
+        raise ValueError(
+            f"group_size: the kernel holds a group in one program, expected 1 .. {MAX_GROUP}, got {group_size}"
+        )
 
 
 def _launch(
-    ids: Tensor, lengths: Tensor, table: TokenTable, target: Tensor | None, group_size: int, options: dict[str, Any], lanes: int
+    ids: Tensor,
+    lengths: Tensor,
+    table: TokenTable,
+    target: Tensor | None,
+    group_size: int,
+    options: dict[str, Any],
+    lanes: int,
 ) -> list[Tensor]:
     """Allocate the outputs and launch once; the outputs are those of BoxReward, the last four empty without a target. `lanes` a program, about."""
     _check_layout(table, group_size)
     rows, tokens = ids.shape
     groups = rows // group_size
-    shapes = [(rows, 4), (rows,), (rows,), *([(rows,), (rows,), (rows,), (groups,)] if target is not None else [(0,)] * 4)]
+    shapes = [
+        (rows, 4),
+        (rows,),
+        (rows,),
+        *([(rows,), (rows,), (rows,), (groups,)] if target is not None else [(0,)] * 4),
+    ]
     dtypes = [torch.float32, torch.bool, torch.bool, torch.float32, torch.float32, torch.float32, torch.bool]
     out = [torch.empty(s, dtype=d, device=ids.device) for s, d in zip(shapes, dtypes, strict=True)]
     if rows:
@@ -267,9 +298,16 @@ def _launch(
     return out
 
 
-def read_boxes_triton(ids: Tensor, lengths: Tensor, table: TokenTable, *, which: str, grammar: str, lanes: int = 32) -> BoxReading:
+def read_boxes_triton(
+    ids: Tensor, lengths: Tensor, table: TokenTable, *, which: str, grammar: str, lanes: int = 32
+) -> BoxReading:
     """`reference.read_boxes` in one launch; arguments as there, checked by the caller."""
-    options = {"SHAPE": shape_iou, "READ": WHICH.index(which), "FORMAT": GRAMMARS[grammar], "NORMALIZE": False}
+    options = {
+        "SHAPE": shape_iou,
+        "READ": WHICH.index(which),
+        "FORMAT": GRAMMARS[grammar],
+        "NORMALIZE": False,
+    }
     options |= {"shape_weight": 0.0, "format_weight": 0.0, "rising": 0.0}
     return BoxReading(*_launch(ids, lengths, table, None, 1, options, lanes)[:3])
 
@@ -290,6 +328,15 @@ def box_reward_triton(
     lanes: int = 32,
 ) -> BoxReward:
     """`reference.box_reward` in one launch; arguments as there, checked by the caller. ValueError for a group of more than MAX_GROUP."""
-    options = {"SHAPE": SHAPES[shape], "READ": WHICH.index(which), "FORMAT": GRAMMARS[grammar], "NORMALIZE": normalize_std}
-    options |= {"shape_weight": 1 - format_weight, "format_weight": format_weight, "rising": 0.25 + 0.5 * progress}
+    options = {
+        "SHAPE": SHAPES[shape],
+        "READ": WHICH.index(which),
+        "FORMAT": GRAMMARS[grammar],
+        "NORMALIZE": normalize_std,
+    }
+    options |= {
+        "shape_weight": 1 - format_weight,
+        "format_weight": format_weight,
+        "rising": 0.25 + 0.5 * progress,
+    }
     return BoxReward(*_launch(ids, lengths, table, target_boxes.contiguous(), group_size, options, lanes))

@@ -40,13 +40,28 @@ def _forward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     vectors = (advantages, old_logprob, reference_logprob, token_weight)
-    return backend(hidden).forward(hidden, weight, ids, *vectors, reference.Numbers(*numbers), temperature, softcap)
+    return backend(hidden).forward(
+        hidden, weight, ids, *vectors, reference.Numbers(*numbers), temperature, softcap
+    )
 
 
 @_forward.register_fake
-def _(hidden, weight, ids, advantages, old_logprob, reference_logprob, token_weight, numbers, temperature, softcap):
+def _(
+    hidden,
+    weight,
+    ids,
+    advantages,
+    old_logprob,
+    reference_logprob,
+    token_weight,
+    numbers,
+    temperature,
+    softcap,
+):
     T, dtype = hidden.shape[0], compute_dtype(hidden.dtype)
-    loss, logprob, entropy, slope, metrics = (hidden.new_empty(s, dtype=dtype) for s in ((), (T,), (T,), (T,), (len(reference.METRICS),)))
+    loss, logprob, entropy, slope, metrics = (
+        hidden.new_empty(s, dtype=dtype) for s in ((), (T,), (T,), (T,), (len(reference.METRICS),))
+    )
     return loss, logprob, hidden.new_empty(T, dtype=torch.float64), entropy, slope, metrics
 
 
@@ -105,11 +120,21 @@ def grpo_loss(
     `linear_logprob`.
     """
     check_head(hidden, weight, ids, temperature, softcap, validate)
-    vectors = {"advantages": advantages, "old_logprob": old_logprob, "reference_logprob": reference_logprob, "token_weight": token_weight}
+    vectors = {
+        "advantages": advantages,
+        "old_logprob": old_logprob,
+        "reference_logprob": reference_logprob,
+        "token_weight": token_weight,
+    }
     for name, vector in vectors.items():
         if vector is None and name != "advantages":
             continue
-        if vector is None or vector.shape != ids.shape or not vector.is_floating_point() or vector.device != hidden.device:
+        if (
+            vector is None
+            or vector.shape != ids.shape
+            or not vector.is_floating_point()
+            or vector.device != hidden.device
+        ):
             got = "None" if vector is None else f"{vector.dtype} {list(vector.shape)} on {vector.device}"
             raise ValueError(f"expected {name} floating [{len(ids)}] on {hidden.device}, got {got}")
     numbers = {"clip_low": clip_low, "clip_high": clip_high, "kl_coefficient": kl_coefficient}
@@ -123,5 +148,7 @@ def grpo_loss(
     detached = [vector if vector is None else vector.detach() for vector in vectors.values()]
     constants = [float(number) for number in (*numbers.values(), *clamps.values())]
     cap = None if softcap is None else float(softcap)
-    loss, logprob, _, _, _, metrics = _forward(hidden, weight, ids.long(), *detached, constants, float(temperature), cap)
+    loss, logprob, _, _, _, metrics = _forward(
+        hidden, weight, ids.long(), *detached, constants, float(temperature), cap
+    )
     return loss, logprob, dict(zip(reference.METRICS, metrics.detach().unbind(), strict=True))

@@ -53,7 +53,14 @@ def objective(
         kl = k3.clamp(max=numbers.kl_clamp)
         loss = loss + numbers.kl_coefficient * kl
         slope = slope + torch.where(kl_clamped, 0.0, numbers.kl_coefficient * (1 - log_ratio.exp()))
-    seen = {"clip_low": low, "clip_high": high, "kl": kl, "ratio_clamped": ratio_clamped, "kl_clamped": kl_clamped, "ratio": ratio}
+    seen = {
+        "clip_low": low,
+        "clip_high": high,
+        "kl": kl,
+        "ratio_clamped": ratio_clamped,
+        "kl_clamped": kl_clamped,
+        "ratio": ratio,
+    }
     return (loss, slope, seen) if token_weight is None else (loss * token_weight, slope * token_weight, seen)
 
 
@@ -66,11 +73,19 @@ def forward(
     float32, or float64 for float64 inputs; the log-sum-exp always float64, and so is the arithmetic between.
     """
     logprob, entropy, lse = head.unrounded(hidden, weight, ids, temperature, softcap)
-    old, base, share = (t if t is None else t.double() for t in (old_logprob, reference_logprob, token_weight))
+    old, base, share = (
+        t if t is None else t.double() for t in (old_logprob, reference_logprob, token_weight)
+    )
     loss, slope, seen = objective(logprob, advantages.double(), old, base, share, numbers)
     ratio = seen.pop("ratio")
-    extremes = {"ratio_max": ratio.amax(), "ratio_min": ratio.amin()} if len(ratio) else dict.fromkeys(("ratio_max", "ratio_min"), ratio.sum())
+    extremes = (
+        {"ratio_max": ratio.amax(), "ratio_min": ratio.amin()}
+        if len(ratio)
+        else dict.fromkeys(("ratio_max", "ratio_min"), ratio.sum())
+    )
     sums = {name: value.sum().double() for name, value in {**seen, "entropy": entropy}.items()} | extremes
     metrics = torch.stack([sums[name] for name in METRICS])
-    loss, logprob, entropy, slope, metrics = (t.to(head.compute_dtype(hidden.dtype)) for t in (loss.sum(), logprob, entropy, slope, metrics))
+    loss, logprob, entropy, slope, metrics = (
+        t.to(head.compute_dtype(hidden.dtype)) for t in (loss.sum(), logprob, entropy, slope, metrics)
+    )
     return loss, logprob, lse, entropy, slope, metrics

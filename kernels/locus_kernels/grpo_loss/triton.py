@@ -40,7 +40,9 @@ def objective_kernel(
         ratio = tl.exp(tl.minimum(tl.maximum(difference, -log_ratio_clamp), log_ratio_clamp))
     clipped = tl.minimum(tl.maximum(ratio, lowest), highest)
     loss = -tl.minimum(ratio * advantage, clipped * advantage)
-    loss = tl.where(row_logprob == row_logprob, loss, row_logprob)  # minimum and maximum drop NaN: an id outside the vocabulary must show
+    loss = tl.where(
+        row_logprob == row_logprob, loss, row_logprob
+    )  # minimum and maximum drop NaN: an id outside the vocabulary must show
     low = (ratio < lowest) & (advantage < 0)
     high = (ratio > highest) & (advantage > 0)
     row_slope = tl.where(low | high | ratio_clamped, 0.0, -ratio * advantage)
@@ -104,18 +106,40 @@ def forward(
     logprob, entropy, slope = (torch.empty(T, dtype=torch.float32, device=hidden.device) for _ in range(3))
     lse = torch.empty(T, dtype=torch.float64, device=hidden.device)
     if T == 0:
-        return hidden.new_zeros((), dtype=torch.float32), logprob, lse, entropy, slope, hidden.new_zeros(SUMS - 1, dtype=torch.float32)
+        return (
+            hidden.new_zeros((), dtype=torch.float32),
+            logprob,
+            lse,
+            entropy,
+            slope,
+            hidden.new_zeros(SUMS - 1, dtype=torch.float32),
+        )
     P = triton.cdiv(T, FINAL_ROWS)
     parts = partials(hidden, weight, ids, temperature, softcap, descriptors)
     sums = torch.empty((SUMS, P), dtype=torch.float32, device=hidden.device)
     out = torch.empty(SUMS, dtype=torch.float32, device=hidden.device)
     optional = (old_logprob, reference_logprob, token_weight)
     vectors = [advantages if t is None else t.float().contiguous() for t in (advantages, *optional)]
-    flags = {f"HAS_{name}": t is not None for name, t in zip(("OLD", "REFERENCE", "WEIGHT"), optional, strict=True)}
+    flags = {
+        f"HAS_{name}": t is not None for name, t in zip(("OLD", "REFERENCE", "WEIGHT"), optional, strict=True)
+    }
     bounds = (1 - numbers.clip_low, 1 + numbers.clip_high, *numbers[2:])
     with torch.cuda.device_of(hidden):
         objective_kernel[(P,)](
-            *parts, *vectors, logprob, lse, entropy, slope, sums, T, len(parts[0]), P, *bounds, **flags, ROWS=FINAL_ROWS, TILES=FINAL_TILES
+            *parts,
+            *vectors,
+            logprob,
+            lse,
+            entropy,
+            slope,
+            sums,
+            T,
+            len(parts[0]),
+            P,
+            *bounds,
+            **flags,
+            ROWS=FINAL_ROWS,
+            TILES=FINAL_TILES,
         )
         sum_kernel[(SUMS,)](sums, out, P, BLOCK=SUM_BLOCK)
     return out[0].clone(), logprob, lse, entropy, slope, out[1:].clone()

@@ -24,14 +24,20 @@ def backend(tensor: Tensor) -> ModuleType:
 
 
 @torch.library.custom_op("locus_kernels::linear_logprob", mutates_args=())
-def _forward(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     return backend(hidden).forward(hidden, weight, ids, temperature, softcap)
 
 
 @_forward.register_fake
-def _(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = reference.compute_dtype(hidden.dtype)
-    logprob, entropy, lse = (hidden.new_empty(hidden.shape[0], dtype=kind) for kind in (dtype, dtype, torch.float64))
+    logprob, entropy, lse = (
+        hidden.new_empty(hidden.shape[0], dtype=kind) for kind in (dtype, dtype, torch.float64)
+    )
     return logprob, entropy, lse
 
 
@@ -50,12 +56,38 @@ def gradients(
     want_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of hidden and weight; see `reference.backward`."""
-    return backend(hidden).backward(grad_logprob, grad_entropy, hidden, weight, ids, lse, entropy, temperature, softcap, want_hidden, want_weight)
+    return backend(hidden).backward(
+        grad_logprob,
+        grad_entropy,
+        hidden,
+        weight,
+        ids,
+        lse,
+        entropy,
+        temperature,
+        softcap,
+        want_hidden,
+        want_weight,
+    )
 
 
 @gradients.register_fake
-def _(grad_logprob, grad_entropy, hidden, weight, ids, lse, entropy, temperature, softcap, want_hidden, want_weight):
-    return hidden.new_empty(hidden.shape if want_hidden else (0,)), weight.new_empty(weight.shape if want_weight else (0,))
+def _(
+    grad_logprob,
+    grad_entropy,
+    hidden,
+    weight,
+    ids,
+    lse,
+    entropy,
+    temperature,
+    softcap,
+    want_hidden,
+    want_weight,
+):
+    return hidden.new_empty(hidden.shape if want_hidden else (0,)), weight.new_empty(
+        weight.shape if want_weight else (0,)
+    )
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -70,28 +102,47 @@ def _backward(ctx, grad_logprob: Tensor | None, grad_entropy: Tensor | None, gra
     if grad_logprob is None:
         grad_logprob = torch.zeros_like(entropy)
     wanted = ctx.needs_input_grad[:2]
-    both = gradients(grad_logprob, grad_entropy, hidden, weight, ids, lse, entropy, ctx.temperature, ctx.softcap, *wanted)
-    return *(gradient if want else None for gradient, want in zip(both, wanted, strict=True)), None, None, None
+    both = gradients(
+        grad_logprob, grad_entropy, hidden, weight, ids, lse, entropy, ctx.temperature, ctx.softcap, *wanted
+    )
+    return (
+        *(gradient if want else None for gradient, want in zip(both, wanted, strict=True)),
+        None,
+        None,
+        None,
+    )
 
 
 _forward.register_autograd(_backward, setup_context=_setup)
 
 
-def check_head(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None, validate: bool) -> None:
+def check_head(
+    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None, validate: bool
+) -> None:
     """ValueError unless the head's arguments fit each other. Reads values only where `validate` is set."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"expected hidden [T, D] and weight [V, D], got {list(hidden.shape)} and {list(weight.shape)}")
+        raise ValueError(
+            f"expected hidden [T, D] and weight [V, D], got {list(hidden.shape)} and {list(weight.shape)}"
+        )
     if ids.shape != hidden.shape[:1]:
         raise ValueError(f"expected ids [{hidden.shape[0]}], one a row of hidden, got {list(ids.shape)}")
     if weight.shape[0] == 0:
         raise ValueError("expected a weight with at least one vocabulary row, got none")
-    known = (torch.float16, torch.bfloat16, torch.float32) if hidden.is_cuda else (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    known = (
+        (torch.float16, torch.bfloat16, torch.float32)
+        if hidden.is_cuda
+        else (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    )
     if hidden.dtype not in known or weight.dtype != hidden.dtype:
-        raise ValueError(f"expected hidden and weight of one dtype of {known} on {hidden.device.type}, got {hidden.dtype} and {weight.dtype}")
+        raise ValueError(
+            f"expected hidden and weight of one dtype of {known} on {hidden.device.type}, got {hidden.dtype} and {weight.dtype}"
+        )
     if ids.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
         raise ValueError(f"expected integer ids, got {ids.dtype}")
     if weight.device != hidden.device or ids.device != hidden.device:
-        raise ValueError(f"expected one device, got hidden on {hidden.device}, weight on {weight.device}, ids on {ids.device}")
+        raise ValueError(
+            f"expected one device, got hidden on {hidden.device}, weight on {weight.device}, ids on {ids.device}"
+        )
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"expected a finite temperature above 0, got {temperature}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
@@ -101,7 +152,13 @@ def check_head(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, 
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0, softcap: float | None = None, *, validate: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    *,
+    validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each id, and the entropy, under softmax(cap(hidden @ weight.T) / temperature), without a [T, V] tensor.
 
@@ -114,5 +171,7 @@ def linear_logprob(
     which reads the ids and so synchronises with a GPU.
     """
     check_head(hidden, weight, ids, temperature, softcap, validate)
-    logprob, entropy, _ = _forward(hidden, weight, ids.long(), float(temperature), None if softcap is None else float(softcap))
+    logprob, entropy, _ = _forward(
+        hidden, weight, ids.long(), float(temperature), None if softcap is None else float(softcap)
+    )
     return logprob, entropy

@@ -22,7 +22,9 @@ from torch import Tensor
 CHUNK_ELEMENTS = 2**22  # of a [T, C] chunk: 16 MiB of float32, so that its few copies stay near a CPU's cache
 
 
-def dense(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+def dense(
+    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """(log-prob [T], entropy [T] in nats), computed in the dtype of hidden [T, D] and weight [V, D] up to the logits, then in at least float32.
 
     ids int [T] in [0, V). This is what a careful trainer writes without a kernel, and with float64 inputs it is the truth.
@@ -50,14 +52,18 @@ def chunks(rows: int, vocabulary: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + width, vocabulary)) for start in range(0, vocabulary, width))
 
 
-def forward(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(log-prob [T], entropy [T], both in `compute_dtype`; log-sum-exp of y float64 [T]). An id outside [0, V) has log-prob NaN."""
     logprob, entropy, lse = unrounded(hidden, weight, ids, temperature, softcap)
     dtype = compute_dtype(hidden.dtype)
     return logprob.to(dtype), entropy.to(dtype), lse
 
 
-def unrounded(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def unrounded(
+    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`forward`'s three vectors in float64. Products, exponentials and their sums over a chunk run in `compute_dtype`, but what is left of a row does
     not: a log-sum-exp rounded to float32 would shift all of its probabilities alike."""
     dtype = compute_dtype(hidden.dtype)
@@ -72,7 +78,9 @@ def unrounded(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, s
         maximum_T = y_TC.amax(-1)
         y_TC -= maximum_T[:, None]
         exponential_TC = y_TC.exp()
-        partials.append((maximum_T.double(), exponential_TC.sum(-1).double(), y_TC.mul_(exponential_TC).sum(-1).double()))
+        partials.append(
+            (maximum_T.double(), exponential_TC.sum(-1).double(), y_TC.mul_(exponential_TC).sum(-1).double())
+        )
     maximum_NT, total_NT, weighted_NT = (torch.stack(part) for part in zip(*partials, strict=True))
     maximum_T = maximum_NT.amax(0)
     shift_NT = maximum_NT - maximum_T
@@ -103,9 +111,25 @@ def backward(
         active_T = (grad_logprob != 0) if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0)
         if not active_T.all():
             h = None if grad_entropy is None else grad_entropy[active_T]
-            g, states, kept_ids, kept_lse, kept_entropy = (t[active_T] for t in (grad_logprob, hidden, ids, lse, entropy))
-            part, grad_weight = backward(g, h, states, weight, kept_ids, kept_lse, kept_entropy, temperature, softcap, want_hidden, want_weight)
-            return (hidden.new_zeros(hidden.shape).index_put((active_T,), part) if want_hidden else part), grad_weight
+            g, states, kept_ids, kept_lse, kept_entropy = (
+                t[active_T] for t in (grad_logprob, hidden, ids, lse, entropy)
+            )
+            part, grad_weight = backward(
+                g,
+                h,
+                states,
+                weight,
+                kept_ids,
+                kept_lse,
+                kept_entropy,
+                temperature,
+                softcap,
+                want_hidden,
+                want_weight,
+            )
+            return (
+                hidden.new_zeros(hidden.shape).index_put((active_T,), part) if want_hidden else part
+            ), grad_weight
     dtype = compute_dtype(hidden.dtype)
     states_TD = hidden.to(dtype)
     grad_states_TD = states_TD.new_zeros(hidden.shape if want_hidden else (0,))
@@ -113,7 +137,9 @@ def backward(
     for start, stop in chunks(len(hidden), len(weight)):
         rows_CD = weight[start:stop].to(dtype)
         logits_TC = states_TD @ rows_CD.T
-        gradient_TC = logit_gradient(logits_TC, start, grad_logprob, grad_entropy, ids, lse, entropy, temperature, softcap)
+        gradient_TC = logit_gradient(
+            logits_TC, start, grad_logprob, grad_entropy, ids, lse, entropy, temperature, softcap
+        )
         if want_hidden:
             grad_states_TD.addmm_(gradient_TC, rows_CD)
         if want_weight:

@@ -21,7 +21,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-CHUNK_ELEMENTS = 2**24  # of the [T, C] gradient buffer in backward: 32 MiB of bfloat16, less than an H100's cache
+CHUNK_ELEMENTS = (
+    2**24
+)  # of the [T, C] gradient buffer in backward: 32 MiB of bfloat16, less than an H100's cache
 FINAL_ROWS, FINAL_TILES = 16, 64  # a program of the merging kernels: rows, and vocabulary tiles read at once
 
 
@@ -54,7 +56,9 @@ def choose_tiles(dtype: torch.dtype, capability: int | None, wide: bool, aligned
 def _tanh(x):
     doubled = tl.exp(2.0 * x)
     square = x * x
-    series = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0)))  # the other form loses the digits of a small x
+    series = x * (
+        1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0))
+    )  # the other form loses the digits of a small x
     return tl.where(tl.abs(x) < 0.1, series, 1.0 - 2.0 / (doubled + 1.0))
 
 
@@ -105,7 +109,23 @@ def partial_kernel(
     tile = tl.program_id(0) // row_tiles
     first_row = (tl.program_id(0) % row_tiles) * ROWS
     first_column = tile * COLUMNS
-    y = _logit_tile(hidden, weight, first_row, first_column, T, V, D, hidden_stride, weight_stride, ROWS, COLUMNS, DEPTH, EVEN, DESCRIPTORS, UPCAST)
+    y = _logit_tile(
+        hidden,
+        weight,
+        first_row,
+        first_column,
+        T,
+        V,
+        D,
+        hidden_stride,
+        weight_stride,
+        ROWS,
+        COLUMNS,
+        DEPTH,
+        EVEN,
+        DESCRIPTORS,
+        UPCAST,
+    )
     if CAPPED:
         y = softcap * _tanh(y * inverse_softcap)
     y = y * inverse_temperature
@@ -134,7 +154,9 @@ def merge(maximum, total, weighted, rows, T, N, TILES: tl.constexpr):
     for start in range(0, N, TILES):
         tiles = start + tl.arange(0, TILES)
         offset = tiles[:, None].to(tl.int64) * T + rows[None, :]
-        m = tl.maximum(m, tl.max(tl.load(maximum + offset, mask=(tiles < N)[:, None], other=float("-inf")), 0))
+        m = tl.maximum(
+            m, tl.max(tl.load(maximum + offset, mask=(tiles < N)[:, None], other=float("-inf")), 0)
+        )
     s = tl.zeros(rows.shape, tl.float32)
     u = tl.zeros(rows.shape, tl.float32)
     for start in range(0, N, TILES):
@@ -151,12 +173,18 @@ def merge(maximum, total, weighted, rows, T, N, TILES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "N"])
-def finish_kernel(maximum, total, weighted, target, logprob, entropy, lse, T, N, ROWS: tl.constexpr, TILES: tl.constexpr):
+def finish_kernel(
+    maximum, total, weighted, target, logprob, entropy, lse, T, N, ROWS: tl.constexpr, TILES: tl.constexpr
+):
     """logprob, entropy float32 [T] and lse float64 [T] from the partials [N, T] and target [T]."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = rows < T
     row_lse, row_entropy = merge(maximum, total, weighted, rows, T, N, TILES)
-    tl.store(logprob + rows, (tl.load(target + rows, mask=real, other=0.0).to(tl.float64) - row_lse).to(tl.float32), mask=real)
+    tl.store(
+        logprob + rows,
+        (tl.load(target + rows, mask=real, other=0.0).to(tl.float64) - row_lse).to(tl.float32),
+        mask=real,
+    )
     tl.store(entropy + rows, row_entropy, mask=real)
     tl.store(lse + rows, row_lse, mask=real)
 
@@ -192,10 +220,32 @@ def logit_gradient_kernel(
         h = tl.load(grad_entropy + rows, mask=real, other=0.0)
         active = active | (h != 0)
     if tl.max(active.to(tl.int32), 0) == 0:
-        _store_tile(out, tl.zeros((ROWS, COLUMNS), tl.float32), first_row, first_column - first, T, out_stride, DESCRIPTORS)
+        _store_tile(
+            out,
+            tl.zeros((ROWS, COLUMNS), tl.float32),
+            first_row,
+            first_column - first,
+            T,
+            out_stride,
+            DESCRIPTORS,
+        )
     else:
         y = _logit_tile(
-            hidden, weight, first_row, first_column, T, stop, D, hidden_stride, weight_stride, ROWS, COLUMNS, DEPTH, EVEN, DESCRIPTORS, UPCAST
+            hidden,
+            weight,
+            first_row,
+            first_column,
+            T,
+            stop,
+            D,
+            hidden_stride,
+            weight_stride,
+            ROWS,
+            COLUMNS,
+            DEPTH,
+            EVEN,
+            DESCRIPTORS,
+            UPCAST,
         )
         slope = inverse_temperature
         if CAPPED:
@@ -210,7 +260,9 @@ def logit_gradient_kernel(
             rest = (row_lse - rounded.to(tl.float64)).to(tl.float32)
             y -= rest[:, None]
             p *= tl.exp(-rest)[:, None]
-        gradient = g[:, None] * (tl.where(columns[None, :] == tl.load(ids + rows, mask=real, other=-1)[:, None], 1.0, 0.0) - p)
+        gradient = g[:, None] * (
+            tl.where(columns[None, :] == tl.load(ids + rows, mask=real, other=-1)[:, None], 1.0, 0.0) - p
+        )
         if WITH_ENTROPY:
             gradient -= h[:, None] * p * (y + tl.load(entropy + rows, mask=real, other=0.0)[:, None])
         _store_tile(out, gradient * slope, first_row, first_column - first, T, out_stride, DESCRIPTORS)
@@ -238,7 +290,13 @@ class Head:
     """What both matrix kernels take: the two matrices, as descriptors of the bulk copy engine where it can read them, and the constants."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, temperature: float, softcap: float | None, descriptors: bool | None, entropy_gradient: bool = False
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        temperature: float,
+        softcap: float | None,
+        descriptors: bool | None,
+        entropy_gradient: bool = False,
     ) -> None:
         _check_device(hidden)
         self.hidden, self.weight = _rows_contiguous(hidden), _rows_contiguous(weight)
@@ -263,10 +321,19 @@ class Head:
 
     def matrices(self) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
         tiles = self.tiles
-        return self.described(self.hidden, tiles.rows, tiles.depth), self.described(self.weight, tiles.columns, tiles.depth)
+        return self.described(self.hidden, tiles.rows, tiles.depth), self.described(
+            self.weight, tiles.columns, tiles.depth
+        )
 
 
-def partials(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None, descriptors: bool | None = None) -> list[Tensor]:
+def partials(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    temperature: float,
+    softcap: float | None,
+    descriptors: bool | None = None,
+) -> list[Tensor]:
     """[maximum, total, weighted] float32 [N, T] and target float32 [T] (NaN for an id outside the vocabulary), for `merge`. T > 0."""
     head = Head(hidden, weight, temperature, softcap, descriptors)
     T, D = hidden.shape
@@ -277,22 +344,34 @@ def partials(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, so
     grid = (triton.cdiv(T, head.tiles.rows) * N,)
     strides = head.hidden.stride(0), head.weight.stride(0)
     with torch.cuda.device_of(hidden):
-        partial_kernel[grid](*head.matrices(), ids.contiguous(), *out, T, V, D, *strides, *head.scalars, **head.constants)
+        partial_kernel[grid](
+            *head.matrices(), ids.contiguous(), *out, T, V, D, *strides, *head.scalars, **head.constants
+        )
     return out
 
 
 def forward(
-    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None, descriptors: bool | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    temperature: float,
+    softcap: float | None,
+    descriptors: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-prob, entropy float32 [T]; log-sum-exp float64 [T]). As `reference.forward`; `descriptors` forces or forbids the bulk copy engine (None:
     by chip)."""
     _check_device(hidden)
     T = len(hidden)
-    logprob, entropy, lse = (torch.empty(T, dtype=dtype, device=hidden.device) for dtype in (torch.float32, torch.float32, torch.float64))
+    logprob, entropy, lse = (
+        torch.empty(T, dtype=dtype, device=hidden.device)
+        for dtype in (torch.float32, torch.float32, torch.float64)
+    )
     if T:
         parts = partials(hidden, weight, ids, temperature, softcap, descriptors)
         with torch.cuda.device_of(hidden):
-            finish_kernel[(triton.cdiv(T, FINAL_ROWS),)](*parts, logprob, entropy, lse, T, len(parts[0]), ROWS=FINAL_ROWS, TILES=FINAL_TILES)
+            finish_kernel[(triton.cdiv(T, FINAL_ROWS),)](
+                *parts, logprob, entropy, lse, T, len(parts[0]), ROWS=FINAL_ROWS, TILES=FINAL_TILES
+            )
     return logprob, entropy, lse
 
 
@@ -321,7 +400,9 @@ def backward(
     if T == 0:
         return grad_states.to(hidden.dtype), grad_weight.zero_()
     width = chunk_columns(T, V, head.tiles.columns)
-    cut_off = INTERPRETED and hidden.dtype == torch.bfloat16  # where the interpreter stores bfloat16, it does not round
+    cut_off = (
+        INTERPRETED and hidden.dtype == torch.bfloat16
+    )  # where the interpreter stores bfloat16, it does not round
     chunk = torch.empty((T, width), dtype=torch.float32 if cut_off else hidden.dtype, device=hidden.device)
     tiles = (*head.matrices(), head.described(chunk, head.tiles.rows, head.tiles.columns))
     vectors = [t if t is None else t.contiguous() for t in (ids, lse, entropy, grad_logprob, grad_entropy)]

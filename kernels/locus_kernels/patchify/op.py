@@ -33,7 +33,9 @@ def _operator(
 
 @_operator.register_kernel("cuda")
 def _on_cuda(images, sizes, boxes, patch, frames, merge, mean, std, dtype):
-    from locus_kernels.patchify.triton import patchify_images_triton  # only here: a machine without CUDA needs no Triton
+    from locus_kernels.patchify.triton import (
+        patchify_images_triton,
+    )  # only here: a machine without CUDA needs no Triton
 
     choices = {"patch": patch, "frames": frames, "merge": merge, "mean": mean, "std": std, "dtype": dtype}
     return patchify_images_triton(images, _pairs(sizes, 2), _pairs(boxes, 4), **choices)
@@ -41,10 +43,14 @@ def _on_cuda(images, sizes, boxes, patch, frames, merge, mean, std, dtype):
 
 @_operator.register_fake
 def _shape(images, sizes, boxes, patch, frames, merge, mean, std, dtype):
-    return images[0].new_empty(sum(reference.count_patches(_pairs(sizes, 2), patch)), 3 * frames * patch**2, dtype=dtype)
+    return images[0].new_empty(
+        sum(reference.count_patches(_pairs(sizes, 2), patch)), 3 * frames * patch**2, dtype=dtype
+    )
 
 
-def _check_constants(patch: int, frames: int, merge: int, mean: Sequence[float], std: Sequence[float]) -> None:
+def _check_constants(
+    patch: int, frames: int, merge: int, mean: Sequence[float], std: Sequence[float]
+) -> None:
     if min(patch, frames, merge) < 1:
         raise ValueError(f"expected patch, frames and merge >= 1, got {patch}, {frames} and {merge}")
     if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
@@ -62,10 +68,14 @@ def _check_images(images: Sequence[Tensor], sizes: Sequence[Size], boxes: Sequen
         if image.device != images[0].device:
             raise ValueError(f"expected images of one device, got {images[0].device} and {image.device}")
         if not (0 <= x1 < x2 <= image.shape[1] and 0 <= y1 < y2 <= image.shape[0]):
-            raise ValueError(f"expected a box inside its image of {image.shape[1]} x {image.shape[0]} pixels, got {(x1, y1, x2, y2)}")
+            raise ValueError(
+                f"expected a box inside its image of {image.shape[1]} x {image.shape[0]} pixels, got {(x1, y1, x2, y2)}"
+            )
 
 
-def patchify(image: Tensor, *, patch: int, frames: int, merge: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def patchify(
+    image: Tensor, *, patch: int, frames: int, merge: int, mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
     """Patches of one image, as it is.
 
     image: uint8 [height, width, 3], both sides multiples of `patch * merge`. mean, std: of the three channels, on the 0..1 scale.
@@ -107,11 +117,19 @@ def patchify_images(
     if not len(images) == len(sizes) == len(whole if boxes is None else boxes) or len(images) == 0:
         count = f"{len(images)} images, {len(sizes)} sizes and {len(whole if boxes is None else boxes)} boxes"
         raise ValueError(f"expected at least one image, and as many sizes and boxes as images, got {count}")
-    taken = whole if boxes is None else [all_of_it if box is None else box for box, all_of_it in zip(boxes, whole, strict=True)]
+    taken = (
+        whole
+        if boxes is None
+        else [all_of_it if box is None else box for box, all_of_it in zip(boxes, whole, strict=True)]
+    )
     _check_constants(patch, frames, merge, mean, std)
     _check_images(images, sizes, taken, patch * merge)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     flat_sizes, flat_boxes = [int(n) for size in sizes for n in size], [int(n) for box in taken for n in box]
-    patches = _operator(list(images), flat_sizes, flat_boxes, patch, frames, merge, list(mean), list(std), dtype)
-    return patches, torch.tensor([[1, height // patch, width // patch] for height, width in sizes], device="cpu")
+    patches = _operator(
+        list(images), flat_sizes, flat_boxes, patch, frames, merge, list(mean), list(std), dtype
+    )
+    return patches, torch.tensor(
+        [[1, height // patch, width // patch] for height, width in sizes], device="cpu"
+    )

@@ -78,7 +78,9 @@ def normalization(mean: Sequence[float], std: Sequence[float]) -> tuple[list[flo
 def check_image(image: Tensor) -> None:
     """Raise ValueError unless image is uint8 [height >= 1, width >= 1, 3]."""
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"patchify expects a uint8 image of shape [height, width, 3], got {image.dtype} {list(image.shape)}")
+        raise ValueError(
+            f"patchify expects a uint8 image of shape [height, width, 3], got {image.dtype} {list(image.shape)}"
+        )
 
 
 def check_size(height: int, width: int, block: int) -> None:
@@ -87,11 +89,15 @@ def check_size(height: int, width: int, block: int) -> None:
         raise ValueError(f"patchify expects sides that are multiples of {block}, got {height} x {width}")
 
 
-def patchify(image: Tensor, *, patch: int, frames: int, merge: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def patchify(
+    image: Tensor, *, patch: int, frames: int, merge: int, mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
     """What `op.patchify` documents."""
     height, width, block = image.shape[0], image.shape[1], patch * merge
     scale, shift = (torch.tensor(x, device=image.device) for x in normalization(mean, std))
-    cells = (image.float() * scale - shift).reshape(height // block, merge, patch, width // block, merge, patch, 3)
+    cells = (image.float() * scale - shift).reshape(
+        height // block, merge, patch, width // block, merge, patch, 3
+    )
     cells = cells.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, 1, patch, patch)
     return cells.expand(-1, -1, frames, -1, -1).reshape(cells.shape[0], -1)
 

@@ -24,9 +24,15 @@ from locus_kernels.patchify.reference import Box, Size
 BITS, HALF = tl.constexpr(reference.FRACTION_BITS), tl.constexpr(reference.HALF)
 JOB = tl.constexpr(17)  # fields of a job, int64 each
 POINTER, STRIDE_U, STRIDE_V, STRIDE_C = (tl.constexpr(n) for n in range(4))  # where its pixels lie
-SOURCE_U, SOURCE_V, OUT_U, OUT_V, FLIP = (tl.constexpr(n) for n in range(4, 9))  # lengths; FLIP: u is the vertical axis
-TAPS_U, COUNT_U, TAPS_V, COUNT_V = (tl.constexpr(n) for n in range(9, 13))  # where its taps begin, and how many an output pixel has
-MIDDLE, PATCH, FIRST, SECOND = (tl.constexpr(n) for n in range(13, 17))  # its first byte between the passes, patch, programs of either kernel
+SOURCE_U, SOURCE_V, OUT_U, OUT_V, FLIP = (
+    tl.constexpr(n) for n in range(4, 9)
+)  # lengths; FLIP: u is the vertical axis
+TAPS_U, COUNT_U, TAPS_V, COUNT_V = (
+    tl.constexpr(n) for n in range(9, 13)
+)  # where its taps begin, and how many an output pixel has
+MIDDLE, PATCH, FIRST, SECOND = (
+    tl.constexpr(n) for n in range(13, 17)
+)  # its first byte between the passes, patch, programs of either kernel
 ROWS, COLUMNS, VALUES = 8, 128, 1024  # the first kernel's tile; values a program of the second
 
 
@@ -49,7 +55,9 @@ def first_kernel(jobs, job_of_program, taps, middle, ROWS: tl.constexpr, COLUMNS
     inside = u < out_u
     taps_u = taps + tl.load(job + TAPS_U)
     start = tl.load(taps_u + u, mask=inside, other=0)
-    source = tl.load(job + POINTER).to(tl.pointer_type(tl.uint8)) + v.to(tl.int64)[:, None] * tl.load(job + STRIDE_V)
+    source = tl.load(job + POINTER).to(tl.pointer_type(tl.uint8)) + v.to(tl.int64)[:, None] * tl.load(
+        job + STRIDE_V
+    )
     source += (channel * tl.load(job + STRIDE_C))[None, :]
     stride_u = tl.load(job + STRIDE_U)
     both = (v < source_v)[:, None] & inside[None, :]
@@ -70,7 +78,11 @@ def second_kernel(
     """A program writes VALUES values of one image's patches (of one frame, in the output's order), to every frame. Patches are SIDE pixels square."""
     program = tl.program_id(0)
     job = jobs + tl.load(job_of_program + program).to(tl.int64) * JOB
-    source_v, out_u, out_v = tl.load(job + SOURCE_V), tl.load(job + OUT_U).to(tl.int32), tl.load(job + OUT_V).to(tl.int32)
+    source_v, out_u, out_v = (
+        tl.load(job + SOURCE_V),
+        tl.load(job + OUT_U).to(tl.int32),
+        tl.load(job + OUT_V).to(tl.int32),
+    )
     flip = tl.load(job + FLIP) != 0
     value = (program - tl.load(job + SECOND).to(tl.int32)) * VALUES + tl.arange(0, VALUES)
     inside = value < out_u * out_v * 3
@@ -103,7 +115,13 @@ def _upload(table: Tensor, device: torch.device) -> Tensor:
     return table.to(device) if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
 
-def _plan(images: Sequence[Tensor], sizes: Sequence[Size], boxes: Sequence[Box], patch: int, tile: tuple[int, int, int]):
+def _plan(
+    images: Sequence[Tensor],
+    sizes: Sequence[Size],
+    boxes: Sequence[Box],
+    patch: int,
+    tile: tuple[int, int, int],
+):
     """(jobs int64 [n, JOB]; taps int32 [..]; programs int64 [2, n] of each job in either kernel; bytes between the passes), all on the CPU."""
     rows, columns, values = tile
     parts: list[Tensor] = []
@@ -121,8 +139,26 @@ def _plan(images: Sequence[Tensor], sizes: Sequence[Size], boxes: Sequence[Box],
                 parts += [reference.taps(*pair).start, reference.taps(*pair).weight.flatten()]
                 used += len(parts[-2]) + len(parts[-1])
         where = [image.data_ptr() + y1 * stride_y + x1 * stride_x, stride_u, stride_v, stride_c]
-        by_axis = [number for pair in (pair_u, pair_v) for number in (places[pair], len(reference.taps(*pair).weight))]
-        jobs.append([*where, pair_u[0], pair_v[0], pair_u[1], pair_v[1], flip, *by_axis, middle, patches, first[-1], second[-1]])
+        by_axis = [
+            number
+            for pair in (pair_u, pair_v)
+            for number in (places[pair], len(reference.taps(*pair).weight))
+        ]
+        jobs.append(
+            [
+                *where,
+                pair_u[0],
+                pair_v[0],
+                pair_u[1],
+                pair_v[1],
+                flip,
+                *by_axis,
+                middle,
+                patches,
+                first[-1],
+                second[-1],
+            ]
+        )
         middle += pair_v[0] * pair_u[1] * 3
         patches += size[0] * size[1] // patch**2
         first.append(first[-1] + triton.cdiv(pair_v[0], rows) * triton.cdiv(pair_u[1] * 3, columns))
@@ -151,10 +187,23 @@ def patchify_images_triton(
     sent, taps = _upload(torch.cat([jobs.flatten(), job]), device), _upload(taps, device)
     job = sent[jobs.numel() :]
     middle = torch.empty(between, dtype=torch.uint8, device=device)
-    out = torch.empty(sum(reference.count_patches(sizes, patch)), 3 * frames * patch**2, dtype=dtype, device=device)
+    out = torch.empty(
+        sum(reference.count_patches(sizes, patch)), 3 * frames * patch**2, dtype=dtype, device=device
+    )
     scale, shift = reference.normalization(mean, std)
     first_kernel[(first,)](sent, job, taps, middle, ROWS=tile[0], COLUMNS=tile[1])
     second_kernel[(second,)](
-        sent, job[first:], taps, middle, out, *scale, *shift, SIDE=patch, FRAMES=frames, MERGE=merge, VALUES=tile[2], enable_fp_fusion=False
+        sent,
+        job[first:],
+        taps,
+        middle,
+        out,
+        *scale,
+        *shift,
+        SIDE=patch,
+        FRAMES=frames,
+        MERGE=merge,
+        VALUES=tile[2],
+        enable_fp_fusion=False,
     )
     return out

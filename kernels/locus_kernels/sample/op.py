@@ -23,7 +23,16 @@ def _operator(
     top_k: int,
 ) -> tuple[Tensor, Tensor]:
     at = position if positions is None else positions
-    return reference.sample(logits, seed=seed, row=row, position=at, temperature=temperature, top_p=top_p, allowed=allowed, top_k=top_k)
+    return reference.sample(
+        logits,
+        seed=seed,
+        row=row,
+        position=at,
+        temperature=temperature,
+        top_p=top_p,
+        allowed=allowed,
+        top_k=top_k,
+    )
 
 
 @_operator.register_kernel("cuda")
@@ -31,7 +40,16 @@ def _on_cuda(logits, seed, row, positions, position, temperature, top_p, allowed
     from locus_kernels.sample.triton import sample_triton  # only here: a machine without CUDA needs no Triton
 
     at = position if positions is None else positions
-    return sample_triton(logits, seed=seed, row=row, position=at, temperature=temperature, top_p=top_p, allowed=allowed, top_k=top_k)
+    return sample_triton(
+        logits,
+        seed=seed,
+        row=row,
+        position=at,
+        temperature=temperature,
+        top_p=top_p,
+        allowed=allowed,
+        top_k=top_k,
+    )
 
 
 @_operator.register_fake
@@ -40,27 +58,53 @@ def _shapes(logits, *_):
     return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.float32)
 
 
-def _check(logits: Tensor, row: Tensor, position: Tensor | int, temperature: float, top_p: float, allowed: Tensor | None, top_k: int) -> None:
-    if logits.ndim != 2 or logits.shape[1] < 1 or logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"logits: expected float32, bfloat16 or float16 [rows, vocabulary >= 1], got {logits.dtype} {list(logits.shape)}")
+def _check(
+    logits: Tensor,
+    row: Tensor,
+    position: Tensor | int,
+    temperature: float,
+    top_p: float,
+    allowed: Tensor | None,
+    top_k: int,
+) -> None:
+    if (
+        logits.ndim != 2
+        or logits.shape[1] < 1
+        or logits.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+    ):
+        raise ValueError(
+            f"logits: expected float32, bfloat16 or float16 [rows, vocabulary >= 1], got {logits.dtype} {list(logits.shape)}"
+        )
     rows, vocab = logits.shape
     if row.dtype != torch.int64 or row.shape != (rows,):
         raise ValueError(f"row: expected int64 [{rows}], got {row.dtype} {list(row.shape)}")
-    if isinstance(position, Tensor) and (position.dtype != torch.int64 or position.shape not in ((rows,), (1,), ())):
-        raise ValueError(f"position: expected a number, or int64 [{rows}], [1] or [], got {position.dtype} {list(position.shape)}")
+    if isinstance(position, Tensor) and (
+        position.dtype != torch.int64 or position.shape not in ((rows,), (1,), ())
+    ):
+        raise ValueError(
+            f"position: expected a number, or int64 [{rows}], [1] or [], got {position.dtype} {list(position.shape)}"
+        )
     if allowed is not None and (allowed.dtype != torch.bool or allowed.shape != (vocab,)):
         raise ValueError(f"allowed: expected bool [{vocab}], got {allowed.dtype} {list(allowed.shape)}")
     for name, tensor in (("row", row), ("position", position), ("allowed", allowed)):
         if isinstance(tensor, Tensor) and tensor.device != logits.device:
             raise ValueError(f"{name}: expected the device of logits, {logits.device}, got {tensor.device}")
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(f"expected 0 <= temperature, 0 < top_p <= 1 and 0 <= top_k, got {temperature}, {top_p} and {top_k}")
+        raise ValueError(
+            f"expected 0 <= temperature, 0 < top_p <= 1 and 0 <= top_k, got {temperature}, {top_p} and {top_k}"
+        )
 
 
 def _check_values(logits: Tensor, allowed: Tensor | None) -> None:
     scores = logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
-    if bool(logits.isnan().any()) or bool((logits == torch.inf).any()) or not bool((scores > -torch.inf).any(-1).all()):
-        raise ValueError("logits: expected no NaN, no inf, and in each row an allowed id above -inf, got a row without")
+    if (
+        bool(logits.isnan().any())
+        or bool((logits == torch.inf).any())
+        or not bool((scores > -torch.inf).any(-1).all())
+    ):
+        raise ValueError(
+            "logits: expected no NaN, no inf, and in each row an allowed id above -inf, got a row without"
+        )
 
 
 def sample(
@@ -95,4 +139,14 @@ def sample(
     if validate:
         _check_values(logits, allowed)
     positions, number = (position, 0) if isinstance(position, Tensor) else (None, reference.wrap(position))
-    return _operator(logits.detach(), reference.wrap(seed), row, positions, number, float(temperature), float(top_p), allowed, top_k)
+    return _operator(
+        logits.detach(),
+        reference.wrap(seed),
+        row,
+        positions,
+        number,
+        float(temperature),
+        float(top_p),
+        allowed,
+        top_k,
+    )

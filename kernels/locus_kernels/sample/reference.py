@@ -63,12 +63,22 @@ def invert(mass: Tensor, u: Tensor) -> Tensor:
     """The first id, int64 [R], at which the running sum of mass, float64 [R, V], exceeds u of its total; u float64 [R] in [0, 1)."""
     cumulative = mass.cumsum(-1)
     target = u[:, None] * cumulative[:, -1:]
-    last = (mass > 0).long().cumsum(-1).argmax(-1, keepdim=True)  # rounding must not step past the last token with mass
+    last = (
+        (mass > 0).long().cumsum(-1).argmax(-1, keepdim=True)
+    )  # rounding must not step past the last token with mass
     return torch.minimum(torch.searchsorted(cumulative, target, right=True), last)[:, 0]
 
 
 def sample(
-    logits: Tensor, *, seed: int, row: Tensor, position: Tensor | int, temperature: float, top_p: float, allowed: Tensor | None, top_k: int
+    logits: Tensor,
+    *,
+    seed: int,
+    row: Tensor,
+    position: Tensor | int,
+    temperature: float,
+    top_p: float,
+    allowed: Tensor | None,
+    top_k: int,
 ) -> tuple[Tensor, Tensor]:
     """What `op.sample` documents."""
     scores = logits.float() * (1 / temperature) if temperature > 0 else logits.float()
@@ -77,5 +87,7 @@ def sample(
         ids = open_RV.argmax(-1)
     else:
         kept = keep(open_RV, top_k, top_p)
-        ids = invert(open_RV.double().masked_fill(~kept, -torch.inf).softmax(-1), uniform(seed, row, position))
+        ids = invert(
+            open_RV.double().masked_fill(~kept, -torch.inf).softmax(-1), uniform(seed, row, position)
+        )
     return ids, scores.gather(-1, ids[:, None])[:, 0] - scores.logsumexp(-1)

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from locus_kernels.sample import reference
 
-GOLDEN, MIX_A, MIX_B = (tl.constexpr(reference.wrap(c)) for c in (reference.GOLDEN, reference.MIX_A, reference.MIX_B))
+GOLDEN, MIX_A, MIX_B = (
+    tl.constexpr(reference.wrap(c)) for c in (reference.GOLDEN, reference.MIX_A, reference.MIX_B)
+)
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 TILE = 4096  # ids a program of the first kernel
 SEARCH_TILE = 1024  # ids a step of the threshold search
@@ -35,7 +37,10 @@ def _exp(x):
 @triton.jit
 def _scores(logits, at, stride_v, inside, inverse_temperature):
     """Logits in float32 over the temperature; -inf past the end."""
-    return tl.load(logits + at.to(tl.int64) * stride_v, mask=inside, other=float("-inf")).to(tl.float32) * inverse_temperature
+    return (
+        tl.load(logits + at.to(tl.int64) * stride_v, mask=inside, other=float("-inf")).to(tl.float32)
+        * inverse_temperature
+    )
 
 
 @triton.jit
@@ -128,15 +133,41 @@ def threshold_kernel(
             best = tl.maximum(best, tl.where(_allowed(allowed, at, at < vocab, MASKED), x, float("-inf")))
         highest = _safe(tl.max(best))
     if K:
-        key = _search(logits, stride_v, allowed, vocab, inverse_temperature, highest, key, top_k.to(tl.float32), True, MASKED, BLOCK)
+        key = _search(
+            logits,
+            stride_v,
+            allowed,
+            vocab,
+            inverse_temperature,
+            highest,
+            key,
+            top_k.to(tl.float32),
+            True,
+            MASKED,
+            BLOCK,
+        )
     if P:
-        key = _search(logits, stride_v, allowed, vocab, inverse_temperature, highest, key, top_p, False, MASKED, BLOCK)
+        key = _search(
+            logits, stride_v, allowed, vocab, inverse_temperature, highest, key, top_p, False, MASKED, BLOCK
+        )
     tl.store(threshold + row, key)
 
 
 # ------------------------------------------------------------------------------------------------------------- one read
 @triton.jit
-def _kept(logits, allowed, threshold, row, at, vocab, stride_r, stride_v, inverse_temperature, MASKED: tl.constexpr, CUT: tl.constexpr):
+def _kept(
+    logits,
+    allowed,
+    threshold,
+    row,
+    at,
+    vocab,
+    stride_r,
+    stride_v,
+    inverse_temperature,
+    MASKED: tl.constexpr,
+    CUT: tl.constexpr,
+):
     """(scores of ids `at` of a row, which of them may be drawn)."""
     x = _scores(logits + row * stride_r, at, stride_v, at < vocab, inverse_temperature)
     may = _allowed(allowed, at, at < vocab, MASKED)
@@ -154,7 +185,9 @@ def tiles_kernel(
     `best`, int32 [R, tiles], the first id that reaches the maximum."""
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tile * BLOCK + tl.arange(0, BLOCK)
-    x, may = _kept(logits, allowed, threshold, row, at, vocab, stride_r, stride_v, inverse_temperature, MASKED, CUT)
+    x, may = _kept(
+        logits, allowed, threshold, row, at, vocab, stride_r, stride_v, inverse_temperature, MASKED, CUT
+    )
     mine = tl.where(may, x, float("-inf"))
     top = tl.max(mine)
     out = partial + (row * tiles + tile) * 4
@@ -190,7 +223,13 @@ def draw_kernel(
     total_other = tl.load(there + 3, mask=tile < tiles, other=0.0)
     highest = _safe(tl.max(top))
     if GREEDY:
-        token = tl.min(tl.where((top == tl.max(top)) & (tile < tiles), tl.load(best + row * tiles + tile, mask=tile < tiles, other=0), vocab - 1))
+        token = tl.min(
+            tl.where(
+                (top == tl.max(top)) & (tile < tiles),
+                tl.load(best + row * tiles + tile, mask=tile < tiles, other=0),
+                vocab - 1,
+            )
+        )
     else:
         place = tl.full((), 0, tl.int64) + position
         if MOVING:
@@ -203,7 +242,9 @@ def draw_kernel(
         chosen = tl.minimum(tl.min(tl.where(running > target, tile, TILES)), last)
         before = tl.sum(tl.where(tile < chosen, mass, 0.0))
         at = chosen * BLOCK + tl.arange(0, BLOCK)
-        x, may = _kept(logits, allowed, threshold, row, at, vocab, stride_r, stride_v, inverse_temperature, MASKED, CUT)
+        x, may = _kept(
+            logits, allowed, threshold, row, at, vocab, stride_r, stride_v, inverse_temperature, MASKED, CUT
+        )
         mass = tl.where(may, _exp(x - highest), 0.0).to(tl.float64)
         running = before + tl.cumsum(mass, 0)
         last = tl.max(tl.where(mass > 0, at, 0))
@@ -211,7 +252,9 @@ def draw_kernel(
     above = tl.maximum(tl.max(top), tl.max(top_other))
     above = _safe(above)
     everything = tl.sum(total * _exp(top - above)) + tl.sum(total_other * _exp(top_other - above))
-    said = tl.load(logits + row * stride_r + token.to(tl.int64) * stride_v).to(tl.float32) * inverse_temperature
+    said = (
+        tl.load(logits + row * stride_r + token.to(tl.int64) * stride_v).to(tl.float32) * inverse_temperature
+    )
     tl.store(ids + row, token.to(tl.int64))
     tl.store(logprob + row, said - (above + tl.log2(everything) * LN2))
 
@@ -245,9 +288,13 @@ def sample_triton(
     strides = logits.stride()
     if cut:
         chosen = {"K": 0 < top_k < vocab, "P": top_p < 1, "BLOCK": min(SEARCH_TILE, tile), "num_warps": 8}
-        threshold_kernel[(rows,)](logits, mask, threshold, vocab, *strides, inverse, top_k, float(top_p), **flags, **chosen)
+        threshold_kernel[(rows,)](
+            logits, mask, threshold, vocab, *strides, inverse, top_k, float(top_p), **flags, **chosen
+        )
     flags |= {"GREEDY": greedy, "CUT": cut, "BLOCK": tile, "num_warps": 8}
-    tiles_kernel[(rows, tiles)](logits, mask, threshold, partial, best, vocab, tiles, *strides, inverse, **flags)
+    tiles_kernel[(rows, tiles)](
+        logits, mask, threshold, partial, best, vocab, tiles, *strides, inverse, **flags
+    )
     moving = isinstance(position, Tensor)
     positions, fixed = (position.expand(rows), 0) if isinstance(position, Tensor) else (row, position)
     draw_kernel[(rows,)](

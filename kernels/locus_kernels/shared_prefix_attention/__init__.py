@@ -4,4 +4,14 @@ from locus_kernels.shared_prefix_attention.backends import BACKENDS, Backend, ch
 from locus_kernels.shared_prefix_attention.layout import Packed, Pairs, SharedPrefixLayout, send
 from locus_kernels.shared_prefix_attention.op import packed_attention, shared_prefix_attention
 
-__all__ = ["BACKENDS", "Backend", "Packed", "Pairs", "SharedPrefixLayout", "choose_backend", "packed_attention", "send", "shared_prefix_attention"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Packed",
+    "Pairs",
+    "SharedPrefixLayout",
+    "choose_backend",
+    "packed_attention",
+    "send",
+    "shared_prefix_attention",
+]

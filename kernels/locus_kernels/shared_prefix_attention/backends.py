@@ -25,7 +25,9 @@ HALF = (torch.bfloat16, torch.float16)
 class Backend:
     name: str
     forward: Callable[[Tensor, Tensor, Tensor, Pairs, float], tuple[Tensor, Tensor]]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Pairs, float], tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Pairs, float], tuple[Tensor, Tensor, Tensor]
+    ]
 
 
 def _plain() -> Backend:
@@ -54,7 +56,12 @@ def _torch_cpu() -> Backend:
         for b in pairs.buckets:
             qs, ks, vs = _heads(b, q, k, v)
             gs, os = (_rows(t[b.query], b.count, k.shape[1]) for t in (grad, out))
-            ls = lse[:, b.query].reshape(k.shape[1], -1, b.count, b.query_length).permute(2, 0, 1, 3).flatten(0, 1)
+            ls = (
+                lse[:, b.query]
+                .reshape(k.shape[1], -1, b.count, b.query_length)
+                .permute(2, 0, 1, 3)
+                .flatten(0, 1)
+            )
             dqs, dks, dvs = backward_op(gs, qs, ks, vs, os, ls, 0.0, pairs.causal, scale=scale)
             dq[b.query] = _tokens(dqs, b.count)
             dk[b.key], dv[b.key] = (_tokens(t.sum(1, keepdim=True), b.count) for t in (dks, dvs))
@@ -86,37 +93,59 @@ def _torch_cuda() -> Backend:
     aten = torch.ops.aten
 
     def forward(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float) -> tuple[Tensor, Tensor]:
-        return aten._flash_attention_forward(q, k, v, *_extents(pairs), 0.0, pairs.causal, False, scale=scale)[:2]
+        return aten._flash_attention_forward(
+            q, k, v, *_extents(pairs), 0.0, pairs.causal, False, scale=scale
+        )[:2]
 
     def backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: Pairs, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)  # of a dropout that is 0
-        return aten._flash_attention_backward(grad, q, k, v, out, lse, *_extents(pairs), 0.0, pairs.causal, state, unused, scale=scale)
+        state, unused = (
+            torch.zeros(2, dtype=torch.uint64, device=q.device),
+            torch.empty(0, device=q.device),
+        )  # of a dropout that is 0
+        return aten._flash_attention_backward(
+            grad, q, k, v, out, lse, *_extents(pairs), 0.0, pairs.causal, state, unused, scale=scale
+        )
 
     return Backend("torch", forward, backward)
 
 
 def _extents(pairs: Pairs) -> tuple[Tensor, Tensor, int, int]:
     """Offsets and upper bounds. A bound of 1 would have FlashAttention 2 take the queries for a decoding step, one a sequence, which they are not."""
-    return pairs.queries.cu_seqlens, pairs.keys.cu_seqlens, max(2, pairs.queries.longest), max(2, pairs.keys.longest)
+    return (
+        pairs.queries.cu_seqlens,
+        pairs.keys.cu_seqlens,
+        max(2, pairs.queries.longest),
+        max(2, pairs.keys.longest),
+    )
 
 
 def _named_extents(pairs: Pairs) -> dict[str, Any]:
-    return dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), _extents(pairs), strict=True))
+    return dict(
+        zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), _extents(pairs), strict=True)
+    )
 
 
 def _flash_attn_2() -> Backend:
     api = importlib.import_module("flash_attn.flash_attn_interface")
 
     def forward(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float) -> tuple[Tensor, Tensor]:
-        return api._flash_attn_varlen_forward(q, k, v, **_named_extents(pairs), dropout_p=0.0, softmax_scale=scale, causal=pairs.causal)[:2]
+        return api._flash_attn_varlen_forward(
+            q, k, v, **_named_extents(pairs), dropout_p=0.0, softmax_scale=scale, causal=pairs.causal
+        )[:2]
 
     def backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: Pairs, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-        off = {"window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None, "deterministic": False}
+        off = {
+            "window_size_left": -1,
+            "window_size_right": -1,
+            "softcap": 0.0,
+            "alibi_slopes": None,
+            "deterministic": False,
+        }
         shared = {**_named_extents(pairs), "dropout_p": 0.0, "softmax_scale": scale, "causal": pairs.causal}
         api._flash_attn_varlen_backward(grad, q, k, v, out, lse, dq, dk, dv, **shared, **off)
         return dq, dk, dv
@@ -129,7 +158,9 @@ def _flash_attn_3() -> Backend:
     causal_name = "is_causal" if "is_causal" in str(inspect.signature(api._flash_attn_backward)) else "causal"
 
     def forward(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float) -> tuple[Tensor, Tensor]:
-        return api._flash_attn_forward(q, k, v, **_named_extents(pairs), softmax_scale=scale, causal=pairs.causal)[:2]
+        return api._flash_attn_forward(
+            q, k, v, **_named_extents(pairs), softmax_scale=scale, causal=pairs.causal
+        )[:2]
 
     def backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: Pairs, scale: float
@@ -146,18 +177,24 @@ def _flash_attn_4() -> Backend:
     api = importlib.import_module("flash_attn.cute.interface")
 
     def forward(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float) -> tuple[Tensor, Tensor]:
-        return api._flash_attn_fwd(q, k, v, **_named_extents(pairs), softmax_scale=scale, causal=pairs.causal, return_lse=True)[:2]
+        return api._flash_attn_fwd(
+            q, k, v, **_named_extents(pairs), softmax_scale=scale, causal=pairs.causal, return_lse=True
+        )[:2]
 
     def backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: Pairs, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return api._flash_attn_bwd(q, k, v, out, grad, lse, softmax_scale=scale, causal=pairs.causal, **_named_extents(pairs))[:3]
+        return api._flash_attn_bwd(
+            q, k, v, out, grad, lse, softmax_scale=scale, causal=pairs.causal, **_named_extents(pairs)
+        )[:3]
 
     return Backend("flash_attn_4", forward, backward)
 
 
 # ----------------------------------------------------------------------------------------------------------------- choice
-BACKENDS: dict[str, tuple[str, Callable[[], Backend]]] = {  # name -> (module that must be importable, or nothing; maker)
+BACKENDS: dict[
+    str, tuple[str, Callable[[], Backend]]
+] = {  # name -> (module that must be importable, or nothing; maker)
     "plain": ("", _plain),
     "torch": ("", _torch_cuda),
     "flash_attn_2": ("flash_attn.flash_attn_interface", _flash_attn_2),
@@ -167,7 +204,9 @@ BACKENDS: dict[str, tuple[str, Callable[[], Backend]]] = {  # name -> (module th
 CUDA_ORDER = ("flash_attn_3", "flash_attn_2", "torch")  # "auto"; FlashAttention 4 is a beta, by name only
 
 
-def choose_backend(name: str, device: torch.device | str, dtype: torch.dtype, head_dims: tuple[int, ...] = ()) -> Backend:
+def choose_backend(
+    name: str, device: torch.device | str, dtype: torch.dtype, head_dims: tuple[int, ...] = ()
+) -> Backend:
     """The backend of this name, or the best one for "auto". Call it once, at start-up.
 
     auto: on CPU PyTorch's own; on CUDA FlashAttention 3 (sm_90), 2, or PyTorch's, whichever comes first, and the plain one for float32 and

@@ -68,12 +68,19 @@ class Pairs:
         for pair, shape in enumerate(zip(self.queries.lengths, self.keys.lengths, strict=True)):
             if min(shape) > 0:
                 found.setdefault(shape, []).append(pair)
-        return [Bucket(len(pairs), *shape, _tokens(self.queries, pairs), _tokens(self.keys, pairs)) for shape, pairs in found.items()]
+        return [
+            Bucket(len(pairs), *shape, _tokens(self.queries, pairs), _tokens(self.keys, pairs))
+            for shape, pairs in found.items()
+        ]
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A host tensor on the device, without waiting for the device."""
-    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if torch.device(device).type == "cuda"
+        else tensor.to(device)
+    )
 
 
 def _tokens(packed: Packed, chosen: list[int]) -> slice | Tensor:
@@ -96,7 +103,9 @@ class SharedPrefixLayout:
     def of(prompts: Packed, lengths: Sequence[Sequence[int]]) -> SharedPrefixLayout:
         """lengths: for each prompt, the lengths of its replies; groups of any sizes, and empty ones."""
         if len(lengths) != len(prompts.lengths):
-            raise ValueError(f"lengths: expected the reply lengths of each of {len(prompts.lengths)} prompts, got {len(lengths)}")
+            raise ValueError(
+                f"lengths: expected the reply lengths of each of {len(prompts.lengths)} prompts, got {len(lengths)}"
+            )
         device = prompts.cu_seqlens.device
         groups = Packed.of([sum(group) for group in lengths], device)
         replies = Packed.of([n for group in lengths for n in group], device)

@@ -14,7 +14,11 @@ from locus_kernels.shared_prefix_attention.layout import Pairs, SharedPrefixLayo
 def scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
     """Scaled scores of one pair, [K, H / K, queries, keys], -inf where a query may not look. q [queries, H, D], k [keys, K, D]."""
     out = torch.einsum("qkhd,pkd->khqp", q.unflatten(1, (k.shape[1], -1)), k) * scale
-    return out.masked_fill(~torch.ones(out.shape[-2:], dtype=torch.bool, device=q.device).tril(), -torch.inf) if causal else out
+    return (
+        out.masked_fill(~torch.ones(out.shape[-2:], dtype=torch.bool, device=q.device).tril(), -torch.inf)
+        if causal
+        else out
+    )
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float) -> tuple[Tensor, Tensor]:
@@ -28,7 +32,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float) -> tupl
     return out, lse
 
 
-def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: Pairs, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: Pairs, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv). `out` and `lse` may be those of a softmax over more keys than these (FlashAttention, arXiv 2205.14135, section B.2, with
     P = exp(scores - lse) and the row sum of grad * out): then these are this part's share of the gradient."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -37,8 +43,14 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
         heads = (k.shape[1], -1)
         qs, gs, os = (t[query].to(wide).unflatten(1, heads) for t in (q, grad, out))
         ks, vs = k[key].to(wide), v[key].to(wide)
-        p = (scores(q[query].to(wide), ks, scale, pairs.causal) - lse[:, query].unflatten(0, heads)[..., None]).exp()
-        ds = p * (torch.einsum("qkhd,pkd->khqp", gs, vs) - (gs * os).sum(-1).permute(1, 2, 0)[..., None]) * scale
+        p = (
+            scores(q[query].to(wide), ks, scale, pairs.causal) - lse[:, query].unflatten(0, heads)[..., None]
+        ).exp()
+        ds = (
+            p
+            * (torch.einsum("qkhd,pkd->khqp", gs, vs) - (gs * os).sum(-1).permute(1, 2, 0)[..., None])
+            * scale
+        )
         dq[query] = torch.einsum("khqp,pkd->qkhd", ds, ks).flatten(1, 2).to(q.dtype)
         dk[key] = torch.einsum("khqp,qkhd->pkd", ds, qs).to(k.dtype)
         dv[key] = torch.einsum("khqp,qkhd->pkd", p, gs).to(v.dtype)
@@ -50,7 +62,15 @@ def _slices(pairs: Pairs):
         yield tuple(slice(packed.starts[i], packed.starts[i + 1]) for packed in (pairs.queries, pairs.keys))
 
 
-def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, layout: SharedPrefixLayout, scale: float) -> Tensor:
+def shared_prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    layout: SharedPrefixLayout,
+    scale: float,
+) -> Tensor:
     """Each reply against cat(its prompt, itself), one softmax, one reply at a time; differentiable, any floating dtype."""
     out = []
     replies, prompts = layout.to_self.queries, layout.to_prompt.keys
@@ -61,6 +81,11 @@ def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, p
         at = slice(replies.starts[i], replies.starts[i + 1])
         group = next(b for b, end in enumerate(ends) if at.start < end)
         prompt = slice(prompts.starts[group], prompts.starts[group + 1])
-        s = torch.cat([scores(q[at], prompt_k[prompt], scale, causal=False), scores(q[at], k[at], scale, causal=True)], -1)
-        out.append(torch.einsum("khqp,pkd->qkhd", s.softmax(-1), torch.cat([prompt_v[prompt], v[at]])).flatten(1, 2))
+        s = torch.cat(
+            [scores(q[at], prompt_k[prompt], scale, causal=False), scores(q[at], k[at], scale, causal=True)],
+            -1,
+        )
+        out.append(
+            torch.einsum("khqp,pkd->qkhd", s.softmax(-1), torch.cat([prompt_v[prompt], v[at]])).flatten(1, 2)
+        )
     return torch.cat(out) if out else q.clone()

@@ -25,18 +25,39 @@ def _on_cpu(
     longest_own: int,
 ) -> Tensor:
     bounds = {"longest_prompt": longest_prompt, "most_rows": most_rows, "longest_own": longest_own}
-    return reference.shared_prefix_decode(q, prompt_k, prompt_v, cu_prompts, own_k, own_v, own_lengths, cu_rows, scale=scale, **bounds)
+    return reference.shared_prefix_decode(
+        q, prompt_k, prompt_v, cu_prompts, own_k, own_v, own_lengths, cu_rows, scale=scale, **bounds
+    )
 
 
-_operator = torch.library.custom_op("locus_kernels::shared_prefix_decode", _on_cpu, mutates_args=(), device_types="cpu")
+_operator = torch.library.custom_op(
+    "locus_kernels::shared_prefix_decode", _on_cpu, mutates_args=(), device_types="cpu"
+)
 
 
 @_operator.register_kernel("cuda")
-def _on_cuda(q, prompt_k, prompt_v, cu_prompts, own_k, own_v, own_lengths, cu_rows, scale, longest_prompt, most_rows, longest_own):
-    from locus_kernels.shared_prefix_decode.triton import decode_triton  # only here: a machine without CUDA needs no Triton
+def _on_cuda(
+    q,
+    prompt_k,
+    prompt_v,
+    cu_prompts,
+    own_k,
+    own_v,
+    own_lengths,
+    cu_rows,
+    scale,
+    longest_prompt,
+    most_rows,
+    longest_own,
+):
+    from locus_kernels.shared_prefix_decode.triton import (
+        decode_triton,
+    )  # only here: a machine without CUDA needs no Triton
 
     bounds = {"longest_prompt": longest_prompt, "most_rows": most_rows, "longest_own": longest_own}
-    return decode_triton(q, prompt_k, prompt_v, cu_prompts, own_k, own_v, own_lengths, cu_rows, scale=scale, **bounds)
+    return decode_triton(
+        q, prompt_k, prompt_v, cu_prompts, own_k, own_v, own_lengths, cu_rows, scale=scale, **bounds
+    )
 
 
 @_operator.register_fake
@@ -52,29 +73,50 @@ def _check_floats(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, own_k: Tensor, 
         or q.dtype not in (*DTYPES, torch.float64)
         or (q.is_cuda and q.dtype == torch.float64)
     ):
-        raise ValueError(f"q: expected float32, bfloat16 or float16 [rows, heads >= 1, 16 to 256], got {q.dtype} {list(q.shape)}")
+        raise ValueError(
+            f"q: expected float32, bfloat16 or float16 [rows, heads >= 1, 16 to 256], got {q.dtype} {list(q.shape)}"
+        )
     R, H, D = q.shape
     if prompt_k.ndim != 3 or prompt_k.shape[1] < 1 or H % prompt_k.shape[1] or prompt_k.shape[2] != D:
-        raise ValueError(f"prompt_k: expected [tokens, key heads that divide {H}, {D}], got {list(prompt_k.shape)}")
+        raise ValueError(
+            f"prompt_k: expected [tokens, key heads that divide {H}, {D}], got {list(prompt_k.shape)}"
+        )
     if prompt_v.shape != prompt_k.shape:
-        raise ValueError(f"prompt_v: expected the shape of prompt_k, {list(prompt_k.shape)}, got {list(prompt_v.shape)}")
+        raise ValueError(
+            f"prompt_v: expected the shape of prompt_k, {list(prompt_k.shape)}, got {list(prompt_v.shape)}"
+        )
     if own_k.ndim != 4 or own_k.shape[:2] != (R, prompt_k.shape[1]) or own_k.shape[3] != D:
-        raise ValueError(f"own_k: expected [{R}, {prompt_k.shape[1]}, capacity, {D}], got {list(own_k.shape)}")
+        raise ValueError(
+            f"own_k: expected [{R}, {prompt_k.shape[1]}, capacity, {D}], got {list(own_k.shape)}"
+        )
     if own_v.shape != own_k.shape:
         raise ValueError(f"own_v: expected the shape of own_k, {list(own_k.shape)}, got {list(own_v.shape)}")
-    for name, tensor in (("q", q), ("prompt_k", prompt_k), ("prompt_v", prompt_v), ("own_k", own_k), ("own_v", own_v)):
+    for name, tensor in (
+        ("q", q),
+        ("prompt_k", prompt_k),
+        ("prompt_v", prompt_v),
+        ("own_k", own_k),
+        ("own_v", own_v),
+    ):
         if tensor.dtype != q.dtype:
             raise ValueError(f"{name}: expected the dtype of q, {q.dtype}, got {tensor.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"{name}: expected the device of q, {q.device}, got {tensor.device}")
         if tensor.stride(-1) != 1:
-            raise ValueError(f"{name}: expected a contiguous last dimension, got stride {tensor.stride(-1)}; call .contiguous() first")
+            raise ValueError(
+                f"{name}: expected a contiguous last dimension, got stride {tensor.stride(-1)}; call .contiguous() first"
+            )
 
 
 def _check_integers(q: Tensor, cu_prompts: Tensor, own_lengths: Tensor, cu_rows: Tensor) -> None:
     if cu_prompts.dtype != torch.int32 or cu_prompts.ndim != 1 or cu_prompts.shape[0] < 1:
-        raise ValueError(f"cu_prompts: expected int32 [prompts + 1], got {cu_prompts.dtype} {list(cu_prompts.shape)}")
-    for name, tensor, shape in (("cu_rows", cu_rows, cu_prompts.shape), ("own_lengths", own_lengths, q.shape[:1])):
+        raise ValueError(
+            f"cu_prompts: expected int32 [prompts + 1], got {cu_prompts.dtype} {list(cu_prompts.shape)}"
+        )
+    for name, tensor, shape in (
+        ("cu_rows", cu_rows, cu_prompts.shape),
+        ("own_lengths", own_lengths, q.shape[:1]),
+    ):
         if tensor.dtype != torch.int32 or tensor.shape != shape:
             raise ValueError(f"{name}: expected int32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
     for name, tensor in (("cu_prompts", cu_prompts), ("cu_rows", cu_rows), ("own_lengths", own_lengths)):
@@ -127,6 +169,21 @@ def shared_prefix_decode(
             f"expected 0 <= longest_prompt, 0 <= most_rows and 0 <= longest_own <= {own_k.shape[2]}, got {longest_prompt}, {most_rows} and {longest}"
         )
     q, prompt_k, prompt_v, own_k, own_v = (x.detach() for x in (q, prompt_k, prompt_v, own_k, own_v))
-    direct = q.device.type == "cpu" and not torch.compiler.is_compiling()  # dispatch costs as much as a small model's step
+    direct = (
+        q.device.type == "cpu" and not torch.compiler.is_compiling()
+    )  # dispatch costs as much as a small model's step
     call = _on_cpu if direct else _operator
-    return call(q, prompt_k, prompt_v, cu_prompts, own_k, own_v, own_lengths, cu_rows, float(scale), longest_prompt, most_rows, longest)
+    return call(
+        q,
+        prompt_k,
+        prompt_v,
+        cu_prompts,
+        own_k,
+        own_v,
+        own_lengths,
+        cu_rows,
+        float(scale),
+        longest_prompt,
+        most_rows,
+        longest,
+    )

@@ -13,7 +13,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-SHORT = 2**15  # keys of a prompt, in elements, up to which a copy of them costs less than a batch of their own
+SHORT = (
+    2**15
+)  # keys of a prompt, in elements, up to which a copy of them costs less than a batch of their own
 
 
 def _attend(query: Tensor, own: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -30,10 +32,15 @@ def _attend(query: Tensor, own: Tensor, k: Tensor, v: Tensor, hidden: Tensor | N
     weight = torch.cat([scores, own], -1).softmax(-1)
     if not P:
         weight = weight.masked_fill(own == -torch.inf, 0)  # a row without any key
-    return tuple(x.view(K, B, G, S, -1).permute(1, 2, 0, 3, 4) for x in (torch.bmm(weight[..., :P], v), weight[..., P:]))  # type: ignore[return-value]
+    return tuple(
+        x.view(K, B, G, S, -1).permute(1, 2, 0, 3, 4)
+        for x in (torch.bmm(weight[..., :P], v), weight[..., P:])
+    )  # type: ignore[return-value]
 
 
-def _attend_ragged(query: Tensor, own: Tensor, k: Tensor, v: Tensor, counts: list[int], hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _attend_ragged(
+    query: Tensor, own: Tensor, k: Tensor, v: Tensor, counts: list[int], hidden: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`_attend` for counts[b] rows of prompt b, packed: query, own and results [rows, K, S, ...]. Repeats queries up to the largest count."""
     B, G = len(counts), max(counts)
     if min(counts) == G:
@@ -45,39 +52,63 @@ def _attend_ragged(query: Tensor, own: Tensor, k: Tensor, v: Tensor, counts: lis
     return part[real_BG], weight[real_BG]
 
 
-def _attend_prompts(query: Tensor, own: Tensor, k: Tensor, v: Tensor, prompts: list[int], rows: list[int]) -> tuple[Tensor, Tensor]:
+def _attend_prompts(
+    query: Tensor, own: Tensor, k: Tensor, v: Tensor, prompts: list[int], rows: list[int]
+) -> tuple[Tensor, Tensor]:
     """`_attend_ragged` over packed prompts of any lengths, k and v [N, K, D]."""
     sizes, counts = ([b - a for a, b in pairwise(offsets)] for offsets in (prompts, rows))
     (_, K, D), longest, dtype = k.shape, max(sizes), query.dtype
     k, v = k[prompts[0] : prompts[-1]], v[prompts[0] : prompts[-1]]
     if longest == min(sizes) and (K == 1 or all(x.stride(1) == x.shape[0] * x.stride(0) for x in (k, v))):
-        return _attend_ragged(query, own, k.to(dtype), v.to(dtype), counts)  # key heads and prompts are one batch dimension without a copy
+        return _attend_ragged(
+            query, own, k.to(dtype), v.to(dtype), counts
+        )  # key heads and prompts are one batch dimension without a copy
     if min(sizes) > 0 and longest * K * D <= SHORT:
         size_B, place_P = torch.tensor(sizes)[:, None], torch.arange(longest)
-        token = (torch.tensor(prompts[:-1])[:, None] - prompts[0] + torch.minimum(place_P, size_B - 1)).flatten()
+        token = (
+            torch.tensor(prompts[:-1])[:, None] - prompts[0] + torch.minimum(place_P, size_B - 1)
+        ).flatten()
         k, v = (x.transpose(0, 1).index_select(1, token).transpose(0, 1).to(dtype) for x in (k, v))
         return _attend_ragged(query, own, k, v, counts, place_P >= size_B)
     parts = []
     for b, count in enumerate(counts):
         if count:
-            at, tokens = slice(rows[b], rows[b + 1]), slice(prompts[b] - prompts[0], prompts[b + 1] - prompts[0])
-            parts.append(_attend_ragged(query[at], own[at], k[tokens].to(dtype), v[tokens].to(dtype), [count]))
+            at, tokens = (
+                slice(rows[b], rows[b + 1]),
+                slice(prompts[b] - prompts[0], prompts[b + 1] - prompts[0]),
+            )
+            parts.append(
+                _attend_ragged(query[at], own[at], k[tokens].to(dtype), v[tokens].to(dtype), [count])
+            )
     part, weight = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     return part, weight
 
 
 def _check_values(
-    prompts: list[int], lengths: list[int], rows: list[int], tokens: int, longest_prompt: int, most_rows: int, longest_own: int
+    prompts: list[int],
+    lengths: list[int],
+    rows: list[int],
+    tokens: int,
+    longest_prompt: int,
+    most_rows: int,
+    longest_own: int,
 ) -> None:
-    for name, offsets, limit, most in (("cu_prompts", prompts, tokens, longest_prompt), ("cu_rows", rows, len(lengths), most_rows)):
+    for name, offsets, limit, most in (
+        ("cu_prompts", prompts, tokens, longest_prompt),
+        ("cu_rows", rows, len(lengths), most_rows),
+    ):
         steps = [b - a for a, b in pairwise(offsets)]
         if offsets[0] < 0 or offsets[-1] > limit or min(steps, default=0) < 0 or max(steps, default=0) > most:
-            raise ValueError(f"{name}: expected ascending offsets within 0 to {limit} in steps of at most {most}, got {offsets}")
+            raise ValueError(
+                f"{name}: expected ascending offsets within 0 to {limit} in steps of at most {most}, got {offsets}"
+            )
     if rows[0] != 0:
         raise ValueError(f"cu_rows: expected 0 first, got {rows[0]}")
     used = lengths[: rows[-1]]
     if used and not 0 <= min(used) <= max(used) <= longest_own:
-        raise ValueError(f"own_lengths: expected 0 to longest_own = {longest_own}, got {min(used)} to {max(used)}")
+        raise ValueError(
+            f"own_lengths: expected 0 to longest_own = {longest_own}, got {min(used)} to {max(used)}"
+        )
 
 
 def shared_prefix_decode(
@@ -111,7 +142,10 @@ def shared_prefix_decode(
     own = query @ k.transpose(2, 3)
     if min(lengths[:used]) < T:
         unreal = torch.arange(T) >= own_lengths[:used, None]
-        own, v = own.masked_fill(unreal[:, None, None], -torch.inf), v.masked_fill(unreal[:, None, :, None], 0)  # unused slots may hold NaN
+        own, v = (
+            own.masked_fill(unreal[:, None, None], -torch.inf),
+            v.masked_fill(unreal[:, None, :, None], 0),
+        )  # unused slots may hold NaN
     part, weight = _attend_prompts(query, own, prompt_k, prompt_v, prompts, rows)
     out[:used] = (part + weight @ v).flatten(1, 2)
     return out

@@ -116,11 +116,19 @@ def prompt_kernel(
         tile_q = tile_q.to(tl.float32)
     k = prompt_k + start.to(tl.int64) * k_token + key_head * k_head
     v = prompt_v + start.to(tl.int64) * v_token + key_head * v_head
-    total, highest, mass = _attend(tile_q, k, v, begin, end, k_token, v_token, scale, D, ROWS, KEYS, DEPTH, UPCAST)
+    total, highest, mass = _attend(
+        tile_q, k, v, begin, end, k_token, v_token, scale, D, ROWS, KEYS, DEPTH, UPCAST
+    )
     out = (split.to(tl.int64) * R + row) * H + head
     some = mass > 0
-    tl.store(lse + out, tl.where(some, highest + tl.log2(tl.where(some, mass, 1.0)), float("-inf")), mask=there)
-    tl.store(partial + out[:, None] * D + depth[None, :], total / tl.where(some, mass, 1.0)[:, None], mask=mask & (begin < end))
+    tl.store(
+        lse + out, tl.where(some, highest + tl.log2(tl.where(some, mass, 1.0)), float("-inf")), mask=there
+    )
+    tl.store(
+        partial + out[:, None] * D + depth[None, :],
+        total / tl.where(some, mass, 1.0)[:, None],
+        mask=mask & (begin < end),
+    )
 
 
 @triton.jit(do_not_specialize=["R", "groups", "tiles", "splits", "longest_own"])
@@ -130,7 +138,11 @@ def merge_kernel(
     SHARE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Program (row, key head * tiles + tile): out [R, H, D] of ROWS heads that share a key head. Rows of no group get 0."""
-    row, key_head, tile = tl.program_id(0).to(tl.int64), (tl.program_id(1) // tiles).to(tl.int64), tl.program_id(1) % tiles
+    row, key_head, tile = (
+        tl.program_id(0).to(tl.int64),
+        (tl.program_id(1) // tiles).to(tl.int64),
+        tl.program_id(1) % tiles,
+    )
     used = row < tl.load(cu_rows + groups)
     length = tl.where(used, tl.minimum(tl.load(own_lengths + row), longest_own), 0)
 
@@ -142,7 +154,9 @@ def merge_kernel(
     if UPCAST:
         tile_q = tile_q.to(tl.float32)
     k, v = own_k + row * k_row + key_head * k_head, own_v + row * v_row + key_head * v_head
-    total, highest, mass = _attend(tile_q, k, v, 0, length, k_token, v_token, scale, D, ROWS, KEYS, DEPTH, UPCAST)
+    total, highest, mass = _attend(
+        tile_q, k, v, 0, length, k_token, v_token, scale, D, ROWS, KEYS, DEPTH, UPCAST
+    )
     for split in range(0, tl.where(used, splits, 0)):
         source = (tl.cast(split, tl.int64) * R + row) * H + head
         theirs = tl.load(lse + source, mask=there, other=float("-inf"))
@@ -183,8 +197,16 @@ def decode_triton(
     if processors is None:
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     share = H // K
-    tiles, own = prompt_tiles(q.dtype, D, most_rows * share, amd=torch.version.hip is not None), own_tiles(q.dtype)
-    common: dict[str, Any] = {"SHARE": share, "D": D, "DEPTH": triton.next_power_of_2(D), "UPCAST": INTERPRETED and q.dtype == torch.bfloat16}
+    tiles, own = (
+        prompt_tiles(q.dtype, D, most_rows * share, amd=torch.version.hip is not None),
+        own_tiles(q.dtype),
+    )
+    common: dict[str, Any] = {
+        "SHARE": share,
+        "D": D,
+        "DEPTH": triton.next_power_of_2(D),
+        "UPCAST": INTERPRETED and q.dtype == torch.bfloat16,
+    }
     row_tiles = triton.cdiv(most_rows * share, tiles.rows)
     programs = B * row_tiles * K
     splits = choose_splits(programs, processors, longest_prompt) if programs and longest_prompt else 0
