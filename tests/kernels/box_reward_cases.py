@@ -1,4 +1,5 @@
-"""What the box-reward tests share: two tokenizers built on the spot, replies generated to be hard, and the oracle.
+"""What the box-reward tests share: two tokenizers built on the spot, replies generated to be hard, and the
+oracle.
 
 The oracle decodes the tokens and applies Python's regular expressions to the text."""
 
@@ -15,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-# ----------------------------------------------------------------------------------------------------------------- oracle
+# ----------------------------------------------------------------------------------------------------- oracle
 NUMBER = r"[+-]?[0-9]+(?:\.[0-9]+)?"
 BOX = re.compile(r"\[" + ",".join([rf"\s*({NUMBER})\s*"] * 4) + r"\]", re.ASCII)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -50,7 +51,7 @@ def oracle_format(text: str, grammar: str) -> bool:
     return FORMATS[grammar].fullmatch(text) is not None
 
 
-# ------------------------------------------------------------------------------------------------------------- tokenizers
+# ------------------------------------------------------------------------------------------------- tokenizers
 @dataclass(frozen=True)
 class Vocabulary:
     """A tokenizer, the rows of the embedding that goes with it, and its tokens by their ASCII text."""
@@ -94,7 +95,8 @@ BYTE_LEVEL_WORDS = """
 
 @lru_cache(maxsize=1)
 def byte_level() -> Vocabulary:
-    """Byte-level BPE in the manner of Qwen: single digits, parts of UTF-8 characters, chat tokens, "<think>" as an added token, spare rows."""
+    """Byte-level BPE in the manner of Qwen: single digits, parts of UTF-8 characters, chat tokens, "<think>"
+    as an added token, spare rows."""
     vocab = {
         symbol: n
         for n, symbol in enumerate(dict.fromkeys([*sorted(ByteLevel.alphabet()), *BYTE_LEVEL_WORDS.split()]))
@@ -122,9 +124,11 @@ SENTENCEPIECE_WORDS = """
 
 @lru_cache(maxsize=1)
 def sentencepiece() -> Vocabulary:
-    """SentencePiece-like BPE: the word mark for a space, byte fallback, digits in groups of up to three, tags and parts of boxes as single tokens.
+    """SentencePiece-like BPE: the word mark for a space, byte fallback, digits in groups of up to three, tags
+    and parts of boxes as single tokens.
 
-    Bytes past ASCII come in whole characters here, as a decoder turns every byte of a run that is not valid UTF-8 into U+FFFD, ASCII ones too.
+    Bytes past ASCII come in whole characters here, as a decoder turns every byte of a run that is not valid
+    UTF-8 into U+FFFD, ASCII ones too.
     """
     symbols = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *map(chr, range(33, 127))]
     symbols += [f"{n:0{w}d}" for w in (2, 3) for n in range(10**w)] + SENTENCEPIECE_WORDS.split()
@@ -143,7 +147,7 @@ def sentencepiece() -> Vocabulary:
     return Vocabulary(tokenizer, len(tokenizer) + 3, _by_text(texts), noise)
 
 
-# ---------------------------------------------------------------------------------------------------------------- replies
+# ---------------------------------------------------------------------------------------------------- replies
 ODD_NUMBERS = """
  1000000 1000000.0 1000000.0000009 1000000.000001 1000001 -1000000.5 9999999 10000000 00000000000000000007 999999.9999999
  123456789012345678901234567890 1. .5 1.2.3 +-3 -+3 1e3 - + . 0 -0 +0.0 007 0.0000004 0.00000049 5.1234567 16777217 0x10"""

@@ -1,4 +1,5 @@
-"""Compile Triton kernels for chips that are not here, and count what a program needs there. Import it with TRITON_INTERPRET unset."""
+"""Compile Triton kernels for chips that are not here, and count what a program needs there. Import it with
+TRITON_INTERPRET unset."""
 
 from __future__ import annotations
 
@@ -26,9 +27,10 @@ def figures(
 ) -> dict[str, int]:
     """Registers and spilled bytes a thread, and shared memory a program in bytes, of `kernel` on `target`.
 
-    arguments: a type such as "*fp32" or "i64" for each run-time parameter, the value itself (not a string) for each constexpr. Pointers are taken to
-    be aligned to 16 bytes, as PyTorch's allocations are; `divisible` names the integers that are multiples of 16. The table also counts the wgmma
-    instructions, Hopper's asynchronous matrix products, and the mma instructions of every NVIDIA chip.
+    arguments: a type such as "*fp32" or "i64" for each run-time parameter, the value itself (not a string)
+    for each constexpr. Pointers are taken to be aligned to 16 bytes, as PyTorch's allocations are;
+    `divisible` names the integers that are multiples of 16. The table also counts the wgmma instructions,
+    Hopper's asynchronous matrix products, and the mma instructions of every NVIDIA chip.
     """
     signature = {name: a if isinstance(a, str) else "constexpr" for name, a in arguments.items()}
     constants = {name: a for name, a in arguments.items() if not isinstance(a, str)}

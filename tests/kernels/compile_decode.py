@@ -1,4 +1,5 @@
-"""Compile the kernels of shared_prefix_decode at their real tile sizes; prints a JSON table. Run by test_compile_decode.py."""
+"""Compile the kernels of shared_prefix_decode at their real tile sizes; prints a JSON table. Run by
+test_compile_decode.py."""
 
 from __future__ import annotations
 

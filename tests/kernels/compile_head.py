@@ -1,4 +1,5 @@
-"""Compile the kernels of linear_logprob and grpo_loss at their real tile sizes; prints a JSON table. Run by test_compile_head.py."""
+"""Compile the kernels of linear_logprob and grpo_loss at their real tile sizes; prints a JSON table. Run by
+test_compile_head.py."""
 
 from __future__ import annotations
 

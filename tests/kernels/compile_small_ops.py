@@ -1,4 +1,5 @@
-"""Compile the kernels of box_reward, sample, patchify and adamw8bit at their real tile sizes; prints a JSON table.
+"""Compile the kernels of box_reward, sample, patchify and adamw8bit at their real tile sizes; prints a JSON
+table.
 
 Run by test_compile_small_ops.py.
 """
@@ -51,7 +52,8 @@ def box_reward(group: int, groups: int, reward: bool, id_type: str = "*i64") -> 
 
 
 def sample(stage: str, masked: bool, greedy: bool = False, cut: bool = False, logits: str = "*bf16") -> Case:
-    """One of the sampling kernels on contiguous logits, at the tile sizes of the launcher; draw_kernel for 151,936 ids."""
+    """One of the sampling kernels on contiguous logits, at the tile sizes of the launcher; draw_kernel for
+    151,936 ids."""
     pointers = {"logits": logits, "allowed": "*u8", "threshold": "*i64"}
     partial = {"partial": "*fp32", "best": "*i32"}
     drawn = {"rows": "*i64", "positions": "*i64", "ids": "*i64", "logprob": "*fp32"}

@@ -1,4 +1,5 @@
-"""Inputs of shared_prefix_decode, its truth row by row in float64, and eager PyTorch in the input dtype: the yardstick of rounding errors."""
+"""Inputs of shared_prefix_decode, its truth row by row in float64, and eager PyTorch in the input dtype: the
+yardstick of rounding errors."""
 
 from __future__ import annotations
 
@@ -56,8 +57,9 @@ def make(
     prompts: list[int], rows: list[int], own: list[int], heads: int, key_heads: int, dimension: int, dtype: torch.dtype = torch.float32,
     *, padding: int = 0, capacity: int | None = None, storage: str = "KND", slack: int = 0, seed: int = 0, device: str = "cpu",
 ) -> Case:  # fmt: skip
-    """Prompts of these lengths, rows[b] replies to each, own[r] tokens of each row; `padding` rows of no group. Every slot that must not be used is
-    NaN. storage: which of tokens and key heads the prompts' tensors vary slowest in; `slack`: by how much the host bounds exceed the largest."""
+    """Prompts of these lengths, rows[b] replies to each, own[r] tokens of each row; `padding` rows of no
+    group. Every slot that must not be used is NaN. storage: which of tokens and key heads the prompts'
+    tensors vary slowest in; `slack`: by how much the host bounds exceed the largest."""
     generator = torch.Generator().manual_seed(seed)
 
     def some(*shape: int) -> Tensor:

@@ -23,7 +23,8 @@ SHAPES = [
 def head_inputs(
     T: int, D: int, V: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [T, D] and weight [V, D], both views of wider storage and so not contiguous, and ids [T] with both ends of the vocabulary."""
+    """hidden [T, D] and weight [V, D], both views of wider storage and so not contiguous, and ids [T] with
+    both ends of the vocabulary."""
     generator = torch.Generator().manual_seed(seed + T + 1000 * D + 7 * V)
     hidden = torch.randn(T, D + 8, generator=generator)[:, :D]
     weight = torch.randn(V, D + 8, generator=generator)[:, :D] * 1.5 / max(D, 1) ** 0.5
@@ -39,7 +40,8 @@ def _strided(matrix: Tensor, dtype: torch.dtype, device: str) -> Tensor:
 
 
 def loss_gradients(function, hidden: Tensor, weight: Tensor, ids: Tensor, *options) -> list[Tensor]:
-    """[log-prob, entropy, d/d hidden, d/d weight] in float64, for a fixed mix of both outputs; every third row has no gradient at all."""
+    """[log-prob, entropy, d/d hidden, d/d weight] in float64, for a fixed mix of both outputs; every third
+    row has no gradient at all."""
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     logprob, entropy = function(hidden, weight, ids, *options)
     mix = torch.linspace(-1, 1, len(ids), dtype=logprob.dtype, device=ids.device) * (
@@ -65,9 +67,11 @@ def assert_as_good_as_eager(
 
 
 def assert_errors(draw: Callable[[int], list[list[Tensor]]], draws: int) -> None:
-    """draw(seed) gives (our, eager and true) results in float64. Our largest error is at most twice eager's, plus 1e-6.
+    """draw(seed) gives (our, eager and true) results in float64. Our largest error is at most twice eager's,
+    plus 1e-6.
 
-    The largest over several draws where a shape is small: the largest error of a handful of roundings is luck.
+    The largest over several draws where a shape is small: the largest error of a handful of roundings is
+    luck.
     """
     ours, theirs = torch.zeros(0), torch.zeros(0)
     for seed in range(draws):

@@ -62,8 +62,8 @@ def steps(
 def test_the_kernel_steps_as_the_reference(
     dtype: torch.dtype, slopes: torch.dtype, rows: int, spread: float
 ) -> None:
-    """Weights to a few roundings; codes equal but where a value lies on the border of two, which moves a later step of
-    that weight by a hundredth of the rate or so."""
+    """Weights to a few roundings; codes equal but where a value lies on the border of two, which moves a
+    later step of that weight by a hundredth of the rate or so."""
     (ours, states), (theirs, expected) = steps(
         dtype, slopes, rows, spread, (adamw8bit_triton, reference.adamw8bit_)
     )

@@ -1,4 +1,5 @@
-"""Cases of the box-reward kernel; test_box_reward_triton.py runs them under the interpreter and on the GPU."""
+"""Cases of the box-reward kernel; test_box_reward_triton.py runs them under the interpreter and on the
+GPU."""
 
 from __future__ import annotations
 
@@ -143,7 +144,8 @@ def test_integer_types_and_strides(dtype: torch.dtype) -> None:
 
 
 def test_wild_ids_and_lengths_stay_inside() -> None:
-    """Ids far outside the vocabulary fit nowhere, and lengths beyond L read nothing past L: what lies there would complete the box."""
+    """Ids far outside the vocabulary fit nowhere, and lengths beyond L read nothing past L: what lies there
+    would complete the box."""
     table = table_of(byte_level())
     generator = torch.Generator().manual_seed(0)
     wild = torch.randint(-(2**62), 2**62, (64, 24), generator=generator)

@@ -1,4 +1,5 @@
-"""Cases of the decoding kernels; test_shared_prefix_decode.py runs them under the interpreter and on the GPU."""
+"""Cases of the decoding kernels; test_shared_prefix_decode.py runs them under the interpreter and on the
+GPU."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ SHAPES += [(256, 1, BRAIN), (40, 3, HALF), (80, 1, HALF), (128, 4, HALF), (200, 
 
 @pytest.mark.parametrize(("dimension", "share", "dtype"), SHAPES)
 def test_dimensions_shares_and_dtypes(dimension: int, share: int, dtype: torch.dtype) -> None:
-    """Ragged groups and prompts, an empty group, an empty prompt, rows without own tokens, rows of no group."""
+    """Ragged groups and prompts, an empty group, an empty prompt, rows without own tokens, rows of no
+    group."""
     run(
         make(
             [70, 3, 0, 40],

@@ -21,7 +21,8 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The public functions on the kernels, whatever the device, with garbage in every output before it is written."""
+    """The public functions on the kernels, whatever the device, with garbage in every output before it is
+    written."""
     poisoned_empty(monkeypatch)
     monkeypatch.setattr(op, "backend", lambda _: kernels)
     monkeypatch.setattr(grpo_op, "backend", lambda _: grpo_kernels)
@@ -75,7 +76,8 @@ def test_same_bits_twice(descriptors) -> None:
 
 
 def test_rows_without_gradient_are_skipped() -> None:
-    """A tile of 64 rows without gradient is not computed: NaN in its hidden states does not reach the gradient of the others."""
+    """A tile of 64 rows without gradient is not computed: NaN in its hidden states does not reach the
+    gradient of the others."""
     hidden, weight, ids = head_inputs(128, 40, 131, torch.float32, DEVICE)
     hidden = hidden.clone()
     hidden[64:] = 0

@@ -22,7 +22,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def draws(logits: Tensor, tile: int, **choices) -> tuple[Tensor, Tensor]:
-    """Sampled twice by the kernel (equal bits), checked against float64 truth and the reference; returns (ids, log-prob)."""
+    """Sampled twice by the kernel (equal bits), checked against float64 truth and the reference; returns
+    (ids, log-prob)."""
     arguments = DEFAULTS | {"row": torch.arange(len(logits), device=DEVICE)} | choices
     ids, logprob = sample_triton(logits, **arguments, tile=tile)
     again = sample_triton(logits, **arguments, tile=tile)

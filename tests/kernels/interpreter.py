@@ -1,6 +1,8 @@
-"""Run a file of kernel cases in its own process: under Triton's interpreter on CPU tensors, or as compiled code on the GPU.
+"""Run a file of kernel cases in its own process: under Triton's interpreter on CPU tensors, or as compiled
+code on the GPU.
 
-The interpreter is chosen when Triton is first imported and holds for the whole process, so no process can both interpret and compile.
+The interpreter is chosen when Triton is first imported and holds for the whole process, so no process can
+both interpret and compile.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def run_cases(file: str, interpret: bool, folder: str = "kernels") -> None:
 
 
 def device() -> str:
-    """Where a file of cases puts its tensors. Skips the file when it is run by hand without a GPU and without TRITON_INTERPRET=1."""
+    """Where a file of cases puts its tensors. Skips the file when it is run by hand without a GPU and without
+    TRITON_INTERPRET=1."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "cpu"
     if not torch.cuda.is_available():

@@ -27,7 +27,7 @@ def test_the_kernel_on_the_gpu() -> None:
     run_cases("interpret_adamw8bit.py", interpret=False)
 
 
-# -------------------------------------------------------------------------------------------- beside float32 AdamW
+# --------------------------------------------------------------------------------------- beside float32 AdamW
 def noise(base: Tensor, rng: torch.Generator) -> Iterator[Tensor]:
     """No mean: moments change sign all the time."""
     while True:
@@ -65,7 +65,8 @@ def fading(base: Tensor, rng: torch.Generator) -> Iterator[Tensor]:
 
 
 def both(kind: Callable, spread: float, scale: float, seed: int = 0) -> tuple[Tensor, Tensor, float, float]:
-    """(weights of 8-bit AdamW after STEPS steps at a rate of 1 from 0, those of torch's AdamW, largest step of each).
+    """(weights of 8-bit AdamW after STEPS steps at a rate of 1 from 0, those of torch's AdamW, largest step
+    of each).
 
     Gradients of an element are of one size, lognormal with this spread within a block.
     """
@@ -115,7 +116,8 @@ def test_constant_gradients_of_either_sign_move_weights_alike() -> None:
 
 
 def test_a_second_moment_follows_gradients_that_shrink() -> None:
-    """4,000 steps, the last 3,500 with half of the gradients a thousandth: on average each second moment is float32's.
+    """4,000 steps, the last 3,500 with half of the gradients a thousandth: on average each second moment is
+    float32's.
 
     Rounded to nearest it would stand still between two codes, three times too large.
     """
@@ -133,10 +135,11 @@ def test_a_second_moment_follows_gradients_that_shrink() -> None:
         assert half.std() < 0.25
 
 
-# ------------------------------------------------------------------------------------------------------------ codes
+# ------------------------------------------------------------------------------------------------------ codes
 @pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
 def test_codes_by_their_definition(spread: float) -> None:
-    """What is kept of a block lies within a code of what was given; zeros are zeros; nothing else becomes zero."""
+    """What is kept of a block lies within a code of what was given; zeros are zeros; nothing else becomes
+    zero."""
     rng = torch.Generator().manual_seed(1)
     root = torch.randn(8, 256, generator=rng).mul(spread).exp()
     root[:, 7] = 0
@@ -155,7 +158,8 @@ def test_codes_by_their_definition(spread: float) -> None:
 
 
 def test_second_moments_are_rounded_right_on_average() -> None:
-    """20,000 roundings of 254 values between the ends of a block: the mean's error is within 4 standard errors."""
+    """20,000 roundings of 254 values between the ends of a block: the mean's error is within 4 standard
+    errors."""
     root = torch.cat([torch.tensor([1e-3, 1.0]), torch.logspace(-2.9, -0.1, 254)]).expand(20_000, 256)
     _, (codes, low, high) = quantize(
         root, root, torch.rand(root.shape, generator=torch.Generator().manual_seed(2))
@@ -198,7 +202,8 @@ def test_states_of_dynamic_codes_are_read() -> None:
 
 
 def test_the_step_is_torchaos_where_that_is_right() -> None:
-    """Gradients of one size and one sign a block, which dynamic codes hold exactly: the same weights after 20 steps."""
+    """Gradients of one size and one sign a block, which dynamic codes hold exactly: the same weights after 20
+    steps."""
     peer = pytest.importorskip("torchao.optim").AdamW8bit
     ours = torch.randn(SHAPE, generator=torch.Generator().manual_seed(4))
     theirs = torch.nn.Parameter(ours.clone())
@@ -216,7 +221,7 @@ def test_the_step_is_torchaos_where_that_is_right() -> None:
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=2e-6)
 
 
-# ----------------------------------------------------------------------------------------------------- random bits
+# ------------------------------------------------------------------------------------------------ random bits
 def test_random_bits_are_uniform_and_tell_everything_apart() -> None:
     streams = [
         random_bits(key(seed, number), 0, 2**16, torch.device("cpu"))
@@ -268,7 +273,7 @@ def test_a_parameters_bits_do_not_depend_on_what_is_stepped_beside_it() -> None:
     assert torch.equal(*ends)
 
 
-# ----------------------------------------------------------------------------------------------------------- inputs
+# ----------------------------------------------------------------------------------------------------- inputs
 def arguments() -> dict:
     weight = torch.zeros(64, 64)
     given = {"parameters": [weight], "gradients": [weight.clone()], "states": [new_state(weight)], "seed": 0}

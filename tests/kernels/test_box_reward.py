@@ -1,4 +1,5 @@
-"""The box reader against decode-then-regular-expression, and the reward's arithmetic against hand values and float64."""
+"""The box reader against decode-then-regular-expression, and the reward's arithmetic against hand values and
+float64."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def one_thread():
 
 
 def batch(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """ids [R, L] and lengths [R]; what lies past a row's length is garbage, to show that nobody looks at it."""
+    """ids [R, L] and lengths [R]; what lies past a row's length is garbage, to show that nobody looks at
+    it."""
     width = max(map(len, rows), default=0)
     garbage = [-100, 10**12, 5, -1]
     ids = torch.tensor(
@@ -64,7 +66,8 @@ def read_text(text: str, vocabulary: Vocabulary, **choices: str):
 def assert_agrees(
     rows: list[list[int]], texts: list[str], table, which: str, grammar: str
 ) -> tuple[int, int]:
-    """Reading `rows` gives exactly what the oracle finds in `texts`; returns how many were valid and how many well formed."""
+    """Reading `rows` gives exactly what the oracle finds in `texts`; returns how many were valid and how many
+    well formed."""
     reading = read_boxes(*batch(rows), table, which=which, grammar=grammar)
     expected = [oracle_box(text, which) for text in texts]
     boxes = np.array([box for box, _ in expected], dtype=np.float32).reshape(-1, 4)
@@ -82,7 +85,7 @@ def assert_agrees(
     return int(valid.sum()), int(good.sum())
 
 
-# -------------------------------------------------------------------------------------------- agreement with text and regular expressions
+# ---------------------------------------------------------------- agreement with text and regular expressions
 def test_agrees_with_decode_then_regular_expression_on_100000_sequences() -> None:
     began, counts = (
         time.perf_counter(),
@@ -121,7 +124,8 @@ def test_agrees_on_all_pairs_of_classes_in_all_surroundings() -> None:
 
 
 def test_shortened_tokens_read_like_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rewriting of a token's classes is invisible: random strings as tokens, shortened and not, in random company."""
+    """The rewriting of a token's classes is invisible: random strings as tokens, shortened and not, in random
+    company."""
     random_ = random.Random(1)
     symbols = list(range(table_module.OTHER + 1))
     likely = [table_module.ALPHABET.index(c) for c in "[],.-1 <>/"] + [table_module.OTHER]
@@ -160,7 +164,7 @@ def _table_of_strings(strings: list[bytes]):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- rules, one by one
+# ------------------------------------------------------------------------------------------ rules, one by one
 @pytest.mark.parametrize(
     ("text", "which", "box", "valid"),
     [
@@ -280,7 +284,7 @@ def test_byte_fallback_tokens_count_as_their_bytes() -> None:
     assert reading.format_ok.tolist() == [True, False, False, False]
 
 
-# ------------------------------------------------------------------------------------------------------------------- table
+# ------------------------------------------------------------------------------------------------------ table
 def test_table_layout(vocabulary: Vocabulary) -> None:
     table, again = table_of(vocabulary), table_of(vocabulary)
     assert table.offsets.dtype == torch.int32
@@ -322,7 +326,7 @@ def test_table_errors() -> None:
         build_token_table(SimpleNamespace(get_vocab=lambda: {"word": 0}, backend_tokenizer=backend), 2)
 
 
-# -------------------------------------------------------------------------------------------------------- edges and errors
+# ------------------------------------------------------------------------------------------- edges and errors
 def test_ids_outside_the_vocabulary_fit_nowhere_and_lengths_are_bounded() -> None:
     vocabulary = byte_level()
     table, box = table_of(vocabulary), vocabulary.spell("[1,2,3,4]", random.Random(0))

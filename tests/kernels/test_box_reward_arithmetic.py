@@ -1,4 +1,5 @@
-"""Overlaps, reward shapes, advantages and the whole reward of the box-reward op, against hand values and float64."""
+"""Overlaps, reward shapes, advantages and the whole reward of the box-reward op, against hand values and
+float64."""
 
 from __future__ import annotations
 
@@ -81,7 +82,7 @@ def test_iou_is_the_same_in_a_stretched_frame() -> None:
     torch.testing.assert_close(iou(a, b), iou(a * stretch, b * stretch))
 
 
-# ----------------------------------------------------------------------------------------------------------------- shapes
+# ----------------------------------------------------------------------------------------------------- shapes
 TARGET = [0.0, 0, 10, 10]
 SHAPES = [  # IoU with the target (the box lies within it), progress, expected
     ("iou", 0.3, 0.0, 0.3),
@@ -127,7 +128,7 @@ def test_shapes_of_far_and_degenerate_boxes() -> None:
     assert all(value == [0] * 4 for value in values.values())
 
 
-# -------------------------------------------------------------------------------------------------------------- advantage
+# -------------------------------------------------------------------------------------------------- advantage
 def test_advantage_by_hand() -> None:
     reward = torch.tensor([0.0, 1, 0, 1, 0.2, 0.4, 0.6, 0.8])
     advantage, zero = group_advantage(reward, 4)
@@ -177,7 +178,7 @@ def test_advantage_errors() -> None:
         group_advantage(torch.zeros(4), 3)
 
 
-# ----------------------------------------------------------------------------------------------------------------- reward
+# ----------------------------------------------------------------------------------------------------- reward
 REPLIES = [
     "<think>there</think><answer>[0, 0, 10, 5]</answer>",  # IoU 0.5, well formed
     "<answer>[0, 0, 10, 10]</answer>",  # IoU 1, not well formed
@@ -240,7 +241,8 @@ def test_no_box_earns_nothing_under_any_shape() -> None:
 
 
 def test_a_step_of_short_replies_takes_milliseconds() -> None:
-    """192 replies of 16 tokens cost a few milliseconds; the bound is loose because other work may share the machine."""
+    """192 replies of 16 tokens cost a few milliseconds; the bound is loose because other work may share the
+    machine."""
     table = build_token_table(byte_level().tokenizer, byte_level().vocab_size)
     ids = torch.randint(table.vocab_size, (192, 16), generator=torch.Generator().manual_seed(0))
     arguments = (ids, torch.full((192,), 16), table, torch.tensor([TARGET] * 192), 8)

@@ -1,4 +1,5 @@
-"""The box-reward kernel against the reference, and its operator under torch.compile. The kernel's cases are in interpret_box_reward.py."""
+"""The box-reward kernel against the reference, and its operator under torch.compile. The kernel's cases are
+in interpret_box_reward.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The kernels of shared_prefix_decode compile for chips that are not here: no spills, limits of registers and shared memory, matrix instructions."""
+"""The kernels of shared_prefix_decode compile for chips that are not here: no spills, limits of registers and
+shared memory, matrix instructions."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
-# Case -> most registers a thread on NVIDIA chips and on gfx942, most KiB of shared memory a program. Compilers differ by a few registers.
+# Case -> most registers a thread on NVIDIA chips and on gfx942, most KiB of shared memory a program.
+# Compilers differ by a few registers.
 TABLE = {
     "prompt, 7 x 8": (208, 256, 113),
     "prompt, 4 x 8": (184, 256, 76),

@@ -1,4 +1,5 @@
-"""The head's kernels compiled for chips that are not here: registers, spills, shared memory and wgmma of every one, held by this table."""
+"""The head's kernels compiled for chips that are not here: registers, spills, shared memory and wgmma of
+every one, held by this table."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import pytest
 from tests.kernels.interpreter import ROOT
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-# (registers a thread, shared memory a program in bytes) at most, measured with Triton 3.7.1: the matrix kernels on bfloat16 as they run on each chip.
+# (registers a thread, shared memory a program in bytes) at most, measured with Triton 3.7.1: the matrix
+# kernels on bfloat16 as they run on each chip.
 CEILING = {
     "sm_80": {
         "forward pointers plain": (160, 98304),

@@ -1,5 +1,5 @@
-"""The kernels of box_reward, sample, patchify and adamw8bit compile for chips that are not here: no spills, and
-registers and shared memory within a table."""
+"""The kernels of box_reward, sample, patchify and adamw8bit compile for chips that are not here: no spills,
+and registers and shared memory within a table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
-# Kernel -> most registers a thread on NVIDIA chips and on gfx942, most bytes of shared memory a program. Compilers differ by a few registers.
+# Kernel -> most registers a thread on NVIDIA chips and on gfx942, most bytes of shared memory a program.
+# Compilers differ by a few registers.
 TABLE = {
     "box_reward, groups of 8": (110, 128, 64),
     "box_reward, groups of 512": (128, 128, 128),

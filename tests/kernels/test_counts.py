@@ -1,6 +1,8 @@
-"""How many kernels each operator launches, what else it asks of the device, and the largest tensor it allocates, at full size.
+"""How many kernels each operator launches, what else it asks of the device, and the largest tensor it
+allocates, at full size.
 
-Nothing is computed: launches are only counted, and tensors have shapes alone where their values do not matter to the launcher.
+Nothing is computed: launches are only counted, and tensors have shapes alone where their values do not matter
+to the launcher.
 """
 
 from __future__ import annotations

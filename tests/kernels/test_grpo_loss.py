@@ -1,4 +1,5 @@
-"""The fused GRPO loss against float64 truth and the trainer's objective. Its kernels: interpret_head.py; Liger and TRL: test_grpo_loss_peers.py."""
+"""The fused GRPO loss against float64 truth and the trainer's objective. Its kernels: interpret_head.py;
+Liger and TRL: test_grpo_loss_peers.py."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def case(
     seed: int = 0,
     device: str = "cpu",
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """([hidden, weight, ids], [advantages, old, reference, token weight]): ratios on both sides of both bounds, zero advantages and zero weights."""
+    """([hidden, weight, ids], [advantages, old, reference, token weight]): ratios on both sides of both
+    bounds, zero advantages and zero weights."""
     hidden, weight, ids = head_inputs(T, D, V, dtype, device, seed)
     draw = torch.randn(4, T, generator=torch.Generator().manual_seed(T + D + V + 1000 * seed)).to(device)
     logprob = dense(hidden.float(), weight.float(), ids)[0]
@@ -117,7 +119,8 @@ def test_as_good_as_eager(T, D, V, dtype, optional) -> None:
 def assert_grpo_as_good_as_eager(
     T: int, D: int, V: int, dtype: torch.dtype, optional: bool, draws: int, device: str = "cpu"
 ) -> None:
-    """Loss, log-prob and both gradients against the trainer's objective on dense log-probs; see `assert_errors`."""
+    """Loss, log-prob and both gradients against the trainer's objective on dense log-probs; see
+    `assert_errors`."""
 
     def draw(seed: int) -> list[list[Tensor]]:
         head, vectors = case(T, D, V, dtype, optional, seed, device)

@@ -1,4 +1,5 @@
-"""The fused GRPO loss gives the loss and the gradients of Liger's fused loss and of TRL's `GRPOTrainer` on equal inputs.
+"""The fused GRPO loss gives the loss and the gradients of Liger's fused loss and of TRL's `GRPOTrainer` on
+equal inputs.
 
 Each peer's test is skipped by its name where that library is not installed.
 """
@@ -22,7 +23,8 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def inputs() -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """([hidden [ROWS * L, D], weight, ids], advantages [ROWS], [old, reference] [ROWS * L]): ratios on both sides of both bounds."""
+    """([hidden [ROWS * L, D], weight, ids], advantages [ROWS], [old, reference] [ROWS * L]): ratios on both
+    sides of both bounds."""
     head, vectors = case(ROWS * L, D, V)
     return (
         [t.contiguous() for t in head],
@@ -72,7 +74,8 @@ def test_equals_liger(beta: float) -> None:
 
 
 class OnlyHead(nn.Module):
-    """What TRL needs of a causal language model: a backbone (here hidden states [ROWS, 1 + L, D] as they are), a head and a config."""
+    """What TRL needs of a causal language model: a backbone (here hidden states [ROWS, 1 + L, D] as they
+    are), a head and a config."""
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
         super().__init__()
@@ -93,9 +96,11 @@ class OnlyHead(nn.Module):
     ("on_policy", "lengths"), [(False, [7, 4, 1]), (True, [7, 4, 1]), (False, [7, 7, 7])]
 )
 def test_equals_trl(beta: float, on_policy: bool, lengths: list[int]) -> None:
-    """All of TRL's arithmetic from hidden states to the loss: its chunked log-prob head, and `GRPOTrainer._compute_loss` with the token mean.
+    """All of TRL's arithmetic from hidden states to the loss: its chunked log-prob head, and
+    `GRPOTrainer._compute_loss` with the token mean.
 
-    What stands in is the trainer around it: the attributes that the method reads, for one process and no accumulation.
+    What stands in is the trainer around it: the attributes that the method reads, for one process and no
+    accumulation.
     """
     trl = pytest.importorskip("trl", minversion="1.16")
     head, advantages, (old, reference) = inputs()

@@ -1,4 +1,5 @@
-"""`pip install ./kernels` alone, into an environment of torch, triton and what they depend on: every operator runs from another folder."""
+"""`pip install ./kernels` alone, into an environment of torch, triton and what they depend on: every operator
+runs from another folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The head's log-prob and entropy on the CPU path against float64 truth, its registration, its memory; the kernels under the interpreter."""
+"""The head's log-prob and entropy on the CPU path against float64 truth, its registration, its memory; the
+kernels under the interpreter."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def test_as_good_as_eager(shape, dtype, temperature, softcap) -> None:
     st.integers(1, 4000),
 )
 def test_property(T, D, V, dtype, temperature, chunk) -> None:
-    """From two ids on: with one, eager's gradient is 0 to the bit, and recomputing logits can only come near it."""
+    """From two ids on: with one, eager's gradient is 0 to the bit, and recomputing logits can only come near
+    it."""
     before = reference.CHUNK_ELEMENTS
     try:
         reference.CHUNK_ELEMENTS = chunk

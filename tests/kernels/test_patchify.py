@@ -1,4 +1,5 @@
-"""Patchify against Pillow and against transformers' Qwen2-VL processor, and its errors. The kernels' cases are in interpret_patchify.py."""
+"""Patchify against Pillow and against transformers' Qwen2-VL processor, and its errors. The kernels' cases
+are in interpret_patchify.py."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def test_resizes_to_the_bytes_of_pillow(height: int, width: int, out_height: int
 def test_is_the_processor_of_the_model_family(
     patch: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> None:
-    """Qwen2.5-VL (14 pixels) and Qwen3-VL (16 pixels) share this processor. The bound is 1/255 before normalisation; found is rounding."""
+    """Qwen2.5-VL (14 pixels) and Qwen3-VL (16 pixels) share this processor. The bound is 1/255 before
+    normalisation; found is rounding."""
     pictures = [picture(97, 131), picture(300, 222, 1), picture(64, 64, 2), picture(20, 333, 3)]
     pictures[1][40:200] = 255
     processor = Qwen2VLImageProcessorPil(

@@ -1,4 +1,5 @@
-"""The examples of `kernels/README.md` run as printed, one after another; the one that needs TRL is test_grpo_loss_peers.py's."""
+"""The examples of `kernels/README.md` run as printed, one after another; the one that needs TRL is
+test_grpo_loss_peers.py's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Sampling: distribution, independence, cuts and errors of the public function. The kernels' cases are in interpret_sample.py."""
+"""Sampling: distribution, independence, cuts and errors of the public function. The kernels' cases are in
+interpret_sample.py."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ CUTS = [  # choices, ids that remain
 
 @pytest.mark.parametrize(("choices", "left"), CUTS)
 def test_distribution(choices: dict, left: list[int]) -> None:
-    """20,000 rows of one distribution, and 20,000 positions of one row: 99.99% of fair samplers stay below 27.9 with 6 degrees of freedom."""
+    """20,000 rows of one distribution, and 20,000 positions of one row: 99.99% of fair samplers stay below
+    27.9 with 6 degrees of freedom."""
     scaled = (LOGITS / choices.get("temperature", 1.0)).double()
     cut = torch.full_like(scaled, -torch.inf)
     cut[left] = scaled[left]

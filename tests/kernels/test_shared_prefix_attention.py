@@ -1,4 +1,5 @@
-"""Packed and shared-prefix attention on every backend that runs here, against attention written out token by token in float64."""
+"""Packed and shared-prefix attention on every backend that runs here, against attention written out token by
+token in float64."""
 
 from __future__ import annotations
 

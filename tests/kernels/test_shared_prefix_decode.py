@@ -1,4 +1,5 @@
-"""The decoding step: the reference against float64 truth, what it reads, errors, compilation. The kernels' cases are in interpret_decode.py."""
+"""The decoding step: the reference against float64 truth, what it reads, errors, compilation. The kernels'
+cases are in interpret_decode.py."""
 
 from __future__ import annotations
 
@@ -108,7 +109,8 @@ def test_any_lengths(data: st.DataObject) -> None:
 
 
 class BytesRead(TorchDispatchMode):
-    """Counts the bytes that operators, other than those that make views, read from the storage of a tensor."""
+    """Counts the bytes that operators, other than those that make views, read from the storage of a
+    tensor."""
 
     def __init__(self, tensor: Tensor):
         super().__init__()

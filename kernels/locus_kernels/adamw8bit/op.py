@@ -1,4 +1,5 @@
-"""The public 8-bit AdamW: `reference.py` for CPU tensors, `triton.py` for CUDA tensors, which raises where it cannot."""
+"""The public 8-bit AdamW: `reference.py` for CPU tensors, `triton.py` for CUDA tensors, which raises where it
+cannot."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from locus_kernels.adamw8bit import reference
 def new_state(parameter: Tensor) -> dict[str, Tensor]:
     """The state of a parameter (float32 or bfloat16) before its first step, on its device.
 
-    step: float32 []. For 4,096 elements or more in whole blocks of 256: exp_avg_codes int8 and exp_avg_sq_codes uint8
-    of the parameter's shape; exp_avg_scale, exp_avg_sq_low and exp_avg_sq_high, float32 [elements / 256]. For other
-    parameters: exp_avg and exp_avg_sq, float32 of the parameter's shape.
+    step: float32 []. For 4,096 elements or more in whole blocks of 256: exp_avg_codes int8 and
+    exp_avg_sq_codes uint8 of the parameter's shape; exp_avg_scale, exp_avg_sq_low and exp_avg_sq_high,
+    float32 [elements / 256]. For other parameters: exp_avg and exp_avg_sq, float32 of the parameter's shape.
     """
     state = {"step": torch.zeros((), device=parameter.device)}
     if not reference.has_blocks(parameter):
@@ -45,16 +46,17 @@ def adamw8bit_(
     seed: int,
     streams: Sequence[int],
 ) -> None:
-    """One step of AdamW on every parameter, in place, with moments of 8 bits (see `reference.py` for their form).
+    """One step of AdamW on every parameter, in place, with moments of 8 bits (see `reference.py` for their
+    form).
 
-    parameters: float32 or bfloat16, contiguous; bfloat16 ones are rounded stochastically. gradients: of the same
-    shapes, in any of the two dtypes; they are read, times `gradient_scale`, and not written to. states: as
-    `new_state` makes them. lr: float32 [] for each parameter; gradient_scale: float32 [], 0 for gradients that count
-    as 0 whatever they hold. Both are read on the device.
+    parameters: float32 or bfloat16, contiguous; bfloat16 ones are rounded stochastically. gradients: of the
+    same shapes, in any of the two dtypes; they are read, times `gradient_scale`, and not written to. states:
+    as `new_state` makes them. lr: float32 [] for each parameter; gradient_scale: float32 [], 0 for gradients
+    that count as 0 whatever they hold. Both are read on the device.
     seed, streams: a parameter's random bits follow from the seed, its stream and each element's number alone.
 
-    Nothing is read back from the device. On CUDA: a launch for each pair of a weight's and a gradient's dtype and for
-    each of the two forms of state, whatever the number of parameters.
+    Nothing is read back from the device. On CUDA: a launch for each pair of a weight's and a gradient's dtype
+    and for each of the two forms of state, whatever the number of parameters.
     Raises ValueError for counts, dtypes, shapes, devices or layouts that do not fit.
     """
     if not parameters:

@@ -2,16 +2,17 @@
 
 Moments are kept in blocks of 256 consecutive elements. With r = sqrt(exp_avg_sq):
 
-- r has logarithmic codes: 0 is exactly 0, and 1 to 255 are spaced evenly in log r between the block's smallest r
-  above 0 and its largest, so no second moment is ever rounded to 0 and every one has the same relative error.
-  It is rounded stochastically, unbiased in r: r moves by at most 0.05% a step where gradients shrink, far less than
-  a code's spacing of 1 to 7%, and rounding to nearest would stand still.
+- r has logarithmic codes: 0 is exactly 0, and 1 to 255 are spaced evenly in log r between the block's
+  smallest r above 0 and its largest, so no second moment is ever rounded to 0 and every one has the same
+  relative error.
+  It is rounded stochastically, unbiased in r: r moves by at most 0.05% a step where gradients shrink, far
+  less than a code's spacing of 1 to 7%, and rounding to nearest would stand still.
 - exp_avg is kept as its quotient by r, linear codes from -127 to 127 with one scale a block. That quotient is
-  bounded (by (1 - beta1) / sqrt(1 - beta2), 3.2, in exact arithmetic), so an element's step is precise to about
-  a hundredth of the rate however small its gradient is beside its block's largest.
+  bounded (by (1 - beta1) / sqrt(1 - beta2), 3.2, in exact arithmetic), so an element's step is precise to
+  about a hundredth of the rate however small its gradient is beside its block's largest.
 
-A step is taken from moments in float32, before they are rounded. Random bits are a hash of (seed, stream of the
-parameter, element): neither other parameters nor the order of the work change them.
+A step is taken from moments in float32, before they are rounded. Random bits are a hash of (seed, stream of
+the parameter, element): neither other parameters nor the order of the work change them.
 
 Legend: n elements of a parameter, b = n / 256 blocks.
 """
@@ -51,7 +52,8 @@ def key(seed: int, parameter: int) -> tuple[int, int]:
 
 
 def random_bits(words: tuple[int, int], first: int, count: int, device: torch.device) -> Tensor:
-    """int64 [count] in [0, 2**32) for the elements from `first` on: a hash of the words and each element's number."""
+    """int64 [count] in [0, 2**32) for the elements from `first` on: a hash of the words and each element's
+    number."""
     x = (torch.arange(first, first + count, device=device) & WORD) ^ words[0]
     for word in (words[1], words[0]):
         x = (x ^ (x >> 16)) * HASH_A & WORD
@@ -134,7 +136,8 @@ def step(
     weight_decay: float,
     words: tuple[int, int],
 ) -> None:
-    """One step of one parameter, in place, in chunks. corrections: float32 [2], 1 - beta**step for both betas."""
+    """One step of one parameter, in place, in chunks. corrections: float32 [2], 1 - beta**step for both
+    betas."""
     flat, slopes = parameter.view(-1), gradient.reshape(-1)
     for first in range(0, len(flat), CHUNK):
         chosen = slice(first, first + CHUNK)
@@ -181,7 +184,8 @@ def adamw8bit_(
     weight_decay: float,
     words: Sequence[tuple[int, int]],
 ) -> None:
-    """What `op.adamw8bit_` documents. corrections: float32 [parameters, 2]; words: of each parameter, see `key`."""
+    """What `op.adamw8bit_` documents. corrections: float32 [parameters, 2]; words: of each parameter, see
+    `key`."""
     rest: dict[str, Any] = {
         "gradient_scale": gradient_scale,
         "betas": betas,
@@ -193,9 +197,9 @@ def adamw8bit_(
 
 
 def dynamic_codes(signed: bool) -> Tensor:
-    """The 256 values, ascending, that "dynamic" 8-bit states stand for (Dettmers et al., arXiv 2110.02861, section
-    2.1, without an inverse for the largest): seven decades, each the middles of equal parts of [0.1, 1], the parts
-    doubling from decade to decade; 0; and 1."""
+    """The 256 values, ascending, that "dynamic" 8-bit states stand for (Dettmers et al., arXiv 2110.02861,
+    section 2.1, without an inverse for the largest): seven decades, each the middles of equal parts of [0.1,
+    1], the parts doubling from decade to decade; 0; and 1."""
     values = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1)
@@ -209,8 +213,8 @@ def from_dynamic_codes(
 ) -> dict[str, Tensor]:
     """The state whose moments are nearest to those of "dynamic" codes, as torchao's AdamW8bit keeps them.
 
-    Each moment: (codes uint8 of the parameter's shape, scale float32 [n / block]). Where the second moment was
-    rounded to 0 and the first was not, it is taken to be half the smallest code.
+    Each moment: (codes uint8 of the parameter's shape, scale float32 [n / block]). Where the second moment
+    was rounded to 0 and the first was not, it is taken to be half the smallest code.
     """
     shape = exp_avg[0].shape
     first, second = (

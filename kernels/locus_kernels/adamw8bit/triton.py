@@ -1,9 +1,9 @@
 """8-bit AdamW as one Triton kernel over all parameters of a kind, whatever their number and sizes.
 
 A program takes 4 blocks of 256 elements of one parameter, finds which in a table of jobs, and does what
-`reference.step` does: one read of weight, gradient and state, one write of weight and state. Rates, the gradient's
-scale and the bias corrections are read on the device. Parameters without blocks run the same kernel with float32
-moments. The table is two small tensors, sent without waiting for the device.
+`reference.step` does: one read of weight, gradient and state, one write of weight and state. Rates, the
+gradient's scale and the bias corrections are read on the device. Parameters without blocks run the same
+kernel with float32 moments. The table is two small tensors, sent without waiting for the device.
 """
 
 from __future__ import annotations

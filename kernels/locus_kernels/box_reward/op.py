@@ -1,4 +1,5 @@
-"""The public box reader and box reward: one registered operator, so that both survive `torch.compile`; the reference on CPU, the kernel on CUDA."""
+"""The public box reader and box reward: one registered operator, so that both survive `torch.compile`; the
+reference on CPU, the kernel on CUDA."""
 
 from __future__ import annotations
 
@@ -89,21 +90,29 @@ def read_boxes(
     vocab_size: int | None = None,
     validate: bool = False,
 ) -> BoxReading:
-    """Read a box out of each reply: as decoding the tokens and searching the text with a regular expression would, without any text.
+    """Read a box out of each reply: as decoding the tokens and searching the text with a regular expression
+    would, without any text.
 
-    ids, integer [R, L]: token ids, any strides; lengths, integer [R]: how many of a row's tokens count (more than L counts as L, less than 0 as 0).
-    The text is what decoding without special tokens gives; white space is ASCII's six. A box is `[` number `,` number `,` number `,` number `]` with
-    white space anywhere around the numbers, a number `[+-]?` digits, perhaps `.` digits. Boxes are found from left to right and do not overlap.
-    - which: the "first" or the "last" box of the reply, or ("answer") the first one inside the first `<answer>` ... `</answer>`; without the closing
-      tag there is none.
-    - grammar: what `format_ok` asks of the whole reply. "think_answer": `<think>` any `</think>` `<answer>` any `</answer>`, with white space allowed
-      before, after, and between `</think>` and `<answer>`; "direct": one box with white space around.
-    - Numbers are cut, not rounded, after the sixth digit behind the point; a magnitude above 1,000,000 then makes the box read as none.
+    ids, integer [R, L]: token ids, any strides; lengths, integer [R]: how many of a row's tokens count (more
+    than L counts as L, less than 0 as 0). The text is what decoding without special tokens gives; white space
+    is ASCII's six. A box is `[` number `,` number `,` number `,` number `]` with white space anywhere around
+    the numbers, a number `[+-]?` digits, perhaps `.` digits. Boxes are found from left to right and do not
+    overlap.
+    - which: the "first" or the "last" box of the reply, or ("answer") the first one inside the first
+      `<answer>` ... `</answer>`; without the closing tag there is none.
+    - grammar: what `format_ok` asks of the whole reply. "think_answer": `<think>` any `</think>` `<answer>`
+      any `</answer>`, with white space allowed before, after, and between `</think>` and `<answer>`;
+      "direct": one box with white space around.
+    - Numbers are cut, not rounded, after the sixth digit behind the point; a magnitude above 1,000,000 then
+      makes the box read as none.
     - valid compares the float32 coordinates returned. Nothing is clamped to an image.
-    - vocab_size: how many ids the model can produce (the rows of its head). Given, it must be the table's: a table of another vocabulary raises.
-    - An id outside [0, V) counts as one character that fits nowhere. With validate=True it raises ValueError, as does a length outside [0, L];
+    - vocab_size: how many ids the model can produce (the rows of its head). Given, it must be the table's: a
+      table of another vocabulary raises.
+    - An id outside [0, V) counts as one character that fits nowhere. With validate=True it raises ValueError,
+      as does a length outside [0, L];
       that check waits for the device, and nothing else here does.
-    On CUDA this is one launch, which a CUDA graph can capture. Raises ValueError for a wrong dtype, shape or device, or an unknown which or grammar.
+    On CUDA this is one launch, which a CUDA graph can capture. Raises ValueError for a wrong dtype, shape or
+    device, or an unknown which or grammar.
     """
     reference.check_reading(ids, lengths, table, which, grammar, vocab_size, validate)
     if ids.is_meta:
@@ -130,12 +139,15 @@ def box_reward(
 ) -> BoxReward:
     """Token ids in, rewards and group advantages out.
 
-    reward = (1 - format_weight) * shape + format_weight * format, where the shape (a name in `REWARD_SHAPES`) is 0 for a box that is not valid;
-    advantage = `group_advantage(reward, group_size, normalize_std)`. target_boxes, float32 [R, 4], one a row and in the frame that the model speaks:
-    see `iou` for why no conversion is needed. ids, lengths, which, grammar, vocab_size and validate are as in `read_boxes`; progress, in [0, 1], is
-    the share of training done.
-    On CUDA this is one launch, without waiting for the device, which a CUDA graph can capture; a group may there have at most 512 replies.
-    Raises ValueError for a wrong dtype, shape or device, for rows that are not whole groups, and for an unknown name or a value out of range.
+    reward = (1 - format_weight) * shape + format_weight * format, where the shape (a name in `REWARD_SHAPES`)
+    is 0 for a box that is not valid; advantage = `group_advantage(reward, group_size, normalize_std)`.
+    target_boxes, float32 [R, 4], one a row and in the frame that the model speaks: see `iou` for why no
+    conversion is needed. ids, lengths, which, grammar, vocab_size and validate are as in `read_boxes`;
+    progress, in [0, 1], is the share of training done.
+    On CUDA this is one launch, without waiting for the device, which a CUDA graph can capture; a group may
+    there have at most 512 replies.
+    Raises ValueError for a wrong dtype, shape or device, for rows that are not whole groups, and for an
+    unknown name or a value out of range.
     """
     reference.check_reward(ids, target_boxes, group_size, shape, format_weight, progress)
     reference.check_reading(ids, lengths, table, which, grammar, vocab_size, validate)

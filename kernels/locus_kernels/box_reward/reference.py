@@ -1,7 +1,9 @@
-"""The box reader and its reward in plain PyTorch: the oracle of the kernel, and the path that runs where there is none.
+"""The box reader and its reward in plain PyTorch: the oracle of the kernel, and the path that runs where
+there is none.
 
-Legend: R reply rows, L tokens a row, W `table.width`, N = L * W character positions, V vocabulary rows, G rows a group. Boxes are xyxy float32.
-Nothing here copies a value to the host (except with `validate=True`), so nothing waits for the device.
+Legend: R reply rows, L tokens a row, W `table.width`, N = L * W character positions, V vocabulary rows, G
+rows a group. Boxes are xyxy float32. Nothing here copies a value to the host (except with `validate=True`),
+so nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -58,9 +60,10 @@ class BoxReward(NamedTuple):
     zero_variance: Tensor  # bool [R / G]: all rewards of the group are equal, and its advantages exactly 0
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------- reading
 def _expand(ids: Tensor, lengths: Tensor, table: TokenTable) -> Tensor:
-    """Classes int64 [N, R] of every character position, time first; PADDING past a token's end and past the row's length."""
+    """Classes int64 [N, R] of every character position, time first; PADDING past a token's end and past the
+    row's length."""
     token_LR = ids.t().long()
     counted_LR = torch.arange(ids.shape[1], device=ids.device)[:, None] < lengths
     known_LR = (token_LR >= 0) & (token_LR < table.vocab_size)
@@ -74,7 +77,8 @@ def _expand(ids: Tensor, lengths: Tensor, table: TokenTable) -> Tensor:
 
 
 def _run(symbol_NR: Tensor, table: TokenTable) -> tuple[Tensor, Tensor]:
-    """Run the automaton over all rows at once: (action int16 [N, R] of every character, final state int64 [R])."""
+    """Run the automaton over all rows at once: (action int16 [N, R] of every character, final state int64
+    [R])."""
     next_row = (
         table.transitions & STATE_MASK
     ).long() * CLASS_COUNT  # where the next state's row of the table begins
@@ -101,10 +105,12 @@ def _span(action_NR: Tensor, which: str) -> tuple[Tensor, Tensor]:
 
 
 def _numbers(action_NR: Tensor, symbol_NR: Tensor, begin_R: Tensor, end_R: Tensor) -> Tensor:
-    """The four numbers between `begin` and `end` as millionths, int64 [R, 4]; beyond +-LARGEST where the number said is.
+    """The four numbers between `begin` and `end` as millionths, int64 [R, 4]; beyond +-LARGEST where the
+    number said is.
 
-    A digit's weight follows from how many digits stand to its right (before the point) or left (after it), within its own number. Digits further left
-    than a million weigh ten millions, which is enough to be out of range; digits after the sixth behind the point weigh nothing.
+    A digit's weight follows from how many digits stand to its right (before the point) or left (after it),
+    within its own number. Digits further left than a million weigh ten millions, which is enough to be out of
+    range; digits after the sixth behind the point weigh nothing.
     """
     position_N1 = torch.arange(action_NR.shape[0], device=action_NR.device)[:, None]
     action_NR = torch.where((position_N1 > begin_R) & (position_N1 < end_R), action_NR, 0)
@@ -178,7 +184,8 @@ def read_boxes(
     grammar: str = "think_answer",
     validate: bool = False,
 ) -> BoxReading:
-    """What `op.read_boxes` documents. A tensor of N * R actions is kept, and its reading is a few operations on all of it at once."""
+    """What `op.read_boxes` documents. A tensor of N * R actions is kept, and its reading is a few operations
+    on all of it at once."""
     check_reading(ids, lengths, table, which, grammar, None, validate)
     lengths = lengths.long()  # unsigned types compare with nothing
     if ids.shape[1] == 0:
@@ -196,9 +203,10 @@ def read_boxes(
     return BoxReading(box_R4, valid_R, (flags_R & GRAMMARS[grammar]) != 0)
 
 
-# --------------------------------------------------------------------------------------------------------------- overlaps
+# --------------------------------------------------------------------------------------------------- overlaps
 def _areas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Areas [...] of the intersection and of the union of two boxes [..., 4]; a box whose sides are not positive has area 0."""
+    """Areas [...] of the intersection and of the union of two boxes [..., 4]; a box whose sides are not
+    positive has area 0."""
     width, height = (
         (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]))
         .clamp(min=0)
@@ -210,17 +218,20 @@ def _areas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union [...] in [0, 1] of xyxy boxes [..., 4], elementwise; 0 where either box is degenerate, never NaN.
+    """Intersection over union [...] in [0, 1] of xyxy boxes [..., 4], elementwise; 0 where either box is
+    degenerate, never NaN.
 
-    Stretching an axis for both boxes alike leaves it unchanged, so boxes in the frame that the model speaks (pixels of the resized image, or
-    thousandths) give the same IoU as boxes in the original image's pixels: nothing needs converting.
+    Stretching an axis for both boxes alike leaves it unchanged, so boxes in the frame that the model speaks
+    (pixels of the resized image, or thousandths) give the same IoU as boxes in the original image's pixels:
+    nothing needs converting.
     """
     intersection, union = _areas(a, b)
     return intersection / torch.where(union > 0, union, 1)
 
 
 def giou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU [...] in [-1, 1] of xyxy boxes [..., 4]: IoU less the share of the smallest box around both that neither covers; never NaN."""
+    """Generalised IoU [...] in [-1, 1] of xyxy boxes [..., 4]: IoU less the share of the smallest box around
+    both that neither covers; never NaN."""
     intersection, union = _areas(a, b)
     hull = (
         (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
@@ -230,7 +241,7 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- shapes
+# ----------------------------------------------------------------------------------------------------- shapes
 # Each takes predicted and target boxes, float32 [R, 4], and the progress of training in [0, 1], and returns float32 [R]; 0 for a degenerate box.
 RewardShape = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -276,7 +287,8 @@ def shape_ramp(predicted: Tensor, target: Tensor, progress: float) -> Tensor:
 
 
 def shape_rising(predicted: Tensor, target: Tensor, progress: float) -> Tensor:
-    """1 from a threshold on, else 0; the threshold rises in a straight line from IoU 0.25 at progress 0 to 0.75 at progress 1."""
+    """1 from a threshold on, else 0; the threshold rises in a straight line from IoU 0.25 at progress 0 to
+    0.75 at progress 1."""
     return (iou(predicted, target) >= 0.25 + 0.5 * progress).float()
 
 
@@ -292,7 +304,7 @@ REWARD_SHAPES: dict[str, RewardShape] = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------- reward
+# ----------------------------------------------------------------------------------------------------- reward
 def _check_groups(rows: int, group_size: int) -> None:
     if not isinstance(group_size, int) or group_size < 1 or rows % group_size:
         raise ValueError(f"group_size: expected a positive divisor of the {rows} rows, got {group_size}")
@@ -301,10 +313,12 @@ def _check_groups(rows: int, group_size: int) -> None:
 def group_advantage(
     reward: Tensor, group_size: int, normalize_std: bool = True, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """Advantage float32 [R] of each reward [R] within its group of `group_size` neighbouring rows, and bool [R / G] where a group has no variance.
+    """Advantage float32 [R] of each reward [R] within its group of `group_size` neighbouring rows, and bool
+    [R / G] where a group has no variance.
 
-    (reward - mean) / (std + eps) with the unbiased standard deviation, or reward - mean alone. Exactly 0 where a group's rewards are all equal,
-    which a group of one always is. Raises ValueError unless reward is float32 [R] and group_size divides R.
+    (reward - mean) / (std + eps) with the unbiased standard deviation, or reward - mean alone. Exactly 0
+    where a group's rewards are all equal, which a group of one always is. Raises ValueError unless reward is
+    float32 [R] and group_size divides R.
     """
     if reward.ndim != 1 or reward.dtype != torch.float32:
         raise ValueError(f"reward: expected float32 [rows], got {reward.dtype} {list(reward.shape)}")

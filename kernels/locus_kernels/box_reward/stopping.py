@@ -1,4 +1,5 @@
-"""Where a reply has said what the reader looks for, token by token: the reader's automaton, reduced to that one question."""
+"""Where a reply has said what the reader looks for, token by token: the reader's automaton, reduced to that
+one question."""
 
 from __future__ import annotations
 
@@ -21,12 +22,14 @@ WHICH = ("first", "answer")
 
 
 def closing_table(table: TokenTable, which: str) -> Tensor:
-    """int16 [V, S] on CPU: the state after each token in each of S states, from START; CLOSED once the reply has closed
+    """int16 [V, S] on CPU: the state after each token in each of S states, from START; CLOSED once the reply
+    has closed
 
-    - its first box (which = "first"), whatever follows being of no account to `box_reward(..., which="first")`, or
+    - its first box (which = "first"), whatever follows being of no account to `box_reward(...,
+      which="first")`, or
     - its answer, with `</answer>` (which = "answer").
-    The machine is the reader's own with equivalent states merged (Moore 1956), so the two agree on every token sequence. Raises ValueError for
-    another `which`: a reply's last box is known only at its end.
+    The machine is the reader's own with equivalent states merged (Moore 1956), so the two agree on every
+    token sequence. Raises ValueError for another `which`: a reply's last box is known only at its end.
     """
     if which not in WHICH:
         raise ValueError(f"which: expected one of {', '.join(WHICH)}, got {which!r}")

@@ -1,20 +1,26 @@
-"""What a reply's tokens mean to the box reader: character classes, one small automaton, and a table of tokens built once.
+"""What a reply's tokens mean to the box reader: character classes, one small automaton, and a table of tokens
+built once.
 
-The reader never sees text. A token is a short string of *classes* (one byte each), and an automaton reads classes:
+The reader never sees text. A token is a short string of *classes* (one byte each), and an automaton reads
+classes:
 
     token ids --TokenTable.offsets/classes--> classes --TokenTable.transitions--> states and actions --> numbers, flags
 
-**Classes** (`CLASS_COUNT` = 32). Class number d is the digit d; then `+ - . [ ] ,`, white space (the six characters of ASCII are one class),
-`< / >`, the ten letters of the words "think" and "answer", `OTHER` for every other byte (all bytes past ASCII among them), and `PADDING`, which
-stands for no character at all and changes nothing.
+**Classes** (`CLASS_COUNT` = 32). Class number d is the digit d; then `+ - . [ ] ,`, white space (the six
+characters of ASCII are one class), `< / >`, the ten letters of the words "think" and "answer", `OTHER` for
+every other byte (all bytes past ASCII among them), and `PADDING`, which stands for no character at all and
+changes nothing.
 
-**Automaton.** One deterministic machine follows three things at once, so that one table serves every way of reading:
-- the *lexeme*: how much of a box or of a tag has been read. A box holds no `[` and a tag holds no `<` except its first character, so either
-  character abandons what was begun and starts afresh; that is just what a left-to-right regular expression search does;
+**Automaton.** One deterministic machine follows three things at once, so that one table serves every way of
+reading:
+- the *lexeme*: how much of a box or of a tag has been read. A box holds no `[` and a tag holds no `<` except
+  its first character, so either character abandons what was begun and starts afresh; that is just what a
+  left-to-right regular expression search does;
 - the *answer*: before, inside or after the first `<answer>...</answer>`;
 - the *shape* of the whole reply under both grammars of the format flag.
 
-The machine is written as plain Python over small tuples (`_step`) and turned into a table by visiting every state that can be reached.
+The machine is written as plain Python over small tuples (`_step`) and turned into a table by visiting every
+state that can be reached.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# ---------------------------------------------------------------------------------------------------------------- classes
+# ---------------------------------------------------------------------------------------------------- classes
 ALPHABET = (
     "0123456789+-.[], </>thinkaswer"  # one character stands for each class, in the order of the class numbers
 )
@@ -37,7 +43,7 @@ CLASS_COUNT = 32
 WHITESPACE = b" \t\n\r\f\v"
 _OTHER_CHARACTER = "?"
 
-# ---------------------------------------------------------------------------------------------------------------- actions
+# ---------------------------------------------------------------------------------------------------- actions
 # What a step does to the box being read. A transition is one int16: the next state, plus the action shifted left by ACTION_SHIFT.
 NOTHING = 0  # no effect on the numbers
 OPEN = 1  # a box begins at this '[': forget the numbers of any box begun before
@@ -50,7 +56,7 @@ CLOSE_IN_ANSWER = 7  # the box is complete, inside the first answer
 ACTION_SHIFT = 9
 STATE_MASK = (1 << ACTION_SHIFT) - 1
 
-# ------------------------------------------------------------------------------------------------- flags of a final state
+# ------------------------------------------------------------------------------------- flags of a final state
 ANSWER_CLOSED = 1  # the first <answer> has its </answer>
 THINK_ANSWER = 2  # the reply has the think/answer structure
 DIRECT = 4  # the reply is one box and white space
@@ -85,7 +91,8 @@ class _State(NamedTuple):
 
 
 def _step_box(state: _State, character: str) -> tuple[int, str, int]:
-    """The box's next (number, part) and the action of one character; (-1, "", NOTHING) when the character ends the attempt."""
+    """The box's next (number, part) and the action of one character; (-1, "", NOTHING) when the character
+    ends the attempt."""
     if character == "[":
         return 0, "before", OPEN
     if state.number < 0:
@@ -106,7 +113,8 @@ def _step_box(state: _State, character: str) -> tuple[int, str, int]:
 
 
 def _step_thinking(state: _State, character: str, tag: str, closed: str) -> str:
-    """Next stage of the think/answer structure; `tag` is the part of a tag read after this character, `closed` a tag it completes."""
+    """Next stage of the think/answer structure; `tag` is the part of a tag read after this character,
+    `closed` a tag it completes."""
 
     def may_become(expected: str) -> bool:
         grown = state.tag + character
@@ -169,8 +177,9 @@ def _step(state: _State, character: str) -> tuple[_State, int]:
 class Automaton(NamedTuple):
     """The reader's machine as CPU tensors, S states; state 0 is where every reply starts.
 
-    transitions int16 [S * 32]: at state * 32 + class, the next state plus (action << ACTION_SHIFT). final uint8 [S]: the flags ANSWER_CLOSED,
-    THINK_ANSWER and DIRECT of a reply that ends in the state. in_box bool [S]: whether a box has been begun.
+    transitions int16 [S * 32]: at state * 32 + class, the next state plus (action << ACTION_SHIFT). final
+    uint8 [S]: the flags ANSWER_CLOSED, THINK_ANSWER and DIRECT of a reply that ends in the state. in_box bool
+    [S]: whether a box has been begun.
     """
 
     transitions: Tensor
@@ -207,12 +216,14 @@ def automaton() -> Automaton:
     )
 
 
-# -------------------------------------------------------------------------------------------------------- shorter strings
+# -------------------------------------------------------------------------------------------- shorter strings
 def _effect(classes: tuple[int, ...]) -> tuple[int, ...]:
-    """All that a string of one or two classes does, from every state: the state it leads to and the actions that still matter.
+    """All that a string of one or two classes does, from every state: the state it leads to and the actions
+    that still matter.
 
-    An action matters if it completes a box, or if the box that it belongs to is complete or still open at the end; what was read of an abandoned box
-    has no influence on anything. Strings of equal effect can stand for each other inside any reply.
+    An action matters if it completes a box, or if the box that it belongs to is complete or still open at the
+    end; what was read of an abandoned box has no influence on anything. Strings of equal effect can stand for
+    each other inside any reply.
     """
     machine = automaton()
     table = machine.transitions.view(-1, CLASS_COUNT).long()
@@ -235,10 +246,12 @@ def _effect(classes: tuple[int, ...]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1)
 def rewrites() -> dict[tuple[int, int], tuple[int, ...]]:
-    """Pairs of classes -> a shorter or duller string of the same effect: one class, or a pair with OTHER in place of one of the two.
+    """Pairs of classes -> a shorter or duller string of the same effect: one class, or a pair with OTHER in
+    place of one of the two.
 
-    Examples: `--` -> OTHER (no number has two signs), space space -> space, OTHER x -> OTHER unless x is `[` or `<`, `]]` -> `]` OTHER. Every rule is
-    found by comparing effects from every state, so it holds in any surroundings, and so does any sequence of rules.
+    Examples: `--` -> OTHER (no number has two signs), space space -> space, OTHER x -> OTHER unless x is `[`
+    or `<`, `]]` -> `]` OTHER. Every rule is found by comparing effects from every state, so it holds in any
+    surroundings, and so does any sequence of rules.
     """
     symbols = (OTHER, *range(OTHER))
     shortest: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -257,7 +270,8 @@ def rewrites() -> dict[tuple[int, int], tuple[int, ...]]:
 
 
 def shorten(classes: bytes) -> bytes:
-    """Apply `rewrites` to a string of classes until none applies. The result reads the same in any surroundings and is never longer."""
+    """Apply `rewrites` to a string of classes until none applies. The result reads the same in any
+    surroundings and is never longer."""
     rules = rewrites()
     done: list[int] = []
     waiting = list(reversed(classes))
@@ -272,7 +286,7 @@ def shorten(classes: bytes) -> bytes:
     return bytes(done)
 
 
-# ------------------------------------------------------------------------------------------------------------ token table
+# ------------------------------------------------------------------------------------------------ token table
 def _class_of_byte() -> bytes:
     table = bytearray([OTHER] * 256)
     for number, character in enumerate(ALPHABET):
@@ -287,9 +301,11 @@ CLASS_OF_BYTE = _class_of_byte()  # 256 classes, for bytes.translate
 
 @dataclass(frozen=True, eq=False)
 class TokenTable:
-    """What the box reader knows of a tokenizer, and its automaton, on one device. V vocabulary rows, S states.
+    """What the box reader knows of a tokenizer, and its automaton, on one device. V vocabulary rows, S
+    states.
 
-    Token v is the classes `classes[offsets[v] : offsets[v + 1]]`, `width` at most; a special token, or a row that no token owns, is empty.
+    Token v is the classes `classes[offsets[v] : offsets[v + 1]]`, `width` at most; a special token, or a row
+    that no token owns, is empty.
     """
 
     offsets: Tensor  # int32 [V + 1]
@@ -315,11 +331,14 @@ class TokenTable:
 
 
 def token_texts(tokenizer: Any, vocab_size: int) -> list[str]:
-    """The text that each id 0 .. vocab_size - 1 adds to a reply, [vocab_size] strings; "" for special tokens and for ids without a token.
+    """The text that each id 0 .. vocab_size - 1 adds to a reply, [vocab_size] strings; "" for special tokens
+    and for ids without a token.
 
-    Each id is decoded *behind* another token, because decoders treat the first token of a text differently (they drop its leading space). Part of a
-    UTF-8 character comes out as U+FFFD, which is as good as the bytes here: neither is ASCII.
-    Raises ValueError for a tokenizer without a fast backend, or one whose decoder does not work token by token.
+    Each id is decoded *behind* another token, because decoders treat the first token of a text differently
+    (they drop its leading space). Part of a UTF-8 character comes out as U+FFFD, which is as good as the
+    bytes here: neither is ASCII.
+    Raises ValueError for a tokenizer without a fast backend, or one whose decoder does not work token by
+    token.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -345,11 +364,13 @@ def token_texts(tokenizer: Any, vocab_size: int) -> list[str]:
 
 
 def build_token_table(tokenizer: Any, vocab_size: int) -> TokenTable:
-    """Build the reader's table (CPU) from any fast Hugging Face tokenizer; once per tokenizer, seconds at most, the same bits every time.
+    """Build the reader's table (CPU) from any fast Hugging Face tokenizer; once per tokenizer, seconds at
+    most, the same bits every time.
 
-    `vocab_size` is the number of rows of the model's embedding, which may exceed the tokenizer's: rows without a token add no characters, as when
-    decoding. So do special tokens; other added tokens (such as "<think>" in some families) count with their text. Text is read byte by byte, each
-    token for itself: a byte-fallback token for an ASCII byte counts as that byte even where its neighbours are not valid UTF-8.
+    `vocab_size` is the number of rows of the model's embedding, which may exceed the tokenizer's: rows
+    without a token add no characters, as when decoding. So do special tokens; other added tokens (such as
+    "<think>" in some families) count with their text. Text is read byte by byte, each token for itself: a
+    byte-fallback token for an ASCII byte counts as that byte even where its neighbours are not valid UTF-8.
     Raises ValueError for vocab_size < 1 and as `token_texts` does.
     """
     if vocab_size < 1:

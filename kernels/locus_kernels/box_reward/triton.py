@@ -1,9 +1,12 @@
-"""The box reader, its reward and the group advantage as one Triton kernel: one launch, one read of the ids, nothing read back.
+"""The box reader, its reward and the group advantage as one Triton kernel: one launch, one read of the ids,
+nothing read back.
 
-A program holds GROUPS whole groups of BLOCK >= G lanes, one lane a reply, and walks over the tokens. Only the automaton's state is a chain of
-dependent loads (one table look-up a character, from a table of 28 KB that stays in the first cache), so everything else is fetched ahead of it: ids,
-offsets and first classes of the next UNROLL tokens are loaded before the present ones are read. Numbers are exact integers (millionths), as in the
-reference, and divisions and roots round to nearest, so that the kernel's readings are the reference's bit for bit.
+A program holds GROUPS whole groups of BLOCK >= G lanes, one lane a reply, and walks over the tokens. Only the
+automaton's state is a chain of dependent loads (one table look-up a character, from a table of 28 KB that
+stays in the first cache), so everything else is fetched ahead of it: ids, offsets and first classes of the
+next UNROLL tokens are loaded before the present ones are read. Numbers are exact integers (millionths), as in
+the reference, and divisions and roots round to nearest, so that the kernel's readings are the reference's bit
+for bit.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ MILLION, MOST, TOO_MUCH = tl.constexpr(UNIT), tl.constexpr(LARGEST), tl.constexp
 MAX_GROUP = 512  # replies that one program can hold
 
 
-# ----------------------------------------------------------------------------------------------------------------- shapes
+# ----------------------------------------------------------------------------------------------------- shapes
 # One small function per reward shape: (IoU, GIoU, rising threshold) -> reward of a valid box. `rising` is 0.25 + 0.5 * progress.
 @triton.jit
 def shape_iou(iou, giou, rising):
@@ -82,10 +85,11 @@ SHAPES = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------- kernel
+# ----------------------------------------------------------------------------------------------------- kernel
 @triton.jit
 def _fetch(ids, step, at, length, offsets, classes, vocab_size, UNROLL: tl.constexpr):
-    """What tokens at .. at + UNROLL of every lane begin with: (where its classes begin, how many they are, the first), UNROLL of each."""
+    """What tokens at .. at + UNROLL of every lane begin with: (where its classes begin, how many they are,
+    the first), UNROLL of each."""
     begins, counts, heads = (), (), ()
     for u in tl.static_range(UNROLL):
         counted = at + u < length
@@ -103,8 +107,9 @@ def _fetch(ids, step, at, length, offsets, classes, vocab_size, UNROLL: tl.const
 
 @triton.jit
 def _start(GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """The machine before the first class, a value a lane: state; the number being read (whole part, millionths, weight of the next fraction digit,
-    sign); the last three numbers of the box being read; the chosen box in millionths; whether there is one."""
+    """The machine before the first class, a value a lane: state; the number being read (whole part,
+    millionths, weight of the next fraction digit, sign); the last three numbers of the box being read; the
+    chosen box in millionths; whether there is one."""
     none = tl.zeros((GROUPS, BLOCK), tl.int32)
     zero = tl.zeros((GROUPS, BLOCK), tl.int64)
     no = none > 0
@@ -167,7 +172,8 @@ def _overlaps(x1, y1, x2, y2, target, lane):
 
 @triton.jit
 def _advantages(reward, lane, group_size, NORMALIZE: tl.constexpr):
-    """(advantage [GROUPS, BLOCK], whether all rewards of the group are equal [GROUPS]), as `reference.group_advantage`."""
+    """(advantage [GROUPS, BLOCK], whether all rewards of the group are equal [GROUPS]), as
+    `reference.group_advantage`."""
     equal = tl.max(tl.where(lane, reward, float("-inf")), 1) == tl.min(
         tl.where(lane, reward, float("inf")), 1
     )
@@ -190,7 +196,8 @@ def box_reward_kernel(
     SHAPE: tl.constexpr, READ: tl.constexpr, FORMAT: tl.constexpr, REWARD: tl.constexpr, NORMALIZE: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Program p rewards GROUPS groups from p * GROUPS on. Without REWARD it only reads; `target` and the last four outputs stay untouched."""
+    """Program p rewards GROUPS groups from p * GROUPS on. Without REWARD it only reads; `target` and the last
+    four outputs stay untouched."""
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     member = tl.arange(0, BLOCK)
     row = group[:, None] * group_size + member[None, :]
@@ -244,7 +251,7 @@ def box_reward_kernel(
         tl.store(zero_variance + group, equal.to(tl.uint8), mask=group * group_size < rows)
 
 
-# --------------------------------------------------------------------------------------------------------------- launcher
+# --------------------------------------------------------------------------------------------------- launcher
 def _check_layout(table: TokenTable, group_size: int) -> None:
     expected = {
         "offsets": torch.int32,
@@ -273,7 +280,8 @@ def _launch(
     options: dict[str, Any],
     lanes: int,
 ) -> list[Tensor]:
-    """Allocate the outputs and launch once; the outputs are those of BoxReward, the last four empty without a target. `lanes` a program, about."""
+    """Allocate the outputs and launch once; the outputs are those of BoxReward, the last four empty without a
+    target. `lanes` a program, about."""
     _check_layout(table, group_size)
     rows, tokens = ids.shape
     groups = rows // group_size
@@ -327,7 +335,8 @@ def box_reward_triton(
     progress: float,
     lanes: int = 32,
 ) -> BoxReward:
-    """`reference.box_reward` in one launch; arguments as there, checked by the caller. ValueError for a group of more than MAX_GROUP."""
+    """`reference.box_reward` in one launch; arguments as there, checked by the caller. ValueError for a group
+    of more than MAX_GROUP."""
     options = {
         "SHAPE": SHAPES[shape],
         "READ": WHICH.index(which),

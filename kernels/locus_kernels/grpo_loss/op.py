@@ -1,7 +1,9 @@
-"""`grpo_loss`: registration with PyTorch, so that it differentiates and survives `torch.compile`, and the public function.
+"""`grpo_loss`: registration with PyTorch, so that it differentiates and survives `torch.compile`, and the
+public function.
 
-CPU tensors take `reference.py`, CUDA tensors `triton.py`, which raises where it cannot run. Backward is `linear_logprob`'s, with the objective's
-derivative as the gradient of each log-prob. Legend: T tokens, V vocabulary, D hidden size.
+CPU tensors take `reference.py`, CUDA tensors `triton.py`, which raises where it cannot run. Backward is
+`linear_logprob`'s, with the objective's derivative as the gradient of each log-prob. Legend: T tokens, V
+vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from locus_kernels.linear_logprob.reference import compute_dtype
 
 
 def backend(tensor: Tensor) -> ModuleType:
-    """The module whose `forward` runs on this tensor's device. Triton is imported on first use: CPU machines need not have it."""
+    """The module whose `forward` runs on this tensor's device. Triton is imported on first use: CPU machines
+    need not have it."""
     if tensor.is_cuda:
         from locus_kernels.grpo_loss import triton as kernels
 
@@ -104,20 +107,24 @@ def grpo_loss(
     softcap: float | None = None,
     validate: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The summed GRPO loss of T tokens straight from hidden states, without a [T, V] tensor; divide it by the batch's denominator.
+    """The summed GRPO loss of T tokens straight from hidden states, without a [T, V] tensor; divide it by the
+    batch's denominator.
 
-    hidden [T, D], weight [V, D], ids [T], temperature, softcap, validate: as in `linear_logprob`. All others floating [T], without gradient:
-    advantages; old_logprob, of the policy that sampled (None: this one, so the ratio is 1 and the gradient the plain policy gradient's);
-    reference_logprob, for the k3 estimate of KL(policy || reference), times kl_coefficient >= 0 (None: no such term); token_weight (None: 1).
-    The ratio is clipped to [1 - clip_low, 1 + clip_high], both >= 0. log_ratio_clamp > 0 bounds the magnitude of both log-ratios before they are
-    exponentiated, and kl_clamp > 0 a token's k3: a token past a bound has no gradient through it. EasyR1 has 20 and 10.
+    hidden [T, D], weight [V, D], ids [T], temperature, softcap, validate: as in `linear_logprob`. All others
+    floating [T], without gradient: advantages; old_logprob, of the policy that sampled (None: this one, so
+    the ratio is 1 and the gradient the plain policy gradient's); reference_logprob, for the k3 estimate of
+    KL(policy || reference), times kl_coefficient >= 0 (None: no such term); token_weight (None: 1).
+    The ratio is clipped to [1 - clip_low, 1 + clip_high], both >= 0. log_ratio_clamp > 0 bounds the magnitude
+    of both log-ratios before they are exponentiated, and kl_clamp > 0 a token's k3: a token past a bound has
+    no gradient through it. EasyR1 has 20 and 10.
 
-    Returns (loss, a scalar; log-prob [T]; metrics), float32 (float64 for float64), all on the device, nothing synchronised. Loss and log-prob are
-    differentiable in hidden and weight, once; in backward, tiles of tokens whose gradient is 0 are not computed again.
-    Metrics are 0-d, over all T tokens whatever their weight: clip_low and clip_high (tokens where a bound stopped the
-    gradient), kl and entropy (sums in nats), ratio_clamped and kl_clamped (tokens past log_ratio_clamp, or past one of
-    the two bounds of k3), ratio_max and ratio_min (both 0 without tokens). ValueError on what does not fit, as in
-    `linear_logprob`.
+    Returns (loss, a scalar; log-prob [T]; metrics), float32 (float64 for float64), all on the device, nothing
+    synchronised. Loss and log-prob are differentiable in hidden and weight, once; in backward, tiles of
+    tokens whose gradient is 0 are not computed again.
+    Metrics are 0-d, over all T tokens whatever their weight: clip_low and clip_high (tokens where a bound
+    stopped the gradient), kl and entropy (sums in nats), ratio_clamped and kl_clamped (tokens past
+    log_ratio_clamp, or past one of the two bounds of k3), ratio_max and ratio_min (both 0 without tokens).
+    ValueError on what does not fit, as in `linear_logprob`.
     """
     check_head(hidden, weight, ids, temperature, softcap, validate)
     vectors = {

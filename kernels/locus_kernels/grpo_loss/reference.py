@@ -3,10 +3,11 @@
     ratio = exp(log-prob - old),   token loss = -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) + kl_coefficient * k3
     k3 = exp(reference - log-prob) - (reference - log-prob) - 1,   loss = sum of token_weight * token loss
 
-Both exponents are clamped to [-log_ratio_clamp, log_ratio_clamp] and k3 to at most kl_clamp; a token past one of these has no gradient through it.
+Both exponents are clamped to [-log_ratio_clamp, log_ratio_clamp] and k3 to at most kl_clamp; a token past one
+of these has no gradient through it.
 
-Legend: T tokens. Sources: clipped surrogate, Schulman et al. 2017 (arXiv 1707.06347), equation 7; separate clip bounds, Yu et al. 2025
-(arXiv 2503.14476); k3, Schulman 2020, "Approximating KL divergence".
+Legend: T tokens. Sources: clipped surrogate, Schulman et al. 2017 (arXiv 1707.06347), equation 7; separate
+clip bounds, Yu et al. 2025 (arXiv 2503.14476); k3, Schulman 2020, "Approximating KL divergence".
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class Numbers(NamedTuple):
 def objective(
     logprob: Tensor, advantages: Tensor, old_logprob: Tensor | None, reference_logprob: Tensor | None, token_weight: Tensor | None, numbers: Numbers
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
-    """(token loss times its weight, its derivative to the log-prob, both [T] and of the dtype of logprob [T]; what `METRICS` are made of: ratio and
-    kl, [T], and clip_low, clip_high, ratio_clamped and kl_clamped, bool [T]); no autograd needed."""
+    """(token loss times its weight, its derivative to the log-prob, both [T] and of the dtype of logprob [T];
+    what `METRICS` are made of: ratio and kl, [T], and clip_low, clip_high, ratio_clamped and kl_clamped, bool
+    [T]); no autograd needed."""
     bound = numbers.log_ratio_clamp
     difference = torch.zeros_like(logprob) if old_logprob is None else logprob - old_logprob
     ratio_clamped = difference.abs() > bound
@@ -68,7 +70,8 @@ def forward(
     hidden: Tensor, weight: Tensor, ids: Tensor, advantages: Tensor, old_logprob: Tensor | None, reference_logprob: Tensor | None,
     token_weight: Tensor | None, numbers: Numbers, temperature: float, softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss [], log-prob [T], log-sum-exp [T], entropy [T], d loss / d log-prob [T], metrics [8] in the order of `METRICS`).
+    """(loss [], log-prob [T], log-sum-exp [T], entropy [T], d loss / d log-prob [T], metrics [8] in the order
+    of `METRICS`).
 
     float32, or float64 for float64 inputs; the log-sum-exp always float64, and so is the arithmetic between.
     """

@@ -1,7 +1,8 @@
-"""The GRPO loss on the head's partials: merge, objective and derivative in one small kernel, then one program for the sums. No atomics.
+"""The GRPO loss on the head's partials: merge, objective and derivative in one small kernel, then one program
+for the sums. No atomics.
 
-The matrix work is `linear_logprob/triton.py`'s, in forward and in backward; formulas: `reference.py`. Legend: T tokens, N vocabulary tiles,
-P programs of the objective kernel.
+The matrix work is `linear_logprob/triton.py`'s, in forward and in backward; formulas: `reference.py`. Legend:
+T tokens, N vocabulary tiles, P programs of the objective kernel.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def objective_kernel(
     lowest, highest, kl_coefficient, log_ratio_clamp, kl_clamp,
     HAS_OLD: tl.constexpr, HAS_REFERENCE: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """logprob, entropy, slope (d loss / d log-prob) float32 [T], lse float64 [T]; sums float32 [9, P] in the order of `SUMS`. Between, a row's
-    arithmetic is float64: there is little of it."""
+    """logprob, entropy, slope (d loss / d log-prob) float32 [T], lse float64 [T]; sums float32 [9, P] in the
+    order of `SUMS`. Between, a row's arithmetic is float64: there is little of it."""
     program = tl.program_id(0)
     rows = program * ROWS + tl.arange(0, ROWS)
     real = rows < T
@@ -79,7 +80,8 @@ def objective_kernel(
 
 @triton.jit(do_not_specialize=["P"])
 def sum_kernel(sums, out, P, BLOCK: tl.constexpr):
-    """out float32 [9] from sums [9, P]: program n reduces line n; the last two are a maximum and a minimum."""
+    """out float32 [9] from sums [9, P]: program n reduces line n; the last two are a maximum and a
+    minimum."""
     line = tl.program_id(0)
     added = tl.zeros((BLOCK,), tl.float32)
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -100,7 +102,8 @@ def forward(
     token_weight: Tensor | None, numbers: Numbers, temperature: float, softcap: float | None,
     descriptors: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `reference.forward`, for float32 and narrower; three launches. `descriptors`: as in the head's `forward`."""
+    """As `reference.forward`, for float32 and narrower; three launches. `descriptors`: as in the head's
+    `forward`."""
     _check_device(hidden)
     T = len(hidden)
     logprob, entropy, slope = (torch.empty(T, dtype=torch.float32, device=hidden.device) for _ in range(3))

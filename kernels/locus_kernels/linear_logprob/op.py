@@ -1,6 +1,8 @@
-"""`linear_logprob`: registration with PyTorch, so that it differentiates and survives `torch.compile`, and the public function.
+"""`linear_logprob`: registration with PyTorch, so that it differentiates and survives `torch.compile`, and
+the public function.
 
-CPU tensors take `reference.py`, CUDA tensors `triton.py`, which raises where it cannot run. Legend: T tokens, V vocabulary, D hidden size.
+CPU tensors take `reference.py`, CUDA tensors `triton.py`, which raises where it cannot run. Legend: T tokens,
+V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from locus_kernels.linear_logprob import reference
 
 
 def backend(tensor: Tensor) -> ModuleType:
-    """The module whose `forward` and `backward` run on this tensor's device. Triton is imported on first use: CPU machines need not have it."""
+    """The module whose `forward` and `backward` run on this tensor's device. Triton is imported on first use:
+    CPU machines need not have it."""
     if tensor.is_cuda:
         from locus_kernels.linear_logprob import triton as kernels
 
@@ -160,15 +163,18 @@ def linear_logprob(
     *,
     validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each id, and the entropy, under softmax(cap(hidden @ weight.T) / temperature), without a [T, V] tensor.
+    """Log-probability of each id, and the entropy, under softmax(cap(hidden @ weight.T) / temperature),
+    without a [T, V] tensor.
 
-    hidden [T, D] and weight [V, D]: one dtype of float32, float16, bfloat16 (float64 too on the CPU), any row stride; ids integer [T] in [0, V).
-    softcap: cap(x) = softcap * tanh(x / softcap) before the temperature; None for no cap.
-    Returns (log-prob [T], entropy [T]) in nats, float32 (float64 for float64). Both are differentiable in hidden and weight, once; a weight or a
-    hidden that needs no gradient costs none. Logits are summed and kept in float32 whatever the inputs' dtype.
+    hidden [T, D] and weight [V, D]: one dtype of float32, float16, bfloat16 (float64 too on the CPU), any row
+    stride; ids integer [T] in [0, V). softcap: cap(x) = softcap * tanh(x / softcap) before the temperature;
+    None for no cap.
+    Returns (log-prob [T], entropy [T]) in nats, float32 (float64 for float64). Both are differentiable in
+    hidden and weight, once; a weight or a hidden that needs no gradient costs none. Logits are summed and
+    kept in float32 whatever the inputs' dtype.
 
-    ValueError on shapes, dtypes, devices or numbers that do not fit. An id outside [0, V) gives a log-prob of NaN, or ValueError with `validate`,
-    which reads the ids and so synchronises with a GPU.
+    ValueError on shapes, dtypes, devices or numbers that do not fit. An id outside [0, V) gives a log-prob of
+    NaN, or ValueError with `validate`, which reads the ids and so synchronises with a GPU.
     """
     check_head(hidden, weight, ids, temperature, softcap, validate)
     logprob, entropy, _ = _forward(

@@ -1,15 +1,17 @@
 """Log-probabilities and entropies of given tokens under a language-model head, in plain PyTorch.
 
-`dense` is the mathematics, differentiable by autograd, and the oracle of every faster path; it holds the whole [T, V]. `forward` and `backward` are
-the CPU path: the same numbers by vocabulary chunks, so that nothing of T * V elements exists when V is large.
+`dense` is the mathematics, differentiable by autograd, and the oracle of every faster path; it holds the
+whole [T, V]. `forward` and `backward` are the CPU path: the same numbers by vocabulary chunks, so that
+nothing of T * V elements exists when V is large.
 
     y = cap(hidden @ weight.T) / temperature,   cap(x) = softcap * tanh(x / softcap)
     log-prob = y[id] - log sum exp y,   entropy = log sum exp y - sum p y,   p = softmax(y)
     d log-prob / dy = onehot(id) - p,   d entropy / dy = -p (log p + entropy)
 
-Legend: T tokens, V vocabulary, D hidden size, C columns of one vocabulary chunk, N chunks. g and h are the gradients to log-prob and entropy.
-Source of the soft-cap: Gemma 2 (arXiv 2408.00118), section 2. The chunked sums are the log-sum-exp merge of Milakov and Gimelshein 2018
-(arXiv 1805.02867), with the entropy's sum kept relative to the same maximum.
+Legend: T tokens, V vocabulary, D hidden size, C columns of one vocabulary chunk, N chunks. g and h are the
+gradients to log-prob and entropy. Source of the soft-cap: Gemma 2 (arXiv 2408.00118), section 2. The chunked
+sums are the log-sum-exp merge of Milakov and Gimelshein 2018 (arXiv 1805.02867), with the entropy's sum kept
+relative to the same maximum.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ CHUNK_ELEMENTS = 2**22  # of a [T, C] chunk: 16 MiB of float32, so that its few 
 def dense(
     hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(log-prob [T], entropy [T] in nats), computed in the dtype of hidden [T, D] and weight [V, D] up to the logits, then in at least float32.
+    """(log-prob [T], entropy [T] in nats), computed in the dtype of hidden [T, D] and weight [V, D] up to the
+    logits, then in at least float32.
 
-    ids int [T] in [0, V). This is what a careful trainer writes without a kernel, and with float64 inputs it is the truth.
+    ids int [T] in [0, V). This is what a careful trainer writes without a kernel, and with float64 inputs it
+    is the truth.
     """
     logits_TV = hidden @ weight.T
     y_TV = scale_logits(logits_TV.to(compute_dtype(hidden.dtype)), temperature, softcap)
@@ -47,7 +51,8 @@ def scale_logits(logits: Tensor, temperature: float, softcap: float | None) -> T
 
 
 def chunks(rows: int, vocabulary: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) of the vocabulary chunks for this many rows: all of it where rows * vocabulary is small."""
+    """[start, stop) of the vocabulary chunks for this many rows: all of it where rows * vocabulary is
+    small."""
     width = min(vocabulary, max(128, CHUNK_ELEMENTS // max(rows, 1)))
     return ((start, min(start + width, vocabulary)) for start in range(0, vocabulary, width))
 
@@ -55,7 +60,8 @@ def chunks(rows: int, vocabulary: int) -> Iterator[tuple[int, int]]:
 def forward(
     hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-prob [T], entropy [T], both in `compute_dtype`; log-sum-exp of y float64 [T]). An id outside [0, V) has log-prob NaN."""
+    """(log-prob [T], entropy [T], both in `compute_dtype`; log-sum-exp of y float64 [T]). An id outside [0,
+    V) has log-prob NaN."""
     logprob, entropy, lse = unrounded(hidden, weight, ids, temperature, softcap)
     dtype = compute_dtype(hidden.dtype)
     return logprob.to(dtype), entropy.to(dtype), lse
@@ -64,8 +70,9 @@ def forward(
 def unrounded(
     hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward`'s three vectors in float64. Products, exponentials and their sums over a chunk run in `compute_dtype`, but what is left of a row does
-    not: a log-sum-exp rounded to float32 would shift all of its probabilities alike."""
+    """`forward`'s three vectors in float64. Products, exponentials and their sums over a chunk run in
+    `compute_dtype`, but what is left of a row does not: a log-sum-exp rounded to float32 would shift all of
+    its probabilities alike."""
     dtype = compute_dtype(hidden.dtype)
     states_TD, ids = hidden.to(dtype), ids.long()
     target_T = hidden.new_full((len(hidden),), torch.nan, dtype=dtype)
@@ -103,9 +110,11 @@ def backward(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden [T, D] and weight [V, D] in their dtype, from those of log-prob and entropy [T]; one not wanted is an empty tensor.
+    """Gradients of hidden [T, D] and weight [V, D] in their dtype, from those of log-prob and entropy [T];
+    one not wanted is an empty tensor.
 
-    lse and entropy [T] are `forward`'s. Rows whose two gradients are 0 are left out of the work. Sums over the vocabulary run in `compute_dtype`.
+    lse and entropy [T] are `forward`'s. Rows whose two gradients are 0 are left out of the work. Sums over
+    the vocabulary run in `compute_dtype`.
     """
     if hidden.device.type == "cpu":  # looking at values costs no synchronisation here
         active_T = (grad_logprob != 0) if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0)
@@ -158,7 +167,8 @@ def logit_gradient(
     temperature: float,
     softcap: float | None,
 ) -> Tensor:
-    """d loss / d logits of the columns [start, start + C): logits [T, C] are raw, before soft-cap and temperature; all else [T].
+    """d loss / d logits of the columns [start, start + C): logits [T, C] are raw, before soft-cap and
+    temperature; all else [T].
 
     lse is float64; what it loses in the dtype of the logits is made up for by a factor a row.
     """

@@ -1,11 +1,14 @@
-"""The head's kernels: one pass of matrix tiles in forward, one recompute by vocabulary chunks in backward, no atomics, same bits every run.
+"""The head's kernels: one pass of matrix tiles in forward, one recompute by vocabulary chunks in backward, no
+atomics, same bits every run.
 
-Forward. A program owns a tile of [ROWS, COLUMNS] logits; token tiles come fastest, so the weight streams through the cache once. It leaves three
-numbers a row: the tile's maximum m of y, the sum of exp(y - m), and the sum of (y - m) exp(y - m). A second, small kernel merges them into
-log-sum-exp, log-prob and entropy. The target's logit comes out of the same accumulator.
-Backward. For each chunk of C columns, `logit_gradient_kernel` recomputes the tiles and writes d loss / d logits [T, C] in the input dtype; two
-library matrix products take it to the gradients of hidden (summed over chunks in float32) and weight (each row written once). Tiles whose rows all
-have zero gradient are written as zeros without a product. Formulas: `reference.py`.
+Forward. A program owns a tile of [ROWS, COLUMNS] logits; token tiles come fastest, so the weight streams
+through the cache once. It leaves three numbers a row: the tile's maximum m of y, the sum of exp(y - m), and
+the sum of (y - m) exp(y - m). A second, small kernel merges them into log-sum-exp, log-prob and entropy. The
+target's logit comes out of the same accumulator.
+Backward. For each chunk of C columns, `logit_gradient_kernel` recomputes the tiles and writes d loss / d
+logits [T, C] in the input dtype; two library matrix products take it to the gradients of hidden (summed over
+chunks in float32) and weight (each row written once). Tiles whose rows all have zero gradient are written as
+zeros without a product. Formulas: `reference.py`.
 
 Legend: T tokens, V vocabulary, D hidden size, C columns of one chunk, N vocabulary tiles.
 """
@@ -39,8 +42,9 @@ class Tiles:
 
 
 def choose_tiles(dtype: torch.dtype, capability: int | None, wide: bool, aligned: bool = True) -> Tiles:
-    """capability: 80, 90, 100, ... of a CUDA device, None for AMD. `wide`: the bulk copy engine feeds the tiles and the epilogue is short (no
-    soft-cap, no entropy gradient), so that 256 columns stay within the registers. `aligned`: rows can be read 16 bytes at a time."""
+    """capability: 80, 90, 100, ... of a CUDA device, None for AMD. `wide`: the bulk copy engine feeds the
+    tiles and the epilogue is short (no soft-cap, no entropy gradient), so that 256 columns stay within the
+    registers. `aligned`: rows can be read 16 bytes at a time."""
     if dtype == torch.float32:  # exact products without tensor cores: for checks, not for speed
         return Tiles(64, 64, 32, 8, 2)
     if not aligned:
@@ -67,7 +71,8 @@ def _logit_tile(
     hidden, weight, first_row, first_column, T, V, D, hidden_stride, weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Raw logits float32 [ROWS, COLUMNS]. Rows past T and columns past V repeat the last one or are 0: the caller masks them."""
+    """Raw logits float32 [ROWS, COLUMNS]. Rows past T and columns past V repeat the last one or are 0: the
+    caller masks them."""
     accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
     if DESCRIPTORS:
         for k in range(0, D, DEPTH):
@@ -104,7 +109,8 @@ def partial_kernel(
     CAPPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """maximum, total, weighted float32 [N, T]; target float32 [T], written by the one program whose tile holds the row's id."""
+    """maximum, total, weighted float32 [N, T]; target float32 [T], written by the one program whose tile
+    holds the row's id."""
     row_tiles = tl.cdiv(T, ROWS)
     tile = tl.program_id(0) // row_tiles
     first_row = (tl.program_id(0) % row_tiles) * ROWS
@@ -147,8 +153,8 @@ def partial_kernel(
 
 @triton.jit
 def merge(maximum, total, weighted, rows, T, N, TILES: tl.constexpr):
-    """(log-sum-exp float64, entropy float32) of `rows` from the partials of all N tiles; rows past T repeat the last. Rounded to float32, the
-    log-sum-exp would shift all of a row's probabilities alike."""
+    """(log-sum-exp float64, entropy float32) of `rows` from the partials of all N tiles; rows past T repeat
+    the last. Rounded to float32, the log-sum-exp would shift all of a row's probabilities alike."""
     rows = tl.minimum(rows, T - 1)
     m = tl.full(rows.shape, float("-inf"), tl.float32)
     for start in range(0, N, TILES):
@@ -191,7 +197,8 @@ def finish_kernel(
 
 @triton.jit
 def _store_tile(out, tile, first_row, first_column, T, stride, DESCRIPTORS: tl.constexpr):
-    """Rows past T are left out. The buffer is whole tiles wide: what lies past the vocabulary's last column is never read."""
+    """Rows past T are left out. The buffer is whole tiles wide: what lies past the vocabulary's last column
+    is never read."""
     if DESCRIPTORS:
         out.store([first_row, first_column], tile.to(out.dtype))
     else:
@@ -206,8 +213,9 @@ def logit_gradient_kernel(
     inverse_temperature, softcap, inverse_softcap, CAPPED: tl.constexpr, WITH_ENTROPY: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """out [T, C]: d loss / d logits of the columns [first, stop), before soft-cap and temperature; the vectors are [T], lse float64. For float32
-    inputs, what lse loses in float32 is made up for by a factor a row; narrower ones could not tell, and registers are scarce."""
+    """out [T, C]: d loss / d logits of the columns [first, stop), before soft-cap and temperature; the
+    vectors are [T], lse float64. For float32 inputs, what lse loses in float32 is made up for by a factor a
+    row; narrower ones could not tell, and registers are scarce."""
     row_tiles = tl.cdiv(T, ROWS)
     first_row = (tl.program_id(0) % row_tiles) * ROWS
     first_column = first + (tl.program_id(0) // row_tiles) * COLUMNS
@@ -287,7 +295,8 @@ def _bulk_readable(matrix: Tensor) -> bool:
 
 
 class Head:
-    """What both matrix kernels take: the two matrices, as descriptors of the bulk copy engine where it can read them, and the constants."""
+    """What both matrix kernels take: the two matrices, as descriptors of the bulk copy engine where it can
+    read them, and the constants."""
 
     def __init__(
         self,
@@ -334,7 +343,8 @@ def partials(
     softcap: float | None,
     descriptors: bool | None = None,
 ) -> list[Tensor]:
-    """[maximum, total, weighted] float32 [N, T] and target float32 [T] (NaN for an id outside the vocabulary), for `merge`. T > 0."""
+    """[maximum, total, weighted] float32 [N, T] and target float32 [T] (NaN for an id outside the
+    vocabulary), for `merge`. T > 0."""
     head = Head(hidden, weight, temperature, softcap, descriptors)
     T, D = hidden.shape
     V = len(weight)
@@ -358,8 +368,8 @@ def forward(
     softcap: float | None,
     descriptors: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-prob, entropy float32 [T]; log-sum-exp float64 [T]). As `reference.forward`; `descriptors` forces or forbids the bulk copy engine (None:
-    by chip)."""
+    """(log-prob, entropy float32 [T]; log-sum-exp float64 [T]). As `reference.forward`; `descriptors` forces
+    or forbids the bulk copy engine (None: by chip)."""
     _check_device(hidden)
     T = len(hidden)
     logprob, entropy, lse = (
@@ -383,7 +393,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def chunk_columns(T: int, V: int, columns: int) -> int:
-    """C: a multiple of the tile's columns, so that T * C stays near `CHUNK_ELEMENTS`, but wide enough for the library's matrix product."""
+    """C: a multiple of the tile's columns, so that T * C stays near `CHUNK_ELEMENTS`, but wide enough for the
+    library's matrix product."""
     return min(triton.cdiv(V, columns), max(CHUNK_ELEMENTS // T, 1024) // columns) * columns
 
 
@@ -391,7 +402,8 @@ def backward(
     grad_logprob: Tensor, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, ids: Tensor, lse: Tensor, entropy: Tensor,
     temperature: float, softcap: float | None, want_hidden: bool, want_weight: bool, descriptors: bool | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden and weight in their dtype; one not wanted is an empty tensor. As `reference.backward`."""
+    """Gradients of hidden and weight in their dtype; one not wanted is an empty tensor. As
+    `reference.backward`."""
     head = Head(hidden, weight, temperature, softcap, descriptors, entropy_gradient=grad_entropy is not None)
     T, D = hidden.shape
     V = len(weight)

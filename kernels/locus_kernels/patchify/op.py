@@ -1,4 +1,5 @@
-"""The public patchify: one registered operator for many images, so that it survives `torch.compile`; the reference on CPU, the kernels on CUDA."""
+"""The public patchify: one registered operator for many images, so that it survives `torch.compile`; the
+reference on CPU, the kernels on CUDA."""
 
 from __future__ import annotations
 
@@ -78,8 +79,10 @@ def patchify(
 ) -> Tensor:
     """Patches of one image, as it is.
 
-    image: uint8 [height, width, 3], both sides multiples of `patch * merge`. mean, std: of the three channels, on the 0..1 scale.
-    Returns float32 [height * width / patch**2, 3 * frames * patch**2]. ValueError for another dtype, shape or size.
+    image: uint8 [height, width, 3], both sides multiples of `patch * merge`. mean, std: of the three
+    channels, on the 0..1 scale.
+    Returns float32 [height * width / patch**2, 3 * frames * patch**2]. ValueError for another dtype, shape or
+    size.
     """
     reference.check_image(image)
     height, width = image.shape[:2]
@@ -102,16 +105,21 @@ def patchify_images(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Images of any sizes, perhaps cropped, resized as Pillow's BICUBIC does, normalised, as patches of a Qwen-VL vision tower, image after image.
+    """Images of any sizes, perhaps cropped, resized as Pillow's BICUBIC does, normalised, as patches of a
+    Qwen-VL vision tower, image after image.
 
-    - images: uint8 [height, width, 3] each, any strides, one device. The same tensor may stand several times: an image and a crop of it, say.
+    - images: uint8 [height, width, 3] each, any strides, one device. The same tensor may stand several times:
+      an image and a crop of it, say.
     - sizes: the (height, width) in pixels that each becomes, multiples of `patch * merge`.
     - boxes: (x1, y1, x2, y2) in whole pixels, the part of each image to take, or None for all of it.
     - mean, std: of the three channels, on the 0..1 scale: a value is (byte / 255 - mean) / std.
-    Returns (patches, `dtype` [N, 3 * frames * patch**2]; grid_thw, int64 [images, 3] on the CPU: frames, rows and columns of patches of each image).
-    The resized bytes are those of Pillow 13, exactly; the patches are those of `Qwen2VLImageProcessorPil` for the same sizes, but for rounding.
-    On CUDA: two launches for all images, and two small tables sent without waiting for the device. There is no gradient.
-    Raises ValueError for another dtype, shape or device, a size that is no multiple, or a box that is empty or not inside its image.
+    Returns (patches, `dtype` [N, 3 * frames * patch**2]; grid_thw, int64 [images, 3] on the CPU: frames, rows
+    and columns of patches of each image). The resized bytes are those of Pillow 13, exactly; the patches are
+    those of `Qwen2VLImageProcessorPil` for the same sizes, but for rounding.
+    On CUDA: two launches for all images, and two small tables sent without waiting for the device. There is
+    no gradient.
+    Raises ValueError for another dtype, shape or device, a size that is no multiple, or a box that is empty
+    or not inside its image.
     """
     whole = [(0, 0, image.shape[1], image.shape[0]) if image.ndim == 3 else (0, 0, 0, 0) for image in images]
     if not len(images) == len(sizes) == len(whole if boxes is None else boxes) or len(images) == 0:

@@ -1,11 +1,14 @@
-"""Plain PyTorch patchify: RGB images to the flat, normalised patches of a Qwen-VL vision tower, resized as Pillow resizes them.
+"""Plain PyTorch patchify: RGB images to the flat, normalised patches of a Qwen-VL vision tower, resized as
+Pillow resizes them.
 
-Patch order (Qwen2-VL and later): grid cells are visited merge block by merge block, row by row inside a block, so that `merge ** 2` consecutive
-patches become one language token. A patch is flattened as channel, frame, row, column; a still image is repeated for each frame.
+Patch order (Qwen2-VL and later): grid cells are visited merge block by merge block, row by row inside a
+block, so that `merge ** 2` consecutive patches become one language token. A patch is flattened as channel,
+frame, row, column; a still image is repeated for each frame.
 
-Resizing is Pillow's BICUBIC: Keys' cubic (a = -1/2), stretched over the source pixels that an output pixel covers, in two passes, along the rows and
-along the columns, in fixed point with 22 bits behind the point, each rounded to a byte. All integers: the bytes are those of Pillow 13. (Earlier
-versions never take the columns first, which now and then changes a byte of an image that loses much more height than width.)
+Resizing is Pillow's BICUBIC: Keys' cubic (a = -1/2), stretched over the source pixels that an output pixel
+covers, in two passes, along the rows and along the columns, in fixed point with 22 bits behind the point,
+each rounded to a byte. All integers: the bytes are those of Pillow 13. (Earlier versions never take the
+columns first, which now and then changes a byte of an image that loses much more height than width.)
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ HALF = 1 << (FRACTION_BITS - 1)
 
 
 class Taps(NamedTuple):
-    """Where one axis of a resize reads: output pixel o is the sum over k of weight[k, o] * source[start[o] + k], in units of 2**-22."""
+    """Where one axis of a resize reads: output pixel o is the sum over k of weight[k, o] * source[start[o] +
+    k], in units of 2**-22."""
 
     start: Tensor  # int32 [out]
     weight: Tensor  # int32 [K, out]; 0 past the last pixel that counts
@@ -33,7 +37,8 @@ class Taps(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def taps(source: int, out: int) -> Taps:
-    """The taps (CPU) of resizing `source` pixels to `out`; Pillow's precompute_coeffs and normalize_coeffs_8bpc in float64."""
+    """The taps (CPU) of resizing `source` pixels to `out`; Pillow's precompute_coeffs and
+    normalize_coeffs_8bpc in float64."""
     scale = source / out
     stretch = max(scale, 1.0)
     support = 2.0 * stretch
@@ -58,13 +63,15 @@ def resize_rows(image: Tensor, width: int) -> Tensor:
 
 
 def columns_first(source: Size, out: Size) -> bool:
-    """Whether the first pass goes along the columns; sizes are (height, width). The rule that Pillow 13 was seen to follow."""
+    """Whether the first pass goes along the columns; sizes are (height, width). The rule that Pillow 13 was
+    seen to follow."""
     fewer_rows, fewer_columns = source[0] - out[0], source[1] - out[1]
     return fewer_rows > max(0, 2 * fewer_columns)
 
 
 def resize(image: Tensor, size: Size) -> Tensor:
-    """uint8 [H, W, C] to uint8 [size[0], size[1], C], the bytes that Pillow's `Image.resize((size[1], size[0]), BICUBIC)` gives."""
+    """uint8 [H, W, C] to uint8 [size[0], size[1], C], the bytes that Pillow's `Image.resize((size[1],
+    size[0]), BICUBIC)` gives."""
     if columns_first((image.shape[0], image.shape[1]), size):
         return resize_rows(resize_rows(image.transpose(0, 1), size[0]).transpose(0, 1), size[1])
     return resize_rows(resize_rows(image, size[1]).transpose(0, 1), size[0]).transpose(0, 1)

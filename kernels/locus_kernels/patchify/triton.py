@@ -1,12 +1,15 @@
 """Patchify as two Triton kernels over all images of a call at once, whatever their sizes.
 
 1. `first_kernel` resizes along one axis: source bytes -> bytes, channels last, in one buffer for all images.
-2. `second_kernel` resizes that along the other, normalises, and writes each value to its place in its patch, once a frame; it writes in order.
+2. `second_kernel` resizes that along the other, normalises, and writes each value to its place in its patch,
+   once a frame; it writes in order.
 
-Which axis comes first is the reference's choice for each image; below, u is the axis of the first pass and v that of the second. Rounding to a byte
-between the passes is part of what is computed, so keeping bytes loses nothing; they are an eighth of what is written (float32, two frames).
-Images are not copied together: a job's pointer and strides say where its pixels lie, so a crop of an image on the device costs nothing. What a job
-needs is two small tensors of integers, sent without waiting for the device; taps are computed once for each pair of lengths.
+Which axis comes first is the reference's choice for each image; below, u is the axis of the first pass and v
+that of the second. Rounding to a byte between the passes is part of what is computed, so keeping bytes loses
+nothing; they are an eighth of what is written (float32, two frames).
+Images are not copied together: a job's pointer and strides say where its pixels lie, so a crop of an image on
+the device costs nothing. What a job needs is two small tensors of integers, sent without waiting for the
+device; taps are computed once for each pair of lengths.
 """
 
 from __future__ import annotations
@@ -75,7 +78,8 @@ def second_kernel(
     jobs, job_of_program, taps, middle, out, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
     SIDE: tl.constexpr, FRAMES: tl.constexpr, MERGE: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """A program writes VALUES values of one image's patches (of one frame, in the output's order), to every frame. Patches are SIDE pixels square."""
+    """A program writes VALUES values of one image's patches (of one frame, in the output's order), to every
+    frame. Patches are SIDE pixels square."""
     program = tl.program_id(0)
     job = jobs + tl.load(job_of_program + program).to(tl.int64) * JOB
     source_v, out_u, out_v = (
@@ -122,7 +126,8 @@ def _plan(
     patch: int,
     tile: tuple[int, int, int],
 ):
-    """(jobs int64 [n, JOB]; taps int32 [..]; programs int64 [2, n] of each job in either kernel; bytes between the passes), all on the CPU."""
+    """(jobs int64 [n, JOB]; taps int32 [..]; programs int64 [2, n] of each job in either kernel; bytes
+    between the passes), all on the CPU."""
     rows, columns, values = tile
     parts: list[Tensor] = []
     places: dict[tuple[int, int], int] = {}
@@ -179,7 +184,8 @@ def patchify_images_triton(
     dtype: torch.dtype,
     tile: tuple[int, int, int] = (ROWS, COLUMNS, VALUES),
 ) -> Tensor:
-    """`reference.patchify_images` in two launches; arguments as there, checked by the caller. `tile`: ROWS, COLUMNS and VALUES of the kernels."""
+    """`reference.patchify_images` in two launches; arguments as there, checked by the caller. `tile`: ROWS,
+    COLUMNS and VALUES of the kernels."""
     device = images[0].device
     jobs, taps, programs, between = _plan(images, sizes, boxes, patch, tile)
     first, second = (int(n) for n in programs.sum(1))

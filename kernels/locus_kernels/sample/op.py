@@ -1,4 +1,5 @@
-"""The public sampler: one registered operator, so that it survives `torch.compile`; the reference on CPU, the kernels on CUDA."""
+"""The public sampler: one registered operator, so that it survives `torch.compile`; the reference on CPU, the
+kernels on CUDA."""
 
 from __future__ import annotations
 
@@ -121,19 +122,24 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """One token a row and its log-probability: (ids int64 [R], log-prob float32 [R]).
 
-    - logits, float32, bfloat16 or float16 [R, V], any strides; read as float32. -inf is a token that is never drawn.
-    - seed, row, position: the draw of a row is a function of its logits and of these three alone: neither the rows beside it nor their number matter.
-      row, int64 [R], is each row's identity within the seed; position is a number, or int64 [R], [1] or [] on the device (for a CUDA graph).
+    - logits, float32, bfloat16 or float16 [R, V], any strides; read as float32. -inf is a token that is never
+      drawn.
+    - seed, row, position: the draw of a row is a function of its logits and of these three alone: neither the
+      rows beside it nor their number matter. row, int64 [R], is each row's identity within the seed; position
+      is a number, or int64 [R], [1] or [] on the device (for a CUDA graph).
     - temperature: logits are divided by it; 0 is greedy, the first of the most probable ids.
     - allowed, bool [V]: the ids that may be drawn; None for all.
-    - top_k: keep the k most probable allowed ids (0: all); then top_p: keep the fewest of these, most probable first, that hold that share of their
-      mass. Ids exactly as probable as the last one kept are kept too.
-    - The log-prob is the full softmax's at this temperature (at 1 for greedy), before `allowed`, top_k and top_p cut it, which is what the training
-      forward computes for the same token.
-    A row without an allowed id above -inf, or with NaN or +inf, has no distribution: it draws some id in [0, V). With validate=True such a row raises
-    ValueError; that check waits for the device, and nothing else here does.
-    On CUDA: two launches and one read of the logits; top_k or top_p adds a launch that reads a row eight times or more. There is no gradient.
-    Raises ValueError for a wrong dtype, shape or device, or a parameter out of range.
+    - top_k: keep the k most probable allowed ids (0: all); then top_p: keep the fewest of these, most
+      probable first, that hold that share of their mass. Ids exactly as probable as the last one kept are
+      kept too.
+    - The log-prob is the full softmax's at this temperature (at 1 for greedy), before `allowed`, top_k and
+      top_p cut it, which is what the training forward computes for the same token.
+    A row without an allowed id above -inf, or with NaN or +inf, has no distribution: it draws some id in [0,
+    V). With validate=True such a row raises ValueError; that check waits for the device, and nothing else
+    here does.
+    On CUDA: two launches and one read of the logits; top_k or top_p adds a launch that reads a row eight
+    times or more. There is no gradient. Raises ValueError for a wrong dtype, shape or device, or a parameter
+    out of range.
     """
     _check(logits, row, position, temperature, top_p, allowed, top_k)
     if validate:

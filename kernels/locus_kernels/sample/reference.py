@@ -1,7 +1,9 @@
-"""Sampling a token from logits, in plain PyTorch. A row's draw depends on (seed, row, position) alone, never on the rows beside it.
+"""Sampling a token from logits, in plain PyTorch. A row's draw depends on (seed, row, position) alone, never
+on the rows beside it.
 
-The draw inverts the distribution function: one uniform number a row, and the first token, in the order of the ids, at which the running sum of the
-kept tokens' probabilities passes that number's share of their total. R rows, V vocabulary ids.
+The draw inverts the distribution function: one uniform number a row, and the first token, in the order of the
+ids, at which the running sum of the kept tokens' probabilities passes that number's share of their total. R
+rows, V vocabulary ids.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The SplitMix64 finaliser and its increment (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014)
+# The SplitMix64 finaliser and its increment (Steele, Lea and Flood, "Fast splittable pseudorandom number
+# generators", 2014)
 GOLDEN, MIX_A, MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
@@ -19,7 +22,8 @@ def wrap(value: int) -> int:
 
 
 def stream(seed: int) -> int:
-    """The state, as int64, from which every draw of a seed starts: mixed, so that the streams of two seeds are no shifted copies of each other."""
+    """The state, as int64, from which every draw of a seed starts: mixed, so that the streams of two seeds
+    are no shifted copies of each other."""
     z = (seed + GOLDEN) % 2**64
     z = (z ^ z >> 30) * MIX_A % 2**64
     z = (z ^ z >> 27) * MIX_B % 2**64
@@ -38,7 +42,8 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def uniform(seed: int, row: Tensor, position: Tensor | int) -> Tensor:
-    """float64 [R] in [0, 1), a hash of (seed, row, position); row int64 [R], position a number or int64 [R]."""
+    """float64 [R] in [0, 1), a hash of (seed, row, position); row int64 [R], position a number or int64
+    [R]."""
     state = torch.full_like(row, stream(seed))
     for word in (row, position + torch.zeros_like(row)):
         state = _mix(state + word + wrap(GOLDEN))
@@ -46,7 +51,8 @@ def uniform(seed: int, row: Tensor, position: Tensor | int) -> Tensor:
 
 
 def keep(scores: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Which of the scaled logits [R, V] top-k, and then top-p among what is left, keep: bool [R, V]. Tokens as probable as the last kept are kept."""
+    """Which of the scaled logits [R, V] top-k, and then top-p among what is left, keep: bool [R, V]. Tokens
+    as probable as the last kept are kept."""
     kept = scores > -torch.inf
     if 0 < top_k < scores.shape[1]:
         kept = kept & (scores >= scores.topk(top_k, -1).values[:, -1:])
@@ -60,7 +66,8 @@ def keep(scores: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def invert(mass: Tensor, u: Tensor) -> Tensor:
-    """The first id, int64 [R], at which the running sum of mass, float64 [R, V], exceeds u of its total; u float64 [R] in [0, 1)."""
+    """The first id, int64 [R], at which the running sum of mass, float64 [R, V], exceeds u of its total; u
+    float64 [R] in [0, 1)."""
     cumulative = mass.cumsum(-1)
     target = u[:, None] * cumulative[:, -1:]
     last = (

@@ -1,11 +1,15 @@
-"""Sampling as Triton kernels: one read of the logits, then one small program a row; with top-k or top-p a threshold search before.
+"""Sampling as Triton kernels: one read of the logits, then one small program a row; with top-k or top-p a
+threshold search before.
 
-1. `tiles_kernel`, a program per (row, tile of BLOCK ids): maximum and sum of exponentials of the kept tokens and, apart, of all others, so that the
-   log-prob is the full softmax's whatever was kept. Greedy: the maximum and where it is.
-2. `draw_kernel`, a program a row: combine the tiles, find the tile in which the running sum passes u of the total, read that tile again, find the id.
-   Sums of tiles are float64 here, so a draw differs from the reference's only where u is within about 1e-6 of a border between two tokens.
-3. `threshold_kernel` (top-k, top-p), a program a row, first: the logit of the last token kept, by a search over the float's 32 bits, four at a time,
-   in eight reads of the row (which the second cache holds) and eight more where both are asked for. No sort.
+1. `tiles_kernel`, a program per (row, tile of BLOCK ids): maximum and sum of exponentials of the kept tokens
+   and, apart, of all others, so that the log-prob is the full softmax's whatever was kept. Greedy: the
+   maximum and where it is.
+2. `draw_kernel`, a program a row: combine the tiles, find the tile in which the running sum passes u of the
+   total, read that tile again, find the id. Sums of tiles are float64 here, so a draw differs from the
+   reference's only where u is within about 1e-6 of a border between two tokens.
+3. `threshold_kernel` (top-k, top-p), a program a row, first: the logit of the last token kept, by a search
+   over the float's 32 bits, four at a time, in eight reads of the row (which the second cache holds) and
+   eight more where both are asked for. No sort.
 
 Nothing is read back, and sums run in a fixed order: equal bits every time.
 """
@@ -57,7 +61,7 @@ def _safe(maximum):
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
-# ------------------------------------------------------------------------------------------------------------- the hash
+# --------------------------------------------------------------------------------------------------- the hash
 @triton.jit
 def _shift(z, bits: tl.constexpr):
     return (z >> bits) & ((1 << (64 - bits)) - 1)
@@ -78,7 +82,7 @@ def _uniform(start, row, position):
     return _shift(state, 11).to(tl.float64) * (1.0 / 9007199254740992.0)
 
 
-# ------------------------------------------------------------------------------------------------------ top-k and top-p
+# -------------------------------------------------------------------------------------------- top-k and top-p
 @triton.jit
 def _key(x):
     """A float32's bits as an integer in [0, 2**32), int64, in the order of the floats; -0 counts as 0."""
@@ -90,7 +94,8 @@ def _key(x):
 def _search(
     logits, stride_v, allowed, vocab, inverse_temperature, highest, floor, goal, COUNT: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The largest key k >= floor such that the tokens with keys >= k number `goal` (COUNT) or hold `goal` of the mass of those with keys >= floor."""
+    """The largest key k >= floor such that the tokens with keys >= k number `goal` (COUNT) or hold `goal` of
+    the mass of those with keys >= floor."""
     low = floor
     enough = goal
     for digit in range(8):
@@ -153,7 +158,7 @@ def threshold_kernel(
     tl.store(threshold + row, key)
 
 
-# ------------------------------------------------------------------------------------------------------------- one read
+# --------------------------------------------------------------------------------------------------- one read
 @triton.jit
 def _kept(
     logits,
@@ -181,8 +186,8 @@ def tiles_kernel(
     logits, allowed, threshold, partial, best, vocab, tiles, stride_r, stride_v, inverse_temperature,
     GREEDY: tl.constexpr, MASKED: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (r, i): (maximum, sum) of the kept and (maximum, sum) of the other tokens of tile i of row r, float32 [R, tiles, 4]; greedy also
-    `best`, int32 [R, tiles], the first id that reaches the maximum."""
+    """Program (r, i): (maximum, sum) of the kept and (maximum, sum) of the other tokens of tile i of row r,
+    float32 [R, tiles, 4]; greedy also `best`, int32 [R, tiles], the first id that reaches the maximum."""
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tile * BLOCK + tl.arange(0, BLOCK)
     x, may = _kept(
@@ -213,7 +218,8 @@ def draw_kernel(
     vocab, tiles, stride_r, stride_v, stride_row, stride_position, inverse_temperature, start, position,
     GREEDY: tl.constexpr, MASKED: tl.constexpr, CUT: tl.constexpr, MOVING: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program r: the id that row r draws, int64, and its log-prob, float32. `positions` is read with MOVING, `position` without."""
+    """Program r: the id that row r draws, int64, and its log-prob, float32. `positions` is read with MOVING,
+    `position` without."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)
     there = partial + (row * tiles + tile) * 4
@@ -259,7 +265,7 @@ def draw_kernel(
     tl.store(logprob + row, said - (above + tl.log2(everything) * LN2))
 
 
-# ------------------------------------------------------------------------------------------------------------- launcher
+# --------------------------------------------------------------------------------------------------- launcher
 def sample_triton(
     logits: Tensor,
     *,
@@ -272,7 +278,8 @@ def sample_triton(
     top_k: int,
     tile: int = TILE,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.sample` in two launches (three with top-k or top-p); arguments as there, checked by the caller. `tile`: ids a program."""
+    """`reference.sample` in two launches (three with top-k or top-p); arguments as there, checked by the
+    caller. `tile`: ids a program."""
     rows, vocab = logits.shape
     greedy, cut = temperature == 0, temperature > 0 and (0 < top_k < vocab or top_p < 1)
     ids = torch.empty(rows, dtype=torch.int64, device=logits.device)

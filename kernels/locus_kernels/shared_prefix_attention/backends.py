@@ -1,7 +1,9 @@
-"""Who computes packed attention: chosen once, by name. Every backend gives the same two functions, so the operators do not know which it is.
+"""Who computes packed attention: chosen once, by name. Every backend gives the same two functions, so the
+operators do not know which it is.
 
-forward(q, k, v, pairs, scale) -> (out [T, H, D], log-sum-exp [H, T]); backward(grad, q, k, v, out, lse, pairs, scale) -> (dq, dk, dv). Both as in
-`reference.py`; in particular the backward takes the output and log-sum-exp of a larger softmax and then gives its own keys' share.
+forward(q, k, v, pairs, scale) -> (out [T, H, D], log-sum-exp [H, T]); backward(grad, q, k, v, out, lse,
+pairs, scale) -> (dq, dk, dv). Both as in `reference.py`; in particular the backward takes the output and
+log-sum-exp of a larger softmax and then gives its own keys' share.
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ def _plain() -> Backend:
     return Backend("plain", reference.forward, reference.backward)
 
 
-# ------------------------------------------------------------------------------------------------- PyTorch's kernels, on CPU
+# ---------------------------------------------------------------------------------- PyTorch's kernels, on CPU
 def _torch_cpu() -> Backend:
-    """FlashAttention's CPU kernels: one call for each shape of sequence, heads of a key as a batch, so no key is repeated."""
+    """FlashAttention's CPU kernels: one call for each shape of sequence, heads of a key as a batch, so no key
+    is repeated."""
     forward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -87,9 +90,10 @@ def _tokens(t: Tensor, count: int) -> Tensor:
     return t.unflatten(0, (count, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
 
 
-# ------------------------------------------------------------------------------------------------ packed kernels, on CUDA
+# ------------------------------------------------------------------------------------ packed kernels, on CUDA
 def _torch_cuda() -> Backend:
-    """FlashAttention inside PyTorch, below `torch.nn.attention.varlen`, whose signature moves between versions and hides the backward."""
+    """FlashAttention inside PyTorch, below `torch.nn.attention.varlen`, whose signature moves between
+    versions and hides the backward."""
     aten = torch.ops.aten
 
     def forward(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float) -> tuple[Tensor, Tensor]:
@@ -112,7 +116,8 @@ def _torch_cuda() -> Backend:
 
 
 def _extents(pairs: Pairs) -> tuple[Tensor, Tensor, int, int]:
-    """Offsets and upper bounds. A bound of 1 would have FlashAttention 2 take the queries for a decoding step, one a sequence, which they are not."""
+    """Offsets and upper bounds. A bound of 1 would have FlashAttention 2 take the queries for a decoding
+    step, one a sequence, which they are not."""
     return (
         pairs.queries.cu_seqlens,
         pairs.keys.cu_seqlens,
@@ -191,7 +196,7 @@ def _flash_attn_4() -> Backend:
     return Backend("flash_attn_4", forward, backward)
 
 
-# ----------------------------------------------------------------------------------------------------------------- choice
+# ----------------------------------------------------------------------------------------------------- choice
 BACKENDS: dict[
     str, tuple[str, Callable[[], Backend]]
 ] = {  # name -> (module that must be importable, or nothing; maker)
@@ -209,9 +214,10 @@ def choose_backend(
 ) -> Backend:
     """The backend of this name, or the best one for "auto". Call it once, at start-up.
 
-    auto: on CPU PyTorch's own; on CUDA FlashAttention 3 (sm_90), 2, or PyTorch's, whichever comes first, and the plain one for float32 and
-    float64, which FlashAttention does not have. Raises ValueError for a name that is unknown, not importable, or unfit for the device, dtype
-    or head dimensions: what was asked for by name is never replaced.
+    auto: on CPU PyTorch's own; on CUDA FlashAttention 3 (sm_90), 2, or PyTorch's, whichever comes first, and
+    the plain one for float32 and float64, which FlashAttention does not have. Raises ValueError for a name
+    that is unknown, not importable, or unfit for the device, dtype or head dimensions: what was asked for by
+    name is never replaced.
     """
     kind = torch.device(device).type
     if name != "auto" and name not in BACKENDS:

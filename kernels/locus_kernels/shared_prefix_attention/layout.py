@@ -1,4 +1,5 @@
-"""Where sequences lie in a packed row, on the host and on the device: built once a microbatch, read by every layer."""
+"""Where sequences lie in a packed row, on the host and on the device: built once a microbatch, read by every
+layer."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packed:
-    """S sequences one after the other, with no padding. Known on the host too, so that nobody asks the device for a length."""
+    """S sequences one after the other, with no padding. Known on the host too, so that nobody asks the device
+    for a length."""
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor  # int32 [S + 1]
@@ -44,7 +46,8 @@ class Packed:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Pairs of one shape: `count` of query_length x key_length. A slice of the packed row where they are neighbours, else an index."""
+    """Pairs of one shape: `count` of query_length x key_length. A slice of the packed row where they are
+    neighbours, else an index."""
 
     count: int
     query_length: int
@@ -55,7 +58,8 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Query sequence i attends to key sequence i: to all of it, or causally to a sequence of its own length."""
+    """Query sequence i attends to key sequence i: to all of it, or causally to a sequence of its own
+    length."""
 
     queries: Packed
     keys: Packed

@@ -28,8 +28,8 @@ class _Packed(torch.autograd.Function):
 
 
 class _SharedPrefix(torch.autograd.Function):
-    """Two softmaxes over disjoint keys, merged by their log-sum-exp; each part's backward gets the merged output and log-sum-exp, which is exact
-    (Ring Attention, arXiv 2310.01889, merges blocks the same way)."""
+    """Two softmaxes over disjoint keys, merged by their log-sum-exp; each part's backward gets the merged
+    output and log-sum-exp, which is exact (Ring Attention, arXiv 2310.01889, merges blocks the same way)."""
 
     @staticmethod
     def forward(
@@ -90,9 +90,12 @@ def packed_attention(
 ) -> Tensor:
     """Softmax attention of each query sequence to its key sequence: [T, H, D], of q's dtype.
 
-    q [T, H, D], k and v [N, K, D], H a multiple of K, packed as `pairs` says; the last dimension contiguous, otherwise any strides.
-    Self-attention is a `Pairs` of one `Packed` with itself. Scores are multiplied by `scale` (usually head_dim ** -0.5).
-    Gradients flow to q, k and v. Raises ValueError for shapes that do not fit the layout, or unequal dtypes or devices.
+    q [T, H, D], k and v [N, K, D], H a multiple of K, packed as `pairs` says; the last dimension contiguous,
+    otherwise any strides.
+    Self-attention is a `Pairs` of one `Packed` with itself. Scores are multiplied by `scale` (usually
+    head_dim ** -0.5).
+    Gradients flow to q, k and v. Raises ValueError for shapes that do not fit the layout, or unequal dtypes
+    or devices.
     """
     _check(q, pairs.queries.tokens, {"k": (k, pairs.keys.tokens), "v": (v, pairs.keys.tokens)})
     return _Packed.apply(q, k, v, pairs, scale, backend)
@@ -109,11 +112,13 @@ def shared_prefix_attention(
     scale: float,
     backend: Backend,
 ) -> Tensor:
-    """Each packed reply attends to all of its group's prompt and, causally, to itself, in one softmax: [T, H, D], of q's dtype.
+    """Each packed reply attends to all of its group's prompt and, causally, to itself, in one softmax: [T, H,
+    D], of q's dtype.
 
-    q [T, H, D], k and v [T, K, D] of the replies; prompt_k and prompt_v [N, K, D] of all prompts; H a multiple of K, the last dimension contiguous.
-    All reply tokens of a group are one query sequence to its prompt: the prompt's keys are read once a group, never repeated, and their
-    gradient comes out summed over the replies. Gradients flow to all five tensors.
+    q [T, H, D], k and v [T, K, D] of the replies; prompt_k and prompt_v [N, K, D] of all prompts; H a
+    multiple of K, the last dimension contiguous. All reply tokens of a group are one query sequence to its
+    prompt: the prompt's keys are read once a group, never repeated, and their gradient comes out summed over
+    the replies. Gradients flow to all five tensors.
     Raises ValueError for shapes that do not fit the layout, or unequal dtypes or devices.
     """
     tokens, prompt_tokens = layout.to_self.keys.tokens, layout.to_prompt.keys.tokens

@@ -1,6 +1,7 @@
 """Attention over packed sequences in plain PyTorch, by its definition: the oracle of every backend.
 
-Legend: T packed query tokens, N packed key tokens, H query heads, K key heads (H a multiple of K: grouped-query attention), D head dimension.
+Legend: T packed query tokens, N packed key tokens, H query heads, K key heads (H a multiple of K:
+grouped-query attention), D head dimension.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from locus_kernels.shared_prefix_attention.layout import Pairs, SharedPrefixLayo
 
 
 def scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
-    """Scaled scores of one pair, [K, H / K, queries, keys], -inf where a query may not look. q [queries, H, D], k [keys, K, D]."""
+    """Scaled scores of one pair, [K, H / K, queries, keys], -inf where a query may not look. q [queries, H,
+    D], k [keys, K, D]."""
     out = torch.einsum("qkhd,pkd->khqp", q.unflatten(1, (k.shape[1], -1)), k) * scale
     return (
         out.masked_fill(~torch.ones(out.shape[-2:], dtype=torch.bool, device=q.device).tril(), -torch.inf)
@@ -22,7 +24,8 @@ def scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float) -> tuple[Tensor, Tensor]:
-    """(out [T, H, D], log-sum-exp of the scores [H, T]). q [T, H, D], k and v [N, K, D]. Queries without keys: 0 and -inf."""
+    """(out [T, H, D], log-sum-exp of the scores [H, T]). q [T, H, D], k and v [N, K, D]. Queries without
+    keys: 0 and -inf."""
     wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = torch.zeros_like(q), torch.full((q.shape[1], len(q)), -torch.inf, dtype=wide, device=q.device)
     for query, key in _slices(pairs):
@@ -35,8 +38,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float) -> tupl
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: Pairs, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv). `out` and `lse` may be those of a softmax over more keys than these (FlashAttention, arXiv 2205.14135, section B.2, with
-    P = exp(scores - lse) and the row sum of grad * out): then these are this part's share of the gradient."""
+    """(dq, dk, dv). `out` and `lse` may be those of a softmax over more keys than these (FlashAttention,
+    arXiv 2205.14135, section B.2, with P = exp(scores - lse) and the row sum of grad * out): then these are
+    this part's share of the gradient."""
     wide = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
     for query, key in _slices(pairs):
@@ -71,7 +75,8 @@ def shared_prefix_attention(
     layout: SharedPrefixLayout,
     scale: float,
 ) -> Tensor:
-    """Each reply against cat(its prompt, itself), one softmax, one reply at a time; differentiable, any floating dtype."""
+    """Each reply against cat(its prompt, itself), one softmax, one reply at a time; differentiable, any
+    floating dtype."""
     out = []
     replies, prompts = layout.to_self.queries, layout.to_prompt.keys
     ends = layout.to_prompt.queries.starts[1:]

@@ -1,4 +1,5 @@
-"""The public decoding step: one registered operator, so that it survives `torch.compile`; the reference on CPU, the kernels on CUDA."""
+"""The public decoding step: one registered operator, so that it survives `torch.compile`; the reference on
+CPU, the kernels on CUDA."""
 
 from __future__ import annotations
 
@@ -141,24 +142,32 @@ def shared_prefix_decode(
     most_rows: int,
     longest_own: int | None = None,
 ) -> Tensor:
-    """One new token a row attends to its group's prompt and to its own past, this token included: [R, H, D], contiguous, in q's dtype.
+    """One new token a row attends to its group's prompt and to its own past, this token included: [R, H, D],
+    contiguous, in q's dtype.
 
-    R rows (replies), B prompts of N tokens together, H query heads, K key heads (H a multiple of K; query head h reads key head h // (H / K)),
-    D 16 to 256. float32, bfloat16 or float16, one dtype for all (float64 too on CPU); the last dimension contiguous, other strides free.
+    R rows (replies), B prompts of N tokens together, H query heads, K key heads (H a multiple of K; query
+    head h reads key head h // (H / K)), D 16 to 256. float32, bfloat16 or float16, one dtype for all (float64
+    too on CPU); the last dimension contiguous, other strides free.
 
     - q [R, H, D].
-    - prompt_k, prompt_v [N, K, D], cu_prompts int32 [B + 1]: prompt b is tokens cu_prompts[b] to cu_prompts[b + 1]. It may be empty.
-    - own_k, own_v [R, K, L, D], own_lengths int32 [R]: of row r the first own_lengths[r] of L tokens are valid; nothing else is used.
-    - cu_rows int32 [B + 1]: rows cu_rows[b] to cu_rows[b + 1] are the replies to prompt b, maybe none. cu_rows[0] is 0. Rows at or past cu_rows[B]
-      belong to no prompt: their output is 0. A row without any key has output 0 as well.
+    - prompt_k, prompt_v [N, K, D], cu_prompts int32 [B + 1]: prompt b is tokens cu_prompts[b] to cu_prompts[b
+      + 1]. It may be empty.
+    - own_k, own_v [R, K, L, D], own_lengths int32 [R]: of row r the first own_lengths[r] of L tokens are
+      valid; nothing else is used.
+    - cu_rows int32 [B + 1]: rows cu_rows[b] to cu_rows[b + 1] are the replies to prompt b, maybe none.
+      cu_rows[0] is 0. Rows at or past cu_rows[B] belong to no prompt: their output is 0. A row without any
+      key has output 0 as well.
     - scale: of q . k, before the softmax; usually D ** -0.5.
-    - longest_prompt, most_rows, longest_own (default L): upper bounds, on the host, of a prompt's tokens, a group's rows and own_lengths.
+    - longest_prompt, most_rows, longest_own (default L): upper bounds, on the host, of a prompt's tokens, a
+      group's rows and own_lengths.
 
-    On CUDA the launches depend on shapes and bounds alone and nothing is read back, so that a captured CUDA graph can be replayed with other
-    cu_rows and own_lengths; offsets or lengths outside their bounds are then undefined behaviour. On CPU they raise ValueError.
-    Two launches: the prompt's keys are read once a group and key head as long as most_rows * H / K <= 128 (64 for D over 128; 16 in float32), then
-    merged with the row's own by log-sum-exp ("Online normalizer calculation for softmax", Milakov and Gimelshein, 2018). No atomics: equal bits
-    every time. There is no gradient.
+    On CUDA the launches depend on shapes and bounds alone and nothing is read back, so that a captured CUDA
+    graph can be replayed with other cu_rows and own_lengths; offsets or lengths outside their bounds are then
+    undefined behaviour. On CPU they raise ValueError.
+    Two launches: the prompt's keys are read once a group and key head as long as most_rows * H / K <= 128 (64
+    for D over 128; 16 in float32), then merged with the row's own by log-sum-exp ("Online normalizer
+    calculation for softmax", Milakov and Gimelshein, 2018). No atomics: equal bits every time. There is no
+    gradient.
     Raises ValueError for a wrong dtype, shape, stride or device, or a bound out of range.
     """
     _check_floats(q, prompt_k, prompt_v, own_k, own_v)

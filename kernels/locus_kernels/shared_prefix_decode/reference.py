@@ -1,9 +1,11 @@
-"""One decoding step over shared prompts, in plain PyTorch: the oracle of the kernel and the CPU path. No key is repeated for a reply or a head.
+"""One decoding step over shared prompts, in plain PyTorch: the oracle of the kernel and the CPU path. No key
+is repeated for a reply or a head.
 
-out[r, h] = sum_j softmax_j(scale q[r, h] . k_j) v_j over the keys j of key head h // (H / K): those of row r's prompt, then the row's own.
+out[r, h] = sum_j softmax_j(scale q[r, h] . k_j) v_j over the keys j of key head h // (H / K): those of row
+r's prompt, then the row's own.
 
-Legend: R rows, B prompts, N packed prompt tokens, H heads, K key heads, S = H / K, D head dimension, P tokens of a prompt, G rows of a group, T most
-tokens of a row's own past.
+Legend: R rows, B prompts, N packed prompt tokens, H heads, K key heads, S = H / K, D head dimension, P tokens
+of a prompt, G rows of a group, T most tokens of a row's own past.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ SHORT = (
 
 
 def _attend(query: Tensor, own: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-    """B prompts of P tokens, one after the other in k and v [B * P, K, D], of which those in hidden, bool [B, P], do not count, and G rows of each:
-    scaled query [B, G, K, S, D] and scores against the rows' own keys, own [B, G, K, S, T]. Returns the prompts' part of the output
-    [B, G, K, S, D] and the weights of own [B, G, K, S, T]."""
+    """B prompts of P tokens, one after the other in k and v [B * P, K, D], of which those in hidden, bool [B,
+    P], do not count, and G rows of each: scaled query [B, G, K, S, D] and scores against the rows' own keys,
+    own [B, G, K, S, T]. Returns the prompts' part of the output [B, G, K, S, D] and the weights of own [B, G,
+    K, S, T]."""
     B, G, K, S, _ = query.shape
     P = k.shape[0] // B
     k, v = (x.unflatten(0, (B, P)).permute(2, 0, 1, 3).flatten(0, 1) for x in (k, v))  # [K * B, P, D]
@@ -41,7 +44,8 @@ def _attend(query: Tensor, own: Tensor, k: Tensor, v: Tensor, hidden: Tensor | N
 def _attend_ragged(
     query: Tensor, own: Tensor, k: Tensor, v: Tensor, counts: list[int], hidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`_attend` for counts[b] rows of prompt b, packed: query, own and results [rows, K, S, ...]. Repeats queries up to the largest count."""
+    """`_attend` for counts[b] rows of prompt b, packed: query, own and results [rows, K, S, ...]. Repeats
+    queries up to the largest count."""
     B, G = len(counts), max(counts)
     if min(counts) == G:
         part, weight = _attend(query.unflatten(0, (B, G)), own.unflatten(0, (B, G)), k, v, hidden)
@@ -126,10 +130,11 @@ def shared_prefix_decode(
     most_rows: int,
     longest_own: int,
 ) -> Tensor:
-    """What `op.shared_prefix_decode` documents, computed in float32 (float64 for float64). Reads the offsets and lengths: for CPU tensors.
+    """What `op.shared_prefix_decode` documents, computed in float32 (float64 for float64). Reads the offsets
+    and lengths: for CPU tensors.
 
-    Prompts of equal length in [K, N, D] storage run as one batch in place, short ones of other lengths as one padded copy, long ones one by one in
-    place: whatever the number of rows, a prompt's keys are read once.
+    Prompts of equal length in [K, N, D] storage run as one batch in place, short ones of other lengths as one
+    padded copy, long ones one by one in place: whatever the number of rows, a prompt's keys are read once.
     """
     prompts, lengths, rows = cu_prompts.tolist(), own_lengths.tolist(), cu_rows.tolist()
     _check_values(prompts, lengths, rows, prompt_k.shape[0], longest_prompt, most_rows, longest_own)

@@ -1,11 +1,13 @@
 """One decoding step over shared prompts as two Triton launches.
 
-1. `prompt_kernel`, a program per (group and tile of its rows, key head, split of the prompt): the queries of a group's rows that share a key head
-   are packed into one tile, so that the tile reads a key once for all of them. Leaves its normalised output and its log-sum-exp, base 2.
-2. `merge_kernel`, a program per (row, key head): the row's own keys, then the splits, merged by log-sum-exp. An empty split has -inf and no weight.
+1. `prompt_kernel`, a program per (group and tile of its rows, key head, split of the prompt): the queries of
+   a group's rows that share a key head are packed into one tile, so that the tile reads a key once for all of
+   them. Leaves its normalised output and its log-sum-exp, base 2.
+2. `merge_kernel`, a program per (row, key head): the row's own keys, then the splits, merged by log-sum-exp.
+   An empty split has -inf and no weight.
 
-The prompt is split so that there are about as many programs as multiprocessors. Each prompt is split by its own length. Nothing is read back, no
-atomics, sums in a fixed order: equal bits every time.
+The prompt is split so that there are about as many programs as multiprocessors. Each prompt is split by its
+own length. Nothing is read back, no atomics, sums in a fixed order: equal bits every time.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ def _attend(
     q, k, v, begin, end, k_stride, v_stride, scale,
     D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Queries [ROWS, DEPTH] over keys begin to end: (sum of weighted values, maximum score, sum of weights); scores in powers of 2."""
+    """Queries [ROWS, DEPTH] over keys begin to end: (sum of weighted values, maximum score, sum of weights);
+    scores in powers of 2."""
     key, depth = tl.arange(0, KEYS), tl.arange(0, DEPTH)
     total = tl.zeros((ROWS, DEPTH), tl.float32)
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -94,7 +97,8 @@ def prompt_kernel(
     q, prompt_k, prompt_v, cu_prompts, cu_rows, partial, lse, R, H, tiles, q_row, q_head, k_token, k_head, v_token, v_head, scale,
     SHARE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Program (group * tiles + tile, key head, split): partial float32 [splits, R, H, D] and lse float32 [splits, R, H] of the tile's queries."""
+    """Program (group * tiles + tile, key head, split): partial float32 [splits, R, H, D] and lse float32
+    [splits, R, H] of the tile's queries."""
     group, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     key_head, split, splits = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(2)
     first_row = tl.load(cu_rows + group)
@@ -137,7 +141,8 @@ def merge_kernel(
     q_row, q_head, k_row, k_head, k_token, v_row, v_head, v_token, scale,
     SHARE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, key head * tiles + tile): out [R, H, D] of ROWS heads that share a key head. Rows of no group get 0."""
+    """Program (row, key head * tiles + tile): out [R, H, D] of ROWS heads that share a key head. Rows of no
+    group get 0."""
     row, key_head, tile = (
         tl.program_id(0).to(tl.int64),
         (tl.program_id(1) // tiles).to(tl.int64),
@@ -188,8 +193,8 @@ def decode_triton(
     longest_own: int,
     processors: int | None = None,
 ) -> Tensor:
-    """What `op.shared_prefix_decode` documents; arguments as there, checked by the caller. `processors`: how many programs to aim for in the first
-    launch, by default the device's multiprocessors."""
+    """What `op.shared_prefix_decode` documents; arguments as there, checked by the caller. `processors`: how
+    many programs to aim for in the first launch, by default the device's multiprocessors."""
     (R, H, D), K, B = q.shape, prompt_k.shape[1], cu_prompts.shape[0] - 1
     out = torch.empty(R, H, D, dtype=q.dtype, device=q.device)
     if not out.numel():
