@@ -1,5 +1,5 @@
-"""The public 8-bit AdamW: `reference.py` for CPU tensors, `triton.py` for CUDA tensors, which raises where it
-cannot."""
+"""The public 8-bit AdamW: one registered operator, so that it survives `torch.compile`; the reference on CPU,
+the kernel on CUDA."""
 
 from __future__ import annotations
 
@@ -10,9 +10,46 @@ import torch
 from torch import Tensor
 
 from locus_kernels.adamw8bit import reference
+from locus_kernels.adamw8bit.reference import Scalars, Settings, State
+from locus_kernels.dispatch import implementation
+
+BLOCKED = ("exp_avg_codes", "exp_avg_scale", "exp_avg_sq_codes", "exp_avg_sq_low", "exp_avg_sq_high")
+PLAIN = ("exp_avg", "exp_avg_sq")
 
 
-def new_state(parameter: Tensor) -> dict[str, Tensor]:
+def _names(parameter: Tensor) -> tuple[str, ...]:
+    """What the state of a parameter holds besides its step."""
+    return BLOCKED if reference.has_blocks(parameter) else PLAIN
+
+
+# --------------------------------------------------------------------------------------------------- operator
+@torch.library.custom_op("locus_kernels::adamw8bit_", mutates_args=("parameters", "moments"))
+def _operator(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    moments: list[Tensor],
+    lr: list[Tensor],
+    gradient_scale: Tensor,
+    corrections: Tensor,
+    settings: list[float],
+    words: list[int],
+) -> None:
+    """moments: of one parameter after the other, in the order of `_names`; words: two a parameter."""
+    flat = iter(moments)
+    states = [{name: next(flat) for name in _names(parameter)} for parameter in parameters]
+    pairs = list(zip(words[::2], words[1::2], strict=True))
+    scalars = Scalars(lr, gradient_scale, corrections)
+    run = implementation(reference, gradient_scale).adamw8bit_
+    run(parameters, gradients, states, scalars, Settings(*settings), pairs)
+
+
+@_operator.register_fake
+def _shapes(*_: Any) -> None:
+    """Nothing is returned."""
+
+
+# ----------------------------------------------------------------------------------------------------- public
+def new_state(parameter: Tensor) -> State:
     """The state of a parameter (float32 or bfloat16) before its first step, on its device.
 
     step: float32 []. For 4,096 elements or more in whole blocks of 256: exp_avg_codes int8 and
@@ -32,56 +69,10 @@ def new_state(parameter: Tensor) -> dict[str, Tensor]:
     return state
 
 
-@torch.no_grad()
-def adamw8bit_(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    states: Sequence[dict[str, Tensor]],
-    *,
-    lr: Sequence[Tensor],
-    gradient_scale: Tensor,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    seed: int,
-    streams: Sequence[int],
-) -> None:
-    """One step of AdamW on every parameter, in place, with moments of 8 bits (see `reference.py` for their
-    form).
-
-    parameters: float32 or bfloat16, contiguous; bfloat16 ones are rounded stochastically. gradients: of the
-    same shapes, in any of the two dtypes; they are read, times `gradient_scale`, and not written to. states:
-    as `new_state` makes them. lr: float32 [] for each parameter; gradient_scale: float32 [], 0 for gradients
-    that count as 0 whatever they hold. Both are read on the device.
-    seed, streams: a parameter's random bits follow from the seed, its stream and each element's number alone.
-
-    Nothing is read back from the device. On CUDA: a launch for each pair of a weight's and a gradient's dtype
-    and for each of the two forms of state, whatever the number of parameters.
-    Raises ValueError for counts, dtypes, shapes, devices or layouts that do not fit.
-    """
-    if not parameters:
-        return
-    _check(parameters, gradients, states, lr, gradient_scale, streams)
-    steps = [state["step"] for state in states]
-    torch._foreach_add_(steps, 1.0)
-    count = torch.stack(steps).double()
-    # in float64: in float32, 1 - 0.999 is off by 5e-5 of itself
-    corrections = torch.stack([1 - beta**count for beta in betas], 1).float()
-    words = [reference.key(seed, number) for number in streams]
-    choices: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "words": words}
-    where: dict[str, Any] = {"lr": lr, "gradient_scale": gradient_scale, "corrections": corrections}
-    if parameters[0].is_cuda:
-        from locus_kernels.adamw8bit.triton import adamw8bit_triton  # a machine without CUDA needs no Triton
-
-        adamw8bit_triton(parameters, gradients, states, **where, **choices)
-    else:
-        reference.adamw8bit_(parameters, gradients, states, **where, **choices)
-
-
 def _check(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    states: Sequence[dict[str, Tensor]],
+    states: Sequence[State],
     lr: Sequence[Tensor],
     gradient_scale: Tensor,
     streams: Sequence[int],
@@ -115,3 +106,46 @@ def _check(
             )
         if {t.device for t in (parameter, gradient, rate, gradient_scale, *state.values())} != {device}:
             raise ValueError(f"expected every tensor on {device}")
+
+
+@torch.no_grad()
+def adamw8bit_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[State],
+    *,
+    lr: Sequence[Tensor],
+    gradient_scale: Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    seed: int,
+    streams: Sequence[int],
+) -> None:
+    """One step of AdamW on every parameter, in place, with moments of 8 bits (see `reference.py` for their
+    form).
+
+    parameters: float32 or bfloat16, contiguous; bfloat16 ones are rounded stochastically. gradients: of the
+    same shapes, in any of the two dtypes; they are read, times `gradient_scale`, and not written to. states:
+    as `new_state` makes them. lr: float32 [] for each parameter; gradient_scale: float32 [], 0 for gradients
+    that count as 0 whatever they hold. Both are read on the device.
+    seed, streams: a parameter's random bits follow from the seed, its stream and each element's number alone.
+
+    Nothing is read back from the device. On CUDA: a launch for each pair of a weight's and a gradient's dtype
+    and for each of the two forms of state, whatever the number of parameters.
+    Raises ValueError for counts, dtypes, shapes, devices or layouts that do not fit.
+    """
+    if not parameters:
+        return
+    _check(parameters, gradients, states, lr, gradient_scale, streams)
+    steps = [state["step"] for state in states]
+    torch._foreach_add_(steps, 1.0)
+    count = torch.stack(steps).double()
+    # in float64: in float32, 1 - 0.999 is off by 5e-5 of itself
+    corrections = torch.stack([1 - beta**count for beta in betas], 1).float()
+    moments = [
+        state[name] for parameter, state in zip(parameters, states, strict=True) for name in _names(parameter)
+    ]
+    words = [word for stream in streams for word in reference.key(seed, stream)]
+    scalars = Scalars(list(lr), gradient_scale, corrections)
+    _operator(list(parameters), list(gradients), moments, *scalars, [*betas, eps, weight_decay], words)

@@ -20,7 +20,7 @@ Legend: n elements of a parameter, b = n / 256 blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,15 +29,35 @@ from locus_kernels.sample.reference import stream, wrap
 
 BLOCK = 256  # elements that share a scale
 LEAST = 4096  # elements from which on a parameter has 8-bit moments
-NARROW = 1e-8  # smallest share of a block's largest r that has a code of its own; what is below takes the same code
+# Smallest share of a block's largest r that has a code of its own; what is below takes the same code
+NARROW = 1e-8
 STEPS = 254  # of the logarithmic codes, from 1 to 255
 LARGEST = 127.0  # code of exp_avg / r
-CHUNK = (
-    2**16
-)  # elements worked on at a time: the float32 temporaries of more would be seen in a step's peak memory
+# Elements worked on at a time: the float32 temporaries of more would be seen in a step's peak memory
+CHUNK = 2**16
 
 # A finaliser of 32-bit integers with low bias (Mueller and Wellons, "hash-prospector", 2018)
 HASH_A, HASH_B, WORD = 0x7FEB352D, 0x846CA68B, 0xFFFFFFFF
+
+
+State = dict[str, Tensor]  # of a parameter, see `op.new_state`
+
+
+class Scalars(NamedTuple):
+    """Numbers that a step reads on the device; float32."""
+
+    lr: Sequence[Tensor]  # [] for each parameter
+    gradient_scale: Tensor  # []
+    corrections: Tensor  # [parameters, 2]: 1 - beta**step for both betas
+
+
+class Settings(NamedTuple):
+    """Numbers of a step that the host knows."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
 
 
 def has_blocks(parameter: Tensor) -> bool:
@@ -104,7 +124,7 @@ def _root(codes: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.where(codes > 0, low * ((codes - 1) * _spacing(low, high)).exp2(), 0)
 
 
-def dequantize(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def dequantize(state: State) -> tuple[Tensor, Tensor]:
     """(exp_avg, exp_avg_sq), float32 of the parameter's shape, of a state as `op.new_state` makes it."""
     if "exp_avg" in state:
         return state["exp_avg"], state["exp_avg_sq"]
@@ -113,7 +133,7 @@ def dequantize(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return exp_avg.view(shape), root.square().view(shape)
 
 
-def _moments(state: dict[str, Tensor], blocks: slice) -> tuple[Tensor, Tensor]:
+def _moments(state: State, blocks: slice) -> tuple[Tensor, Tensor]:
     """(exp_avg, root), float32 [b, 256] of some blocks."""
     codes, parts = (state[name].view(-1, BLOCK)[blocks] for name in ("exp_avg_sq_codes", "exp_avg_codes"))
     low, high, scale = (
@@ -126,18 +146,15 @@ def _moments(state: dict[str, Tensor], blocks: slice) -> tuple[Tensor, Tensor]:
 def step(
     parameter: Tensor,
     gradient: Tensor,
-    state: dict[str, Tensor],
-    *,
-    lr: Tensor,
-    gradient_scale: Tensor,
-    corrections: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    state: State,
+    scalars: tuple[Tensor, Tensor, Tensor],
+    settings: Settings,
     words: tuple[int, int],
 ) -> None:
-    """One step of one parameter, in place, in chunks. corrections: float32 [2], 1 - beta**step for both
-    betas."""
+    """One step of one parameter, in place, in chunks. scalars: of this parameter, the rate [], the gradient's
+    scale [] and the corrections [2], see `Scalars`."""
+    lr, gradient_scale, corrections = scalars
+    beta1, beta2, eps, weight_decay = settings
     flat, slopes = parameter.view(-1), gradient.reshape(-1)
     for first in range(0, len(flat), CHUNK):
         chosen = slice(first, first + CHUNK)
@@ -149,8 +166,8 @@ def step(
         else:
             exp_avg, root = (moment.view(-1) for moment in _moments(state, blocks))
             exp_avg_sq = root.square()
-        exp_avg = exp_avg * betas[0] + slope * (1 - betas[0])
-        exp_avg_sq = exp_avg_sq * betas[1] + slope.square() * (1 - betas[1])
+        exp_avg = exp_avg * beta1 + slope * (1 - beta1)
+        exp_avg_sq = exp_avg_sq * beta2 + slope.square() * (1 - beta2)
         root = exp_avg_sq.sqrt()
         value = flat[chosen].float() * (1 - lr * weight_decay)
         value = value - lr * (exp_avg / corrections[0]) / (root / corrections[1].sqrt() + eps)
@@ -163,7 +180,7 @@ def step(
             _store(state, blocks, exp_avg.view(-1, BLOCK), root.view(-1, BLOCK), bits.view(-1, BLOCK) >> 16)
 
 
-def _store(state: dict[str, Tensor], blocks: slice, exp_avg: Tensor, root: Tensor, bits: Tensor) -> None:
+def _store(state: State, blocks: slice, exp_avg: Tensor, root: Tensor, bits: Tensor) -> None:
     (parts, scale), (codes, low, high) = quantize(exp_avg, root, bits.float() / 65536)
     state["exp_avg_codes"].view(-1, BLOCK)[blocks] = parts
     state["exp_avg_sq_codes"].view(-1, BLOCK)[blocks] = codes
@@ -174,28 +191,18 @@ def _store(state: dict[str, Tensor], blocks: slice, exp_avg: Tensor, root: Tenso
 def adamw8bit_(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    states: Sequence[dict[str, Tensor]],
-    *,
-    lr: Sequence[Tensor],
-    gradient_scale: Tensor,
-    corrections: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    states: Sequence[State],
+    scalars: Scalars,
+    settings: Settings,
     words: Sequence[tuple[int, int]],
 ) -> None:
-    """What `op.adamw8bit_` documents. corrections: float32 [parameters, 2]; words: of each parameter, see
-    `key`."""
-    rest: dict[str, Any] = {
-        "gradient_scale": gradient_scale,
-        "betas": betas,
-        "eps": eps,
-        "weight_decay": weight_decay,
-    }
+    """What `op.adamw8bit_` documents, without the counting of steps. words: of each parameter, see `key`."""
     for i, (parameter, gradient, state) in enumerate(zip(parameters, gradients, states, strict=True)):
-        step(parameter, gradient, state, lr=lr[i], corrections=corrections[i], words=words[i], **rest)
+        own = (scalars.lr[i], scalars.gradient_scale, scalars.corrections[i])
+        step(parameter, gradient, state, own, settings, words[i])
 
 
+# --------------------------------------------------------------------------------- states of other optimizers
 def dynamic_codes(signed: bool) -> Tensor:
     """The 256 values, ascending, that "dynamic" 8-bit states stand for (Dettmers et al., arXiv 2110.02861,
     section 2.1, without an inverse for the largest): seven decades, each the middles of equal parts of [0.1,
@@ -210,7 +217,7 @@ def dynamic_codes(signed: bool) -> Tensor:
 
 def from_dynamic_codes(
     exp_avg: tuple[Tensor, Tensor], exp_avg_sq: tuple[Tensor, Tensor], block: int = BLOCK
-) -> dict[str, Tensor]:
+) -> State:
     """The state whose moments are nearest to those of "dynamic" codes, as torchao's AdamW8bit keeps them.
 
     Each moment: (codes uint8 of the parameter's shape, scale float32 [n / block]). Where the second moment

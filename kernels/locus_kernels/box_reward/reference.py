@@ -2,19 +2,16 @@
 there is none.
 
 Legend: R reply rows, L tokens a row, W `table.width`, N = L * W character positions, V vocabulary rows, G
-rows a group. Boxes are xyxy float32. Nothing here copies a value to the host (except with `validate=True`),
-so nothing waits for the device.
+rows a group. Boxes are xyxy float32.
+Nothing here copies a value to the host, so nothing waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from locus_kernels.box_reward.table import (
+from locus_kernels.box_reward.automaton import (
     ACTION_SHIFT,
     ANSWER_CLOSED,
     CLASS_COUNT,
@@ -30,8 +27,11 @@ from locus_kernels.box_reward.table import (
     PADDING,
     STATE_MASK,
     THINK_ANSWER,
-    TokenTable,
 )
+from locus_kernels.box_reward.overlaps import iou
+from locus_kernels.box_reward.records import BoxReading, BoxReward, Scoring
+from locus_kernels.box_reward.shapes import REWARD_SHAPES
+from locus_kernels.box_reward.table import TokenTable
 
 WHICH = ("first", "last", "answer")
 GRAMMARS = {"think_answer": THINK_ANSWER, "direct": DIRECT}
@@ -40,27 +40,7 @@ UNIT = 10**FRACTION_DIGITS  # numbers are read as whole millionths
 LARGEST = 1_000_000 * UNIT  # the largest magnitude that a coordinate may have
 
 
-class BoxReading(NamedTuple):
-    """What R replies say."""
-
-    box: Tensor  # float32 [R, 4], xyxy in the frame that the model speaks; zeros where no box was found or a number is too large
-    valid: Tensor  # bool [R]: a box was found, its numbers are in range, and x2 > x1 and y2 > y1
-    format_ok: Tensor  # bool [R]: the whole reply follows the grammar
-
-
-class BoxReward(NamedTuple):
-    """What R replies earn. The first three fields are those of `BoxReading`."""
-
-    box: Tensor
-    valid: Tensor
-    format_ok: Tensor
-    iou: Tensor  # float32 [R]: plain IoU with the target; 0 where the box is not valid
-    reward: Tensor  # float32 [R]
-    advantage: Tensor  # float32 [R]
-    zero_variance: Tensor  # bool [R / G]: all rewards of the group are equal, and its advantages exactly 0
-
-
-# ---------------------------------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------------------------------- reading
 def _expand(ids: Tensor, lengths: Tensor, table: TokenTable) -> Tensor:
     """Classes int64 [N, R] of every character position, time first; PADDING past a token's end and past the
     row's length."""
@@ -131,62 +111,9 @@ def _numbers(action_NR: Tensor, symbol_NR: Tensor, begin_R: Tensor, end_R: Tenso
     return torch.stack(numbers, -1)
 
 
-def _check_values(ids: Tensor, lengths: Tensor, table: TokenTable) -> None:
-    if bool(((lengths < 0) | (lengths > ids.shape[1])).any()):
-        raise ValueError(f"lengths: expected values in [0, {ids.shape[1]}], got {lengths.tolist()}")
-    counted = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-    wrong = counted & ((ids < 0) | (ids >= table.vocab_size))
-    if bool(wrong.any()):
-        raise ValueError(
-            f"ids: expected values in [0, {table.vocab_size}), got {ids[wrong].unique().tolist()}"
-        )
-
-
-def check_reading(
-    ids: Tensor,
-    lengths: Tensor,
-    table: TokenTable,
-    which: str,
-    grammar: str,
-    vocab_size: int | None,
-    validate: bool,
-) -> None:
-    """Raise the ValueErrors of `read_boxes`."""
-    for name, tensor in (("ids", ids), ("lengths", lengths)):
-        if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
-            raise ValueError(f"{name}: expected an integer tensor, got {tensor.dtype}")
-        if tensor.device != table.offsets.device:
-            raise ValueError(
-                f"{name}: expected the token table's device {table.offsets.device}, got {tensor.device}"
-            )
-    if ids.ndim != 2 or lengths.shape != ids.shape[:1]:
-        raise ValueError(
-            f"expected ids [rows, tokens] and lengths [rows], got {list(ids.shape)} and {list(lengths.shape)}"
-        )
-    if which not in WHICH:
-        raise ValueError(f"which: expected one of {list(WHICH)}, got {which!r}")
-    if grammar not in GRAMMARS:
-        raise ValueError(f"grammar: expected one of {list(GRAMMARS)}, got {grammar!r}")
-    if vocab_size is not None and vocab_size != table.vocab_size:
-        raise ValueError(
-            f"table: expected one for a vocabulary of {vocab_size} ids, got one for {table.vocab_size}: build it with that vocab_size"
-        )
-    if validate:
-        _check_values(ids.long(), lengths.long(), table)
-
-
-def read_boxes(
-    ids: Tensor,
-    lengths: Tensor,
-    table: TokenTable,
-    *,
-    which: str = "answer",
-    grammar: str = "think_answer",
-    validate: bool = False,
-) -> BoxReading:
+def read_boxes(ids: Tensor, lengths: Tensor, table: TokenTable, *, which: str, grammar: str) -> BoxReading:
     """What `op.read_boxes` documents. A tensor of N * R actions is kept, and its reading is a few operations
     on all of it at once."""
-    check_reading(ids, lengths, table, which, grammar, None, validate)
     lengths = lengths.long()  # unsigned types compare with nothing
     if ids.shape[1] == 0:
         ids, lengths = ids.new_zeros(ids.shape[0], 1), torch.zeros_like(lengths)
@@ -203,109 +130,8 @@ def read_boxes(
     return BoxReading(box_R4, valid_R, (flags_R & GRAMMARS[grammar]) != 0)
 
 
-# --------------------------------------------------------------------------------------------------- overlaps
-def _areas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Areas [...] of the intersection and of the union of two boxes [..., 4]; a box whose sides are not
-    positive has area 0."""
-    width, height = (
-        (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]))
-        .clamp(min=0)
-        .unbind(-1)
-    )
-    intersection = width * height
-    area_a, area_b = ((box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1) for box in (a, b))
-    return intersection, area_a + area_b - intersection
-
-
-def iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union [...] in [0, 1] of xyxy boxes [..., 4], elementwise; 0 where either box is
-    degenerate, never NaN.
-
-    Stretching an axis for both boxes alike leaves it unchanged, so boxes in the frame that the model speaks
-    (pixels of the resized image, or thousandths) give the same IoU as boxes in the original image's pixels:
-    nothing needs converting.
-    """
-    intersection, union = _areas(a, b)
-    return intersection / torch.where(union > 0, union, 1)
-
-
-def giou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU [...] in [-1, 1] of xyxy boxes [..., 4]: IoU less the share of the smallest box around
-    both that neither covers; never NaN."""
-    intersection, union = _areas(a, b)
-    hull = (
-        (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    )
-    return intersection / torch.where(union > 0, union, 1) - (hull - union).clamp(min=0) / torch.where(
-        hull > 0, hull, 1
-    )
-
-
-# ----------------------------------------------------------------------------------------------------- shapes
-# Each takes predicted and target boxes, float32 [R, 4], and the progress of training in [0, 1], and returns float32 [R]; 0 for a degenerate box.
-RewardShape = Callable[[Tensor, Tensor, float], Tensor]
-
-
-def shape_iou(predicted: Tensor, target: Tensor, progress: float) -> Tensor:
-    """Plain IoU."""
-    return iou(predicted, target)
-
-
-def shape_iou_squared(predicted: Tensor, target: Tensor, progress: float) -> Tensor:
-    """IoU squared: pays more for the last bit of precision."""
-    return iou(predicted, target).square()
-
-
-def shape_iou_over_half(predicted: Tensor, target: Tensor, progress: float) -> Tensor:
-    """IoU above 0.5, else 0."""
-    overlap = iou(predicted, target)
-    return torch.where(overlap > 0.5, overlap, 0.0)
-
-
-def _has_area(box: Tensor) -> Tensor:
-    return (box[..., 2:] > box[..., :2]).all(-1)
-
-
-def shape_giou(predicted: Tensor, target: Tensor, progress: float) -> Tensor:
-    """GIoU, in [-1, 1]. Note that a valid box far from the target earns less than no box, which earns 0."""
-    return torch.where(_has_area(predicted), giou(predicted, target), 0.0)
-
-
-def shape_giou_plus_one(predicted: Tensor, target: Tensor, progress: float) -> Tensor:
-    """GIoU + 1, in [0, 2]: a far box earns little, but never less than no box."""
-    return torch.where(_has_area(predicted), giou(predicted, target) + 1, 0.0)
-
-
-def shape_threshold(predicted: Tensor, target: Tensor, progress: float) -> Tensor:
-    """1 from IoU 0.5 on, else 0."""
-    return (iou(predicted, target) >= 0.5).float()
-
-
-def shape_ramp(predicted: Tensor, target: Tensor, progress: float) -> Tensor:
-    """0 up to IoU 0.5, 1 from 0.75 on, a straight line between."""
-    return ((iou(predicted, target) - 0.5) / 0.25).clamp(0, 1)
-
-
-def shape_rising(predicted: Tensor, target: Tensor, progress: float) -> Tensor:
-    """1 from a threshold on, else 0; the threshold rises in a straight line from IoU 0.25 at progress 0 to
-    0.75 at progress 1."""
-    return (iou(predicted, target) >= 0.25 + 0.5 * progress).float()
-
-
-REWARD_SHAPES: dict[str, RewardShape] = {
-    "iou": shape_iou,
-    "iou_squared": shape_iou_squared,
-    "iou_over_half": shape_iou_over_half,
-    "giou": shape_giou,
-    "giou_plus_one": shape_giou_plus_one,
-    "threshold": shape_threshold,
-    "ramp": shape_ramp,
-    "rising": shape_rising,
-}
-
-
-# ----------------------------------------------------------------------------------------------------- reward
-def _check_groups(rows: int, group_size: int) -> None:
+# ---------------------------------------------------------------------------------------------------- reward
+def check_groups(rows: int, group_size: int) -> None:
     if not isinstance(group_size, int) or group_size < 1 or rows % group_size:
         raise ValueError(f"group_size: expected a positive divisor of the {rows} rows, got {group_size}")
 
@@ -322,7 +148,7 @@ def group_advantage(
     """
     if reward.ndim != 1 or reward.dtype != torch.float32:
         raise ValueError(f"reward: expected float32 [rows], got {reward.dtype} {list(reward.shape)}")
-    _check_groups(reward.shape[0], group_size)
+    check_groups(reward.shape[0], group_size)
     groups = reward.reshape(reward.shape[0] // group_size, group_size)
     zero_variance = groups.amax(1) == groups.amin(1)
     centred = groups - groups.mean(1, keepdim=True)
@@ -331,43 +157,22 @@ def group_advantage(
     return torch.where(zero_variance[:, None], 0.0, centred).flatten(), zero_variance
 
 
-def check_reward(
-    ids: Tensor, target_boxes: Tensor, group_size: int, shape: str, format_weight: float, progress: float
-) -> None:
-    """Raise the ValueErrors of `box_reward` that are not those of `read_boxes`."""
-    if shape not in REWARD_SHAPES:
-        raise ValueError(f"shape: expected one of {list(REWARD_SHAPES)}, got {shape!r}")
-    if not 0 <= format_weight <= 1 or not 0 <= progress <= 1:
-        raise ValueError(f"expected format_weight and progress in [0, 1], got {format_weight} and {progress}")
-    if target_boxes.dtype != torch.float32 or target_boxes.shape != (*ids.shape[:1], 4):
-        raise ValueError(
-            f"target_boxes: expected float32 {[*ids.shape[:1], 4]}, got {target_boxes.dtype} {list(target_boxes.shape)}"
-        )
-    if target_boxes.device != ids.device:
-        raise ValueError(f"target_boxes: expected the device of ids, {ids.device}, got {target_boxes.device}")
-    _check_groups(ids.shape[0], group_size)
-
-
 def box_reward(
     ids: Tensor,
     lengths: Tensor,
     table: TokenTable,
     target_boxes: Tensor,
-    group_size: int,
+    scoring: Scoring,
     *,
-    which: str = "answer",
-    grammar: str = "think_answer",
-    shape: str = "iou",
-    format_weight: float = 0.1,
-    normalize_std: bool = True,
-    progress: float = 0.0,
-    validate: bool = False,
+    which: str,
+    grammar: str,
 ) -> BoxReward:
     """What `op.box_reward` documents, from the pieces above."""
-    check_reward(ids, target_boxes, group_size, shape, format_weight, progress)
-    reading = read_boxes(ids, lengths, table, which=which, grammar=grammar, validate=validate)
+    group_size, shape, format_weight, normalize_std, progress = scoring
+    reading = read_boxes(ids, lengths, table, which=which, grammar=grammar)
     overlap = torch.where(reading.valid, iou(reading.box, target_boxes), 0.0)
-    shaped = torch.where(reading.valid, REWARD_SHAPES[shape](reading.box, target_boxes, progress), 0.0)
+    earned = REWARD_SHAPES[shape](reading.box, target_boxes, progress)
+    shaped = torch.where(reading.valid, earned, 0.0)
     reward = (1 - format_weight) * shaped + format_weight * reading.format_ok.float()
     advantage, zero_variance = group_advantage(reward, group_size, normalize_std)
     return BoxReward(*reading, overlap, reward, advantage, zero_variance)

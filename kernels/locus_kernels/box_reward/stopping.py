@@ -6,15 +6,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from locus_kernels.box_reward.table import (
+from locus_kernels.box_reward.automaton import (
     ACTION_SHIFT,
     ANSWER_CLOSED,
     CLASS_COUNT,
     CLOSE,
     CLOSE_IN_ANSWER,
     STATE_MASK,
-    TokenTable,
 )
+from locus_kernels.box_reward.table import TokenTable
 
 CLOSED = 0  # the state of a reply that has said it; it never leaves it
 START = 1  # the state of an empty reply

@@ -1,36 +1,30 @@
 """`grpo_loss`: registration with PyTorch, so that it differentiates and survives `torch.compile`, and the
 public function.
 
-CPU tensors take `reference.py`, CUDA tensors `triton.py`, which raises where it cannot run. Backward is
-`linear_logprob`'s, with the objective's derivative as the gradient of each log-prob. Legend: T tokens, V
-vocabulary, D hidden size.
+Backward is `linear_logprob`'s, with the objective's derivative as the gradient of each log-prob.
+
+Legend: T tokens, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
 import math
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from locus_kernels.dispatch import implementation
 from locus_kernels.grpo_loss import reference
+from locus_kernels.grpo_loss.reference import Numbers, Tokens
 from locus_kernels.linear_logprob.op import check_head, gradients
+from locus_kernels.linear_logprob.records import Saved, Scale, Slope, Wanted
 from locus_kernels.linear_logprob.reference import compute_dtype
 
 
-def backend(tensor: Tensor) -> ModuleType:
-    """The module whose `forward` runs on this tensor's device. Triton is imported on first use: CPU machines
-    need not have it."""
-    if tensor.is_cuda:
-        from locus_kernels.grpo_loss import triton as kernels
-
-        return kernels
-    return reference
-
-
+# -------------------------------------------------------------------------------------------------- operator
 @torch.library.custom_op("locus_kernels::grpo_loss", mutates_args=())
-def _forward(
+def _operator(
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
@@ -42,51 +36,60 @@ def _forward(
     temperature: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    vectors = (advantages, old_logprob, reference_logprob, token_weight)
-    return backend(hidden).forward(
-        hidden, weight, ids, *vectors, reference.Numbers(*numbers), temperature, softcap
-    )
+    tokens = Tokens(advantages, old_logprob, reference_logprob, token_weight)
+    inputs = (hidden, weight, ids, tokens, Numbers(*numbers), Scale(temperature, softcap))
+    return tuple(implementation(reference, hidden).forward(*inputs))
 
 
-@_forward.register_fake
-def _(
-    hidden,
-    weight,
-    ids,
-    advantages,
-    old_logprob,
-    reference_logprob,
-    token_weight,
-    numbers,
-    temperature,
-    softcap,
-):
+@_operator.register_fake
+def _shapes(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, dtype = hidden.shape[0], compute_dtype(hidden.dtype)
-    loss, logprob, entropy, slope, metrics = (
-        hidden.new_empty(s, dtype=dtype) for s in ((), (T,), (T,), (T,), (len(reference.METRICS),))
-    )
+    loss, metrics = (hidden.new_empty(shape, dtype=dtype) for shape in ((), (len(reference.METRICS),)))
+    logprob, entropy, slope = (hidden.new_empty(T, dtype=dtype) for _ in range(3))
     return loss, logprob, hidden.new_empty(T, dtype=torch.float64), entropy, slope, metrics
 
 
-def _setup(ctx, inputs, output) -> None:
+# -------------------------------------------------------------------------------------------------- autograd
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, ids = inputs[:3]
-    ctx.temperature, ctx.softcap = inputs[-2:]
     _, _, lse, entropy, slope, _ = output
+    ctx.scale = Scale(*inputs[-2:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, ids, lse, entropy, slope)
 
 
-def _backward(ctx, grad_loss: Tensor | None, grad_logprob: Tensor | None, *_: Tensor | None):
+def _backward(
+    ctx: Any, grad_loss: Tensor | None, grad_logprob: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
     hidden, weight, ids, lse, entropy, slope = ctx.saved_tensors
     g = torch.zeros_like(slope) if grad_loss is None else grad_loss * slope
     if grad_logprob is not None:
         g = g + grad_logprob
-    wanted = ctx.needs_input_grad[:2]
-    both = gradients(g, None, hidden, weight, ids, lse, entropy, ctx.temperature, ctx.softcap, *wanted)
-    return *(gradient if want else None for gradient, want in zip(both, wanted, strict=True)), *[None] * 8
+    wanted = Wanted(*ctx.needs_input_grad[:2])
+    both = gradients(Slope(g, None), hidden, weight, ids, Saved(lse, entropy), ctx.scale, wanted)
+    return *both, *[None] * 8
 
 
-_forward.register_autograd(_backward, setup_context=_setup)
+_operator.register_autograd(_backward, setup_context=_setup)
+
+
+# ---------------------------------------------------------------------------------------------------- public
+def _check(hidden: Tensor, ids: Tensor, tokens: Tokens, numbers: Numbers) -> None:
+    for name, vector in tokens._asdict().items():
+        if vector is None and name != "advantages":
+            continue
+        floating = vector is not None and vector.is_floating_point()
+        if vector is None or vector.shape != ids.shape or not floating or vector.device != hidden.device:
+            got = "None" if vector is None else f"{vector.dtype} {list(vector.shape)} on {vector.device}"
+            raise ValueError(f"expected {name} floating [{len(ids)}] on {hidden.device}, got {got}")
+    for name in ("clip_low", "clip_high", "kl_coefficient"):
+        number = getattr(numbers, name)
+        if not (number >= 0 and math.isfinite(number)):
+            raise ValueError(f"expected a finite {name} of at least 0, got {number}")
+    for name in ("log_ratio_clamp", "kl_clamp"):
+        number = getattr(numbers, name)
+        if not number > 0:
+            raise ValueError(f"expected {name} above 0, or infinite for none, got {number}")
 
 
 def grpo_loss(
@@ -126,36 +129,12 @@ def grpo_loss(
     log_ratio_clamp, or past one of the two bounds of k3), ratio_max and ratio_min (both 0 without tokens).
     ValueError on what does not fit, as in `linear_logprob`.
     """
-    check_head(hidden, weight, ids, temperature, softcap, validate)
-    vectors = {
-        "advantages": advantages,
-        "old_logprob": old_logprob,
-        "reference_logprob": reference_logprob,
-        "token_weight": token_weight,
-    }
-    for name, vector in vectors.items():
-        if vector is None and name != "advantages":
-            continue
-        if (
-            vector is None
-            or vector.shape != ids.shape
-            or not vector.is_floating_point()
-            or vector.device != hidden.device
-        ):
-            got = "None" if vector is None else f"{vector.dtype} {list(vector.shape)} on {vector.device}"
-            raise ValueError(f"expected {name} floating [{len(ids)}] on {hidden.device}, got {got}")
-    numbers = {"clip_low": clip_low, "clip_high": clip_high, "kl_coefficient": kl_coefficient}
-    for name, number in numbers.items():
-        if not (number >= 0 and math.isfinite(number)):
-            raise ValueError(f"expected a finite {name} of at least 0, got {number}")
-    clamps = {"log_ratio_clamp": log_ratio_clamp, "kl_clamp": kl_clamp}
-    for name, number in clamps.items():
-        if not number > 0:
-            raise ValueError(f"expected {name} above 0, or infinite for none, got {number}")
-    detached = [vector if vector is None else vector.detach() for vector in vectors.values()]
-    constants = [float(number) for number in (*numbers.values(), *clamps.values())]
-    cap = None if softcap is None else float(softcap)
-    loss, logprob, _, _, _, metrics = _forward(
-        hidden, weight, ids.long(), *detached, constants, float(temperature), cap
-    )
+    scale = Scale.of(temperature, softcap)
+    check_head(hidden, weight, ids, scale, validate)
+    tokens = Tokens(advantages, old_logprob, reference_logprob, token_weight)
+    numbers = Numbers(clip_low, clip_high, kl_coefficient, log_ratio_clamp, kl_clamp)
+    _check(hidden, ids, tokens, numbers)
+    vectors = (t if t is None else t.detach() for t in tokens)
+    flat = [float(number) for number in numbers]
+    loss, logprob, *_, metrics = _operator(hidden, weight, ids.long(), *vectors, flat, *scale)
     return loss, logprob, dict(zip(reference.METRICS, metrics.detach().unbind(), strict=True))

@@ -1,13 +1,15 @@
 """The clipped GRPO objective on top of the head's log-probabilities, in plain PyTorch.
 
-    ratio = exp(log-prob - old),   token loss = -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) + kl_coefficient * k3
-    k3 = exp(reference - log-prob) - (reference - log-prob) - 1,   loss = sum of token_weight * token loss
+    ratio = exp(log-prob - old),   k3 = exp(reference - log-prob) - (reference - log-prob) - 1
+    token loss = -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) + kl_coefficient * k3
+    loss = sum of token_weight * token loss
 
 Both exponents are clamped to [-log_ratio_clamp, log_ratio_clamp] and k3 to at most kl_clamp; a token past one
 of these has no gradient through it.
 
-Legend: T tokens. Sources: clipped surrogate, Schulman et al. 2017 (arXiv 1707.06347), equation 7; separate
-clip bounds, Yu et al. 2025 (arXiv 2503.14476); k3, Schulman 2020, "Approximating KL divergence".
+Legend: T tokens, A advantages.
+Sources: clipped surrogate, Schulman et al. 2017 (arXiv 1707.06347), equation 7; separate clip bounds, Yu et
+al. 2025 (arXiv 2503.14476); k3, Schulman 2020, "Approximating KL divergence".
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from locus_kernels.linear_logprob import reference as head
+from locus_kernels.linear_logprob.records import Scale
 
 METRICS = ("clip_low", "clip_high", "kl", "entropy", "ratio_clamped", "kl_clamped", "ratio_max", "ratio_min")
 
@@ -32,12 +35,20 @@ class Numbers(NamedTuple):
     kl_clamp: float
 
 
-def objective(
-    logprob: Tensor, advantages: Tensor, old_logprob: Tensor | None, reference_logprob: Tensor | None, token_weight: Tensor | None, numbers: Numbers
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
+class Tokens(NamedTuple):
+    """What the objective knows of each of T tokens; all floating [T], without gradient."""
+
+    advantages: Tensor
+    old_logprob: Tensor | None  # None: the ratio is 1
+    reference_logprob: Tensor | None  # None: no KL term
+    token_weight: Tensor | None  # None: 1
+
+
+def objective(logprob: Tensor, tokens: Tokens, numbers: Numbers) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(token loss times its weight, its derivative to the log-prob, both [T] and of the dtype of logprob [T];
     what `METRICS` are made of: ratio and kl, [T], and clip_low, clip_high, ratio_clamped and kl_clamped, bool
     [T]); no autograd needed."""
+    advantages, old_logprob, reference_logprob, token_weight = tokens
     bound = numbers.log_ratio_clamp
     difference = torch.zeros_like(logprob) if old_logprob is None else logprob - old_logprob
     ratio_clamped = difference.abs() > bound
@@ -66,29 +77,29 @@ def objective(
     return (loss, slope, seen) if token_weight is None else (loss * token_weight, slope * token_weight, seen)
 
 
-def forward(
-    hidden: Tensor, weight: Tensor, ids: Tensor, advantages: Tensor, old_logprob: Tensor | None, reference_logprob: Tensor | None,
-    token_weight: Tensor | None, numbers: Numbers, temperature: float, softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss [], log-prob [T], log-sum-exp [T], entropy [T], d loss / d log-prob [T], metrics [8] in the order
-    of `METRICS`).
+class Result(NamedTuple):
+    """What the forward pass gives; float32, or float64 for float64 inputs, and lse always float64."""
 
-    float32, or float64 for float64 inputs; the log-sum-exp always float64, and so is the arithmetic between.
-    """
-    logprob, entropy, lse = head.unrounded(hidden, weight, ids, temperature, softcap)
-    old, base, share = (
-        t if t is None else t.double() for t in (old_logprob, reference_logprob, token_weight)
-    )
-    loss, slope, seen = objective(logprob, advantages.double(), old, base, share, numbers)
+    loss: Tensor  # [], the sum over tokens
+    logprob: Tensor  # [T]
+    lse: Tensor  # [T], log-sum-exp of the scaled logits
+    entropy: Tensor  # [T]
+    slope: Tensor  # [T], d loss / d log-prob
+    metrics: Tensor  # [8], in the order of `METRICS`
+
+
+def forward(
+    hidden: Tensor, weight: Tensor, ids: Tensor, tokens: Tokens, numbers: Numbers, scale: Scale
+) -> Result:
+    """The objective on the head's log-probs. What lies between inputs and results is float64."""
+    logprob, entropy, lse = head.unrounded(hidden, weight, ids, scale)
+    wide = Tokens(tokens.advantages.double(), *(t if t is None else t.double() for t in tokens[1:]))
+    loss, slope, seen = objective(logprob, wide, numbers)
     ratio = seen.pop("ratio")
-    extremes = (
-        {"ratio_max": ratio.amax(), "ratio_min": ratio.amin()}
-        if len(ratio)
-        else dict.fromkeys(("ratio_max", "ratio_min"), ratio.sum())
-    )
-    sums = {name: value.sum().double() for name, value in {**seen, "entropy": entropy}.items()} | extremes
+    sums = {name: value.sum().double() for name, value in {**seen, "entropy": entropy}.items()}
+    sums["ratio_max"] = ratio.amax() if len(ratio) else ratio.sum()
+    sums["ratio_min"] = ratio.amin() if len(ratio) else ratio.sum()
     metrics = torch.stack([sums[name] for name in METRICS])
-    loss, logprob, entropy, slope, metrics = (
-        t.to(head.compute_dtype(hidden.dtype)) for t in (loss.sum(), logprob, entropy, slope, metrics)
-    )
-    return loss, logprob, lse, entropy, slope, metrics
+    dtype = head.compute_dtype(hidden.dtype)
+    narrow = [t.to(dtype) for t in (loss.sum(), logprob, entropy, slope, metrics)]
+    return Result(narrow[0], narrow[1], lse, *narrow[2:])

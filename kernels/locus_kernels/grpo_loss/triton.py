@@ -1,8 +1,9 @@
 """The GRPO loss on the head's partials: merge, objective and derivative in one small kernel, then one program
 for the sums. No atomics.
 
-The matrix work is `linear_logprob/triton.py`'s, in forward and in backward; formulas: `reference.py`. Legend:
-T tokens, N vocabulary tiles, P programs of the objective kernel.
+The matrix work is `linear_logprob`'s, in forward and in backward; formulas: `reference.py`.
+
+Legend: T tokens, N vocabulary tiles, P programs of the objective kernel.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from locus_kernels.grpo_loss.reference import Numbers
-from locus_kernels.linear_logprob.triton import FINAL_ROWS, FINAL_TILES, _check_device, merge, partials
+from locus_kernels.grpo_loss.reference import METRICS, Numbers, Result, Tokens
+from locus_kernels.linear_logprob.records import Scale
+from locus_kernels.linear_logprob.triton_forward import FINAL_ROWS, FINAL_TILES, merge, partials
+from locus_kernels.linear_logprob.triton_head import check_device
 
-SUMS = 9  # loss, then `reference.METRICS`: sums, but for the last two, ratio max and ratio min
+SUMS = 1 + len(METRICS)  # the loss, then the metrics: sums, but for the last two, ratio max and ratio min
 SUM_BLOCK = 128
 
 
 @triton.jit(do_not_specialize=["T", "N", "P"])
 def objective_kernel(
-    maximum, total, weighted, target, advantages, old, reference, token_weight, logprob, lse, entropy, slope, sums, T, N, P,
+    maximum, total, weighted, target, advantages, old, reference, token_weight,
+    logprob, lse, entropy, slope, sums, T, N, P,
     lowest, highest, kl_coefficient, log_ratio_clamp, kl_clamp,
-    HAS_OLD: tl.constexpr, HAS_REFERENCE: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    HAS_OLD: tl.constexpr, HAS_REFERENCE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """logprob, entropy, slope (d loss / d log-prob) float32 [T], lse float64 [T]; sums float32 [9, P] in the
     order of `SUMS`. Between, a row's arithmetic is float64: there is little of it."""
@@ -41,9 +46,8 @@ def objective_kernel(
         ratio = tl.exp(tl.minimum(tl.maximum(difference, -log_ratio_clamp), log_ratio_clamp))
     clipped = tl.minimum(tl.maximum(ratio, lowest), highest)
     loss = -tl.minimum(ratio * advantage, clipped * advantage)
-    loss = tl.where(
-        row_logprob == row_logprob, loss, row_logprob
-    )  # minimum and maximum drop NaN: an id outside the vocabulary must show
+    # minimum and maximum drop NaN: an id outside the vocabulary must show
+    loss = tl.where(row_logprob == row_logprob, loss, row_logprob)
     low = (ratio < lowest) & (advantage < 0)
     high = (ratio > highest) & (advantage > 0)
     row_slope = tl.where(low | high | ratio_clamped, 0.0, -ratio * advantage)
@@ -98,51 +102,40 @@ def sum_kernel(sums, out, P, BLOCK: tl.constexpr):
 
 
 def forward(
-    hidden: Tensor, weight: Tensor, ids: Tensor, advantages: Tensor, old_logprob: Tensor | None, reference_logprob: Tensor | None,
-    token_weight: Tensor | None, numbers: Numbers, temperature: float, softcap: float | None,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    tokens: Tokens,
+    numbers: Numbers,
+    scale: Scale,
+    *,
     descriptors: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> Result:
     """As `reference.forward`, for float32 and narrower; three launches. `descriptors`: as in the head's
     `forward`."""
-    _check_device(hidden)
+    check_device(hidden)
     T = len(hidden)
     logprob, entropy, slope = (torch.empty(T, dtype=torch.float32, device=hidden.device) for _ in range(3))
     lse = torch.empty(T, dtype=torch.float64, device=hidden.device)
     if T == 0:
-        return (
-            hidden.new_zeros((), dtype=torch.float32),
-            logprob,
-            lse,
-            entropy,
-            slope,
-            hidden.new_zeros(SUMS - 1, dtype=torch.float32),
-        )
+        zeros = hidden.new_zeros(SUMS, dtype=torch.float32)
+        return Result(zeros[0].clone(), logprob, lse, entropy, slope, zeros[1:].clone())
     P = triton.cdiv(T, FINAL_ROWS)
-    parts = partials(hidden, weight, ids, temperature, softcap, descriptors)
+    parts = partials(hidden, weight, ids, scale, descriptors)
     sums = torch.empty((SUMS, P), dtype=torch.float32, device=hidden.device)
     out = torch.empty(SUMS, dtype=torch.float32, device=hidden.device)
-    optional = (old_logprob, reference_logprob, token_weight)
-    vectors = [advantages if t is None else t.float().contiguous() for t in (advantages, *optional)]
+    # a vector that is not given is not read
+    vectors = [tokens.advantages if t is None else t.float().contiguous() for t in tokens]
     flags = {
-        f"HAS_{name}": t is not None for name, t in zip(("OLD", "REFERENCE", "WEIGHT"), optional, strict=True)
+        "HAS_OLD": tokens.old_logprob is not None,
+        "HAS_REFERENCE": tokens.reference_logprob is not None,
+        "HAS_WEIGHT": tokens.token_weight is not None,
     }
     bounds = (1 - numbers.clip_low, 1 + numbers.clip_high, *numbers[2:])
     with torch.cuda.device_of(hidden):
         objective_kernel[(P,)](
-            *parts,
-            *vectors,
-            logprob,
-            lse,
-            entropy,
-            slope,
-            sums,
-            T,
-            len(parts[0]),
-            P,
-            *bounds,
-            **flags,
-            ROWS=FINAL_ROWS,
-            TILES=FINAL_TILES,
-        )
+            *parts, *vectors, logprob, lse, entropy, slope, sums, T, len(parts[0]), P, *bounds,
+            **flags, ROWS=FINAL_ROWS, TILES=FINAL_TILES,
+        )  # fmt: skip
         sum_kernel[(SUMS,)](sums, out, P, BLOCK=SUM_BLOCK)
-    return out[0].clone(), logprob, lse, entropy, slope, out[1:].clone()
+    return Result(out[0].clone(), logprob, lse, entropy, slope, out[1:].clone())

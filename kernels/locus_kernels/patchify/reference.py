@@ -27,6 +27,16 @@ FRACTION_BITS = 22
 HALF = 1 << (FRACTION_BITS - 1)
 
 
+class Layout(NamedTuple):
+    """How a vision tower wants its patches."""
+
+    patch: int  # side in pixels
+    frames: int  # how often a still image is repeated
+    merge: int  # patches along one side of a block, which becomes one language token
+    mean: Sequence[float]  # of the three channels, on the 0..1 scale
+    std: Sequence[float]
+
+
 class Taps(NamedTuple):
     """Where one axis of a resize reads: output pixel o is the sum over k of weight[k, o] * source[start[o] +
     k], in units of 2**-22."""
@@ -82,49 +92,34 @@ def normalization(mean: Sequence[float], std: Sequence[float]) -> tuple[list[flo
     return [1 / (255 * s) for s in std], [m / s for m, s in zip(mean, std, strict=True)]
 
 
-def check_image(image: Tensor) -> None:
-    """Raise ValueError unless image is uint8 [height >= 1, width >= 1, 3]."""
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(
-            f"patchify expects a uint8 image of shape [height, width, 3], got {image.dtype} {list(image.shape)}"
-        )
-
-
-def check_size(height: int, width: int, block: int) -> None:
-    """Raise ValueError unless both sides are positive multiples of `block`."""
-    if height < 1 or width < 1 or height % block or width % block:
-        raise ValueError(f"patchify expects sides that are multiples of {block}, got {height} x {width}")
+def cut(image: Tensor, layout: Layout) -> Tensor:
+    """float32 [N, 3 * frames * patch**2]: the patches of uint8 [H, W, 3], as it is."""
+    patch, frames, merge, mean, std = layout
+    height, width, block = image.shape[0], image.shape[1], patch * merge
+    scale, shift = (torch.tensor(x, device=image.device) for x in normalization(mean, std))
+    rows, columns = height // block, width // block
+    cells = (image.float() * scale - shift).reshape(rows, merge, patch, columns, merge, patch, 3)
+    cells = cells.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, 1, patch, patch)
+    return cells.expand(-1, -1, frames, -1, -1).reshape(cells.shape[0], -1)
 
 
 def patchify(
     image: Tensor, *, patch: int, frames: int, merge: int, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
     """What `op.patchify` documents."""
-    height, width, block = image.shape[0], image.shape[1], patch * merge
-    scale, shift = (torch.tensor(x, device=image.device) for x in normalization(mean, std))
-    cells = (image.float() * scale - shift).reshape(
-        height // block, merge, patch, width // block, merge, patch, 3
-    )
-    cells = cells.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, 1, patch, patch)
-    return cells.expand(-1, -1, frames, -1, -1).reshape(cells.shape[0], -1)
+    return cut(image, Layout(patch, frames, merge, mean, std))
 
 
 def patchify_images(
     images: Sequence[Tensor],
     sizes: Sequence[Size],
     boxes: Sequence[Box],
-    *,
-    patch: int,
-    frames: int,
-    merge: int,
-    mean: Sequence[float],
-    std: Sequence[float],
+    layout: Layout,
     dtype: torch.dtype,
 ) -> Tensor:
     """The patches that `op.patchify_images` documents; a box for every image."""
-    constants = {"patch": patch, "frames": frames, "merge": merge, "mean": mean, "std": std}
     parts = [
-        patchify(resize(image[y1:y2, x1:x2], size), **constants)  # type: ignore[arg-type]
+        cut(resize(image[y1:y2, x1:x2], size), layout)
         for image, size, (x1, y1, x2, y2) in zip(images, sizes, boxes, strict=True)
     ]
     return torch.cat(parts).to(dtype)

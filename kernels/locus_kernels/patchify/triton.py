@@ -4,41 +4,72 @@
 2. `second_kernel` resizes that along the other, normalises, and writes each value to its place in its patch,
    once a frame; it writes in order.
 
-Which axis comes first is the reference's choice for each image; below, u is the axis of the first pass and v
-that of the second. Rounding to a byte between the passes is part of what is computed, so keeping bytes loses
-nothing; they are an eighth of what is written (float32, two frames).
+Which axis comes first is the reference's choice for each image. Rounding to a byte between the passes is part
+of what is computed, so keeping bytes loses nothing; they are an eighth of what is written (float32, two
+frames).
 Images are not copied together: a job's pointer and strides say where its pixels lie, so a crop of an image on
 the device costs nothing. What a job needs is two small tensors of integers, sent without waiting for the
 device; taps are computed once for each pair of lengths.
+
+Legend: u the axis of the first pass, v that of the second; a job is one image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from locus_kernels.launch import fields
 from locus_kernels.patchify import reference
-from locus_kernels.patchify.reference import Box, Size
+from locus_kernels.patchify.reference import Box, Layout, Size
+from locus_kernels.transfer import send
 
+
+class Job(NamedTuple):
+    """What the kernels know of an image; int64 each. Counts are of values where not said otherwise."""
+
+    pointer: int  # address of its first pixel
+    stride_u: int  # bytes from a pixel to the next
+    stride_v: int
+    stride_c: int  # bytes from a channel to the next
+    source_u: int  # pixels
+    source_v: int
+    out_u: int  # pixels
+    out_v: int
+    flip: bool  # u is the vertical axis
+    taps_u: int  # where its taps begin
+    count_u: int  # taps of an output pixel
+    taps_v: int
+    count_v: int
+    middle: int  # its first byte between the passes
+    patch: int  # its first patch
+    first: int  # its first program of the first kernel
+    second: int  # its first program of the second kernel
+
+
+class Tile(NamedTuple):
+    """The work of a program."""
+
+    rows: int  # lines of the first kernel
+    columns: int  # values of a line
+    values: int  # of the second kernel
+
+
+JOB = tl.constexpr(len(Job._fields))
+POINTER, STRIDE_U, STRIDE_V, STRIDE_C = fields(Job, "pointer stride_u stride_v stride_c")
+SOURCE_U, SOURCE_V, OUT_U, OUT_V, FLIP = fields(Job, "source_u source_v out_u out_v flip")
+TAPS_U, COUNT_U, TAPS_V, COUNT_V = fields(Job, "taps_u count_u taps_v count_v")
+MIDDLE, PATCH, FIRST, SECOND = fields(Job, "middle patch first second")
 BITS, HALF = tl.constexpr(reference.FRACTION_BITS), tl.constexpr(reference.HALF)
-JOB = tl.constexpr(17)  # fields of a job, int64 each
-POINTER, STRIDE_U, STRIDE_V, STRIDE_C = (tl.constexpr(n) for n in range(4))  # where its pixels lie
-SOURCE_U, SOURCE_V, OUT_U, OUT_V, FLIP = (
-    tl.constexpr(n) for n in range(4, 9)
-)  # lengths; FLIP: u is the vertical axis
-TAPS_U, COUNT_U, TAPS_V, COUNT_V = (
-    tl.constexpr(n) for n in range(9, 13)
-)  # where its taps begin, and how many an output pixel has
-MIDDLE, PATCH, FIRST, SECOND = (
-    tl.constexpr(n) for n in range(13, 17)
-)  # its first byte between the passes, patch, programs of either kernel
-ROWS, COLUMNS, VALUES = 8, 128, 1024  # the first kernel's tile; values a program of the second
+TILE = Tile(rows=8, columns=128, values=1024)
 
 
+# ---------------------------------------------------------------------------------------------------- kernels
 @triton.jit
 def _byte(total):
     return tl.minimum(tl.maximum(total >> BITS, 0), 255)
@@ -58,9 +89,8 @@ def first_kernel(jobs, job_of_program, taps, middle, ROWS: tl.constexpr, COLUMNS
     inside = u < out_u
     taps_u = taps + tl.load(job + TAPS_U)
     start = tl.load(taps_u + u, mask=inside, other=0)
-    source = tl.load(job + POINTER).to(tl.pointer_type(tl.uint8)) + v.to(tl.int64)[:, None] * tl.load(
-        job + STRIDE_V
-    )
+    source = tl.load(job + POINTER).to(tl.pointer_type(tl.uint8))
+    source = source + v.to(tl.int64)[:, None] * tl.load(job + STRIDE_V)
     source += (channel * tl.load(job + STRIDE_C))[None, :]
     stride_u = tl.load(job + STRIDE_U)
     both = (v < source_v)[:, None] & inside[None, :]
@@ -82,11 +112,8 @@ def second_kernel(
     frame. Patches are SIDE pixels square."""
     program = tl.program_id(0)
     job = jobs + tl.load(job_of_program + program).to(tl.int64) * JOB
-    source_v, out_u, out_v = (
-        tl.load(job + SOURCE_V),
-        tl.load(job + OUT_U).to(tl.int32),
-        tl.load(job + OUT_V).to(tl.int32),
-    )
+    source_v = tl.load(job + SOURCE_V)
+    out_u, out_v = tl.load(job + OUT_U).to(tl.int32), tl.load(job + OUT_V).to(tl.int32)
     flip = tl.load(job + FLIP) != 0
     value = (program - tl.load(job + SECOND).to(tl.int32)) * VALUES + tl.arange(0, VALUES)
     inside = value < out_u * out_v * 3
@@ -114,102 +141,87 @@ def second_kernel(
         tl.store(first + frame * SQUARE, normal.to(out.dtype.element_ty), mask=inside)
 
 
-def _upload(table: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device; from pinned memory, so that the host does not wait."""
-    return table.to(device) if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+# --------------------------------------------------------------------------------------------------- launcher
+class Axis(NamedTuple):
+    """One axis of a resize."""
+
+    source: int  # pixels
+    out: int
+    stride: int  # bytes from a pixel of the source to the next
 
 
-def _plan(
-    images: Sequence[Tensor],
-    sizes: Sequence[Size],
-    boxes: Sequence[Box],
-    patch: int,
-    tile: tuple[int, int, int],
-):
-    """(jobs int64 [n, JOB]; taps int32 [..]; programs int64 [2, n] of each job in either kernel; bytes
-    between the passes), all on the CPU."""
-    rows, columns, values = tile
-    parts: list[Tensor] = []
-    places: dict[tuple[int, int], int] = {}
-    used, middle, patches = 0, 0, 0
-    jobs, first, second = [], [0], [0]
-    for image, size, (x1, y1, x2, y2) in zip(images, sizes, boxes, strict=True):
+class Plan:
+    """The jobs of a call and what both kernels need besides, on the CPU."""
+
+    def __init__(self, patch: int, tile: Tile) -> None:
+        self.patch, self.tile = patch, tile
+        self.jobs: list[Job] = []
+        self.programs: list[tuple[int, int]] = []  # of each job in either kernel
+        self.taps: list[Tensor] = []  # int32, joined: what `Job.taps_u` and `Job.taps_v` point into
+        self.places: dict[tuple[int, int], int] = {}  # (source, out) -> where the taps of this pair begin
+        self.used = self.middle = self.patches = 0  # taps, bytes between the passes and patches so far
+        self.first = self.second = 0  # programs of either kernel so far
+
+    def place(self, axis: Axis) -> int:
+        """Where the taps of an axis begin: for each output pixel its first source pixel, then the weights."""
+        pair = axis.source, axis.out
+        if pair not in self.places:
+            self.places[pair] = self.used
+            start, weight = reference.taps(*pair)
+            self.taps += [start, weight.flatten()]
+            self.used += start.numel() + weight.numel()
+        return self.places[pair]
+
+    def add(self, image: Tensor, size: Size, box: Box) -> None:
+        """One more image, box [x1, y1, x2, y2] of it, to become `size`."""
+        x1, y1, x2, y2 = box
         stride_y, stride_x, stride_c = image.stride()
-        across, down = ((x2 - x1, size[1]), stride_x), ((y2 - y1, size[0]), stride_y)
-        flip = reference.columns_first((y2 - y1, x2 - x1), size)
-        (pair_u, stride_u), (pair_v, stride_v) = (down, across) if flip else (across, down)
-        for pair in (pair_u, pair_v):
-            if pair not in places:
-                places[pair] = used
-                parts += [reference.taps(*pair).start, reference.taps(*pair).weight.flatten()]
-                used += len(parts[-2]) + len(parts[-1])
-        where = [image.data_ptr() + y1 * stride_y + x1 * stride_x, stride_u, stride_v, stride_c]
-        by_axis = [
-            number
-            for pair in (pair_u, pair_v)
-            for number in (places[pair], len(reference.taps(*pair).weight))
-        ]
-        jobs.append(
-            [
-                *where,
-                pair_u[0],
-                pair_v[0],
-                pair_u[1],
-                pair_v[1],
-                flip,
-                *by_axis,
-                middle,
-                patches,
-                first[-1],
-                second[-1],
-            ]
-        )
-        middle += pair_v[0] * pair_u[1] * 3
-        patches += size[0] * size[1] // patch**2
-        first.append(first[-1] + triton.cdiv(pair_v[0], rows) * triton.cdiv(pair_u[1] * 3, columns))
-        second.append(second[-1] + triton.cdiv(size[0] * size[1] * 3, values))
-    return torch.tensor(jobs), torch.cat(parts), torch.tensor([first, second]).diff(), middle
+        across, down = Axis(x2 - x1, size[1], stride_x), Axis(y2 - y1, size[0], stride_y)
+        flip = reference.columns_first((down.source, across.source), size)
+        u, v = (down, across) if flip else (across, down)
+        job = Job(
+            image.data_ptr() + y1 * stride_y + x1 * stride_x, u.stride, v.stride, stride_c,
+            u.source, v.source, u.out, v.out, flip,
+            self.place(u), len(reference.taps(u.source, u.out).weight),
+            self.place(v), len(reference.taps(v.source, v.out).weight),
+            self.middle, self.patches, self.first, self.second,
+        )  # fmt: skip
+        self.jobs.append(job)
+        self.middle += v.source * u.out * 3
+        self.patches += size[0] * size[1] // self.patch**2
+        first = triton.cdiv(v.source, self.tile.rows) * triton.cdiv(u.out * 3, self.tile.columns)
+        second = triton.cdiv(size[0] * size[1] * 3, self.tile.values)
+        self.programs.append((first, second))
+        self.first += first
+        self.second += second
 
 
-def patchify_images_triton(
+def patchify_images(
     images: Sequence[Tensor],
     sizes: Sequence[Size],
     boxes: Sequence[Box],
-    *,
-    patch: int,
-    frames: int,
-    merge: int,
-    mean: Sequence[float],
-    std: Sequence[float],
+    layout: Layout,
     dtype: torch.dtype,
-    tile: tuple[int, int, int] = (ROWS, COLUMNS, VALUES),
+    *,
+    tile: Tile = TILE,
 ) -> Tensor:
-    """`reference.patchify_images` in two launches; arguments as there, checked by the caller. `tile`: ROWS,
-    COLUMNS and VALUES of the kernels."""
+    """`reference.patchify_images` in two launches; arguments as there, checked by the caller."""
     device = images[0].device
-    jobs, taps, programs, between = _plan(images, sizes, boxes, patch, tile)
-    first, second = (int(n) for n in programs.sum(1))
-    job = torch.arange(len(images)).repeat(2).repeat_interleave(programs.flatten())
-    sent, taps = _upload(torch.cat([jobs.flatten(), job]), device), _upload(taps, device)
-    job = sent[jobs.numel() :]
-    middle = torch.empty(between, dtype=torch.uint8, device=device)
-    out = torch.empty(
-        sum(reference.count_patches(sizes, patch)), 3 * frames * patch**2, dtype=dtype, device=device
-    )
-    scale, shift = reference.normalization(mean, std)
-    first_kernel[(first,)](sent, job, taps, middle, ROWS=tile[0], COLUMNS=tile[1])
-    second_kernel[(second,)](
-        sent,
-        job[first:],
-        taps,
-        middle,
-        out,
-        *scale,
-        *shift,
-        SIDE=patch,
-        FRAMES=frames,
-        MERGE=merge,
-        VALUES=tile[2],
+    plan = Plan(layout.patch, tile)
+    for image, size, box in zip(images, sizes, boxes, strict=True):
+        plan.add(image, size, box)
+    programs = torch.tensor(plan.programs).T.flatten()
+    job_of_program = torch.arange(len(images)).repeat(2).repeat_interleave(programs)
+    jobs = torch.tensor(plan.jobs)
+    sent = send(torch.cat([jobs.flatten(), job_of_program]), device)
+    taps, job = send(torch.cat(plan.taps), device), sent[jobs.numel() :]
+    middle = torch.empty(plan.middle, dtype=torch.uint8, device=device)
+    out = torch.empty(plan.patches, 3 * layout.frames * layout.patch**2, dtype=dtype, device=device)
+    scale, shift = reference.normalization(layout.mean, layout.std)
+    first_kernel[(plan.first,)](sent, job, taps, middle, ROWS=tile.rows, COLUMNS=tile.columns)
+    second_kernel[(plan.second,)](
+        sent, job[plan.first :], taps, middle, out, *scale, *shift,
+        SIDE=layout.patch, FRAMES=layout.frames, MERGE=layout.merge, VALUES=tile.values,
         enable_fp_fusion=False,
-    )
+    )  # fmt: skip
     return out

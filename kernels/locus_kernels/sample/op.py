@@ -1,17 +1,24 @@
 """The public sampler: one registered operator, so that it survives `torch.compile`; the reference on CPU, the
-kernels on CUDA."""
+kernels on CUDA.
+
+Legend: R rows, V vocabulary ids.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from locus_kernels.dispatch import implementation
 from locus_kernels.sample import reference
+from locus_kernels.sample.reference import Distribution, Place
 
 
-@torch.library.custom_op("locus_kernels::sample", mutates_args=(), device_types="cpu")
+# --------------------------------------------------------------------------------------------------- operator
+@torch.library.custom_op("locus_kernels::sample", mutates_args=())
 def _operator(
     logits: Tensor,
     seed: int,
@@ -20,92 +27,52 @@ def _operator(
     position: int,
     temperature: float,
     top_p: float,
-    allowed: Tensor | None,
     top_k: int,
+    allowed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    at = position if positions is None else positions
-    return reference.sample(
-        logits,
-        seed=seed,
-        row=row,
-        position=at,
-        temperature=temperature,
-        top_p=top_p,
-        allowed=allowed,
-        top_k=top_k,
-    )
-
-
-@_operator.register_kernel("cuda")
-def _on_cuda(logits, seed, row, positions, position, temperature, top_p, allowed, top_k):
-    from locus_kernels.sample.triton import sample_triton  # only here: a machine without CUDA needs no Triton
-
-    at = position if positions is None else positions
-    return sample_triton(
-        logits,
-        seed=seed,
-        row=row,
-        position=at,
-        temperature=temperature,
-        top_p=top_p,
-        allowed=allowed,
-        top_k=top_k,
-    )
+    place = Place(seed, row, position if positions is None else positions)
+    distribution = Distribution(temperature, top_p, top_k, allowed)
+    return implementation(reference, logits).sample(logits, place, distribution)
 
 
 @_operator.register_fake
-def _shapes(logits, *_):
+def _shapes(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     rows = logits.shape[0]
     return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.float32)
 
 
-def _check(
-    logits: Tensor,
-    row: Tensor,
-    position: Tensor | int,
-    temperature: float,
-    top_p: float,
-    allowed: Tensor | None,
-    top_k: int,
-) -> None:
-    if (
-        logits.ndim != 2
-        or logits.shape[1] < 1
-        or logits.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-    ):
-        raise ValueError(
-            f"logits: expected float32, bfloat16 or float16 [rows, vocabulary >= 1], got {logits.dtype} {list(logits.shape)}"
-        )
+# ----------------------------------------------------------------------------------------------------- public
+def _check(logits: Tensor, place: Place, distribution: Distribution) -> None:
+    _, row, position = place
+    temperature, top_p, top_k, allowed = distribution
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    if logits.ndim != 2 or logits.shape[1] < 1 or logits.dtype not in floats:
+        expected = "float32, bfloat16 or float16 [rows, vocabulary >= 1]"
+        raise ValueError(f"logits: expected {expected}, got {logits.dtype} {list(logits.shape)}")
     rows, vocab = logits.shape
     if row.dtype != torch.int64 or row.shape != (rows,):
         raise ValueError(f"row: expected int64 [{rows}], got {row.dtype} {list(row.shape)}")
-    if isinstance(position, Tensor) and (
-        position.dtype != torch.int64 or position.shape not in ((rows,), (1,), ())
-    ):
-        raise ValueError(
-            f"position: expected a number, or int64 [{rows}], [1] or [], got {position.dtype} {list(position.shape)}"
-        )
+    if isinstance(position, Tensor):
+        shapes = [torch.Size(shape) for shape in ((rows,), (1,), ())]
+        if position.dtype != torch.int64 or position.shape not in shapes:
+            expected = f"a number, or int64 [{rows}], [1] or []"
+            raise ValueError(f"position: expected {expected}, got {position.dtype} {list(position.shape)}")
     if allowed is not None and (allowed.dtype != torch.bool or allowed.shape != (vocab,)):
         raise ValueError(f"allowed: expected bool [{vocab}], got {allowed.dtype} {list(allowed.shape)}")
     for name, tensor in (("row", row), ("position", position), ("allowed", allowed)):
         if isinstance(tensor, Tensor) and tensor.device != logits.device:
             raise ValueError(f"{name}: expected the device of logits, {logits.device}, got {tensor.device}")
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(
-            f"expected 0 <= temperature, 0 < top_p <= 1 and 0 <= top_k, got {temperature}, {top_p} and {top_k}"
-        )
+        got = f"{temperature}, {top_p} and {top_k}"
+        raise ValueError(f"expected 0 <= temperature, 0 < top_p <= 1 and 0 <= top_k, got {got}")
 
 
 def _check_values(logits: Tensor, allowed: Tensor | None) -> None:
     scores = logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
-    if (
-        bool(logits.isnan().any())
-        or bool((logits == torch.inf).any())
-        or not bool((scores > -torch.inf).any(-1).all())
-    ):
-        raise ValueError(
-            "logits: expected no NaN, no inf, and in each row an allowed id above -inf, got a row without"
-        )
+    numbers = not bool((logits.isnan() | (logits == torch.inf)).any())
+    if not numbers or not bool((scores > -torch.inf).any(-1).all()):
+        expected = "no NaN, no inf, and in each row an allowed id above -inf"
+        raise ValueError(f"logits: expected {expected}, got a row without")
 
 
 def sample(
@@ -138,21 +105,13 @@ def sample(
     V). With validate=True such a row raises ValueError; that check waits for the device, and nothing else
     here does.
     On CUDA: two launches and one read of the logits; top_k or top_p adds a launch that reads a row eight
-    times or more. There is no gradient. Raises ValueError for a wrong dtype, shape or device, or a parameter
-    out of range.
+    times or more. There is no gradient.
+    Raises ValueError for a wrong dtype, shape or device, or a parameter out of range.
     """
-    _check(logits, row, position, temperature, top_p, allowed, top_k)
+    distribution = Distribution(float(temperature), float(top_p), top_k, allowed)
+    place = Place(reference.wrap(seed), row, position)
+    _check(logits, place, distribution)
     if validate:
         _check_values(logits, allowed)
     positions, number = (position, 0) if isinstance(position, Tensor) else (None, reference.wrap(position))
-    return _operator(
-        logits.detach(),
-        reference.wrap(seed),
-        row,
-        positions,
-        number,
-        float(temperature),
-        float(top_p),
-        allowed,
-        top_k,
-    )
+    return _operator(logits.detach(), place.seed, row, positions, number, *distribution)

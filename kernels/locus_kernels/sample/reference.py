@@ -8,6 +8,8 @@ rows, V vocabulary ids.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,24 @@ from torch import Tensor
 GOLDEN, MIX_A, MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
+class Place(NamedTuple):
+    """Where in the streams of random numbers each row draws."""
+
+    seed: int  # any 64 bits, as int64
+    row: Tensor  # int64 [R]
+    position: Tensor | int  # int64 [R], [1] or []
+
+
+class Distribution(NamedTuple):
+    """What is drawn from, see `op.sample`."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    allowed: Tensor | None  # bool [V]
+
+
+# --------------------------------------------------------------------------------------------- random numbers
 def wrap(value: int) -> int:
     """An unsigned 64-bit number as int64, modulo 2**64."""
     return (value + 2**63) % 2**64 - 2**63
@@ -41,15 +61,16 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ _shift(z, 31)
 
 
-def uniform(seed: int, row: Tensor, position: Tensor | int) -> Tensor:
-    """float64 [R] in [0, 1), a hash of (seed, row, position); row int64 [R], position a number or int64
-    [R]."""
+def uniform(place: Place) -> Tensor:
+    """float64 [R] in [0, 1), a hash of (seed, row, position)."""
+    seed, row, position = place
     state = torch.full_like(row, stream(seed))
     for word in (row, position + torch.zeros_like(row)):
         state = _mix(state + word + wrap(GOLDEN))
     return _shift(state, 11).double() * 2.0**-53
 
 
+# ---------------------------------------------------------------------------------------------------- drawing
 def keep(scores: Tensor, top_k: int, top_p: float) -> Tensor:
     """Which of the scaled logits [R, V] top-k, and then top-p among what is left, keep: bool [R, V]. Tokens
     as probable as the last kept are kept."""
@@ -70,31 +91,19 @@ def invert(mass: Tensor, u: Tensor) -> Tensor:
     float64 [R] in [0, 1)."""
     cumulative = mass.cumsum(-1)
     target = u[:, None] * cumulative[:, -1:]
-    last = (
-        (mass > 0).long().cumsum(-1).argmax(-1, keepdim=True)
-    )  # rounding must not step past the last token with mass
+    # rounding must not step past the last token with mass
+    last = (mass > 0).long().cumsum(-1).argmax(-1, keepdim=True)
     return torch.minimum(torch.searchsorted(cumulative, target, right=True), last)[:, 0]
 
 
-def sample(
-    logits: Tensor,
-    *,
-    seed: int,
-    row: Tensor,
-    position: Tensor | int,
-    temperature: float,
-    top_p: float,
-    allowed: Tensor | None,
-    top_k: int,
-) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, place: Place, distribution: Distribution) -> tuple[Tensor, Tensor]:
     """What `op.sample` documents."""
+    temperature, top_p, top_k, allowed = distribution
     scores = logits.float() * (1 / temperature) if temperature > 0 else logits.float()
     open_RV = scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
     if temperature == 0:
         ids = open_RV.argmax(-1)
     else:
         kept = keep(open_RV, top_k, top_p)
-        ids = invert(
-            open_RV.double().masked_fill(~kept, -torch.inf).softmax(-1), uniform(seed, row, position)
-        )
+        ids = invert(open_RV.double().masked_fill(~kept, -torch.inf).softmax(-1), uniform(place))
     return ids, scores.gather(-1, ids[:, None])[:, 0] - scores.logsumexp(-1)

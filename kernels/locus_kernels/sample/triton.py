@@ -7,11 +7,12 @@ threshold search before.
 2. `draw_kernel`, a program a row: combine the tiles, find the tile in which the running sum passes u of the
    total, read that tile again, find the id. Sums of tiles are float64 here, so a draw differs from the
    reference's only where u is within about 1e-6 of a border between two tokens.
-3. `threshold_kernel` (top-k, top-p), a program a row, first: the logit of the last token kept, by a search
-   over the float's 32 bits, four at a time, in eight reads of the row (which the second cache holds) and
-   eight more where both are asked for. No sort.
 
-Nothing is read back, and sums run in a fixed order: equal bits every time.
+The search, which runs first, is in `triton_threshold.py`. Nothing is read back, and sums run in a fixed
+order:
+equal bits every time.
+
+Legend: R rows, V vocabulary ids (`vocab`).
 """
 
 from __future__ import annotations
@@ -24,41 +25,22 @@ import triton.language as tl
 from torch import Tensor
 
 from locus_kernels.sample import reference
+from locus_kernels.sample.reference import Distribution, Place
+from locus_kernels.sample.triton_threshold import (
+    SEARCH_TILE,
+    exp,
+    key_of,
+    may_draw,
+    safe,
+    scores,
+    threshold_kernel,
+)
 
 GOLDEN, MIX_A, MIX_B = (
     tl.constexpr(reference.wrap(c)) for c in (reference.GOLDEN, reference.MIX_A, reference.MIX_B)
 )
-LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+LN2 = tl.constexpr(0.6931471805599453)
 TILE = 4096  # ids a program of the first kernel
-SEARCH_TILE = 1024  # ids a step of the threshold search
-
-
-@triton.jit
-def _exp(x):
-    return tl.exp2(x * LOG2E)
-
-
-@triton.jit
-def _scores(logits, at, stride_v, inside, inverse_temperature):
-    """Logits in float32 over the temperature; -inf past the end."""
-    return (
-        tl.load(logits + at.to(tl.int64) * stride_v, mask=inside, other=float("-inf")).to(tl.float32)
-        * inverse_temperature
-    )
-
-
-@triton.jit
-def _allowed(allowed, at, inside, MASKED: tl.constexpr):
-    permitted = inside
-    if MASKED:
-        permitted = tl.load(allowed + at, mask=inside, other=0) != 0
-    return permitted
-
-
-@triton.jit
-def _safe(maximum):
-    """The maximum to subtract: 0 where there is nothing but -inf, so that no -inf - -inf arises."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 # --------------------------------------------------------------------------------------------------- the hash
@@ -82,102 +64,17 @@ def _uniform(start, row, position):
     return _shift(state, 11).to(tl.float64) * (1.0 / 9007199254740992.0)
 
 
-# -------------------------------------------------------------------------------------------- top-k and top-p
-@triton.jit
-def _key(x):
-    """A float32's bits as an integer in [0, 2**32), int64, in the order of the floats; -0 counts as 0."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, -1 - bits, bits ^ -2147483648).to(tl.int64) & 4294967295
-
-
-@triton.jit
-def _search(
-    logits, stride_v, allowed, vocab, inverse_temperature, highest, floor, goal, COUNT: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """The largest key k >= floor such that the tokens with keys >= k number `goal` (COUNT) or hold `goal` of
-    the mass of those with keys >= floor."""
-    low = floor
-    enough = goal
-    for digit in range(8):
-        width = tl.full((), 1, tl.int64) << (28 - 4 * digit)
-        pivot = low + tl.arange(0, 16).to(tl.int64) * width
-        held = tl.zeros((16,), tl.float32)
-        total = tl.zeros((), tl.float32)
-        for start in range(0, vocab, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            x = _scores(logits, at, stride_v, at < vocab, inverse_temperature)
-            x = tl.where(_allowed(allowed, at, at < vocab, MASKED), x, float("-inf"))
-            key = _key(x)
-            mass = tl.where((x > float("-inf")) & (key >= floor), 1.0, 0.0)
-            if not COUNT:
-                mass = mass * _exp(tl.where(x > float("-inf"), x, highest) - highest)
-            held += tl.sum(tl.where(key[None, :] >= pivot[:, None], mass[None, :], 0.0), 1)
-            total += tl.sum(mass)
-        if not COUNT:
-            enough = tl.where(digit == 0, goal * total, enough)
-        reached = tl.max(tl.where((held >= enough) & (pivot <= 4294967295), tl.arange(0, 16), 0))
-        low = low + reached.to(tl.int64) * width
-    return low
-
-
-@triton.jit(do_not_specialize=["top_k"])
-def threshold_kernel(
-    logits, allowed, threshold, vocab, stride_r, stride_v, inverse_temperature, top_k, top_p,
-    K: tl.constexpr, P: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program r: the smallest key that row r keeps, int64."""
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * stride_r
-    key = tl.full((), 0, tl.int64)
-    highest = tl.full((), 0.0, tl.float32)
-    if P:
-        best = tl.full((BLOCK,), float("-inf"), tl.float32)
-        for start in range(0, vocab, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            x = _scores(logits, at, stride_v, at < vocab, inverse_temperature)
-            best = tl.maximum(best, tl.where(_allowed(allowed, at, at < vocab, MASKED), x, float("-inf")))
-        highest = _safe(tl.max(best))
-    if K:
-        key = _search(
-            logits,
-            stride_v,
-            allowed,
-            vocab,
-            inverse_temperature,
-            highest,
-            key,
-            top_k.to(tl.float32),
-            True,
-            MASKED,
-            BLOCK,
-        )
-    if P:
-        key = _search(
-            logits, stride_v, allowed, vocab, inverse_temperature, highest, key, top_p, False, MASKED, BLOCK
-        )
-    tl.store(threshold + row, key)
-
-
 # --------------------------------------------------------------------------------------------------- one read
 @triton.jit
 def _kept(
-    logits,
-    allowed,
-    threshold,
-    row,
-    at,
-    vocab,
-    stride_r,
-    stride_v,
-    inverse_temperature,
-    MASKED: tl.constexpr,
-    CUT: tl.constexpr,
-):
+    logits, allowed, threshold, row, at, vocab, stride_r, stride_v, inverse_temperature,
+    MASKED: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
     """(scores of ids `at` of a row, which of them may be drawn)."""
-    x = _scores(logits + row * stride_r, at, stride_v, at < vocab, inverse_temperature)
-    may = _allowed(allowed, at, at < vocab, MASKED)
+    x = scores(logits + row * stride_r, at, stride_v, at < vocab, inverse_temperature)
+    may = may_draw(allowed, at, at < vocab, MASKED)
     if CUT:
-        may = may & (_key(x) >= tl.load(threshold + row))
+        may = may & (key_of(x) >= tl.load(threshold + row))
     return x, may
 
 
@@ -198,12 +95,12 @@ def tiles_kernel(
     out = partial + (row * tiles + tile) * 4
     if MASKED or CUT:
         top_other = tl.max(tl.where(may, float("-inf"), x))
-        e = _exp(x - tl.where(may, _safe(top), _safe(top_other)))
+        e = exp(x - tl.where(may, safe(top), safe(top_other)))
         total = tl.sum(tl.where(may, e, 0.0))
         tl.store(out + 2, top_other)
         tl.store(out + 3, tl.sum(tl.where(may, 0.0, e)))
     else:
-        total = tl.sum(_exp(x - _safe(top)))
+        total = tl.sum(exp(x - safe(top)))
         tl.store(out + 2, float("-inf"))
         tl.store(out + 3, 0.0)
     tl.store(out, top)
@@ -216,7 +113,8 @@ def tiles_kernel(
 def draw_kernel(
     logits, allowed, threshold, partial, best, rows, positions, ids, logprob,
     vocab, tiles, stride_r, stride_v, stride_row, stride_position, inverse_temperature, start, position,
-    GREEDY: tl.constexpr, MASKED: tl.constexpr, CUT: tl.constexpr, MOVING: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
+    GREEDY: tl.constexpr, MASKED: tl.constexpr, CUT: tl.constexpr, MOVING: tl.constexpr,
+    TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program r: the id that row r draws, int64, and its log-prob, float32. `positions` is read with MOVING,
     `position` without."""
@@ -227,21 +125,16 @@ def draw_kernel(
     total = tl.load(there + 1, mask=tile < tiles, other=0.0)
     top_other = tl.load(there + 2, mask=tile < tiles, other=float("-inf"))
     total_other = tl.load(there + 3, mask=tile < tiles, other=0.0)
-    highest = _safe(tl.max(top))
+    highest = safe(tl.max(top))
     if GREEDY:
-        token = tl.min(
-            tl.where(
-                (top == tl.max(top)) & (tile < tiles),
-                tl.load(best + row * tiles + tile, mask=tile < tiles, other=0),
-                vocab - 1,
-            )
-        )
+        first = tl.load(best + row * tiles + tile, mask=tile < tiles, other=0)
+        token = tl.min(tl.where((top == tl.max(top)) & (tile < tiles), first, vocab - 1))
     else:
         place = tl.full((), 0, tl.int64) + position
         if MOVING:
             place = tl.load(positions + row * stride_position).to(tl.int64)
         u = _uniform(tl.full((), 0, tl.int64) + start, tl.load(rows + row * stride_row).to(tl.int64), place)
-        mass = total.to(tl.float64) * _exp(top - highest).to(tl.float64)
+        mass = total.to(tl.float64) * exp(top - highest).to(tl.float64)
         running = tl.cumsum(mass, 0)
         target = u * tl.max(running)
         last = tl.max(tl.where(mass > 0, tile, 0))
@@ -251,35 +144,27 @@ def draw_kernel(
         x, may = _kept(
             logits, allowed, threshold, row, at, vocab, stride_r, stride_v, inverse_temperature, MASKED, CUT
         )
-        mass = tl.where(may, _exp(x - highest), 0.0).to(tl.float64)
+        mass = tl.where(may, exp(x - highest), 0.0).to(tl.float64)
         running = before + tl.cumsum(mass, 0)
         last = tl.max(tl.where(mass > 0, at, 0))
         token = tl.minimum(tl.min(tl.where((running > target) & (mass > 0), at, vocab - 1)), last)
     above = tl.maximum(tl.max(top), tl.max(top_other))
-    above = _safe(above)
-    everything = tl.sum(total * _exp(top - above)) + tl.sum(total_other * _exp(top_other - above))
-    said = (
-        tl.load(logits + row * stride_r + token.to(tl.int64) * stride_v).to(tl.float32) * inverse_temperature
-    )
+    above = safe(above)
+    everything = tl.sum(total * exp(top - above)) + tl.sum(total_other * exp(top_other - above))
+    said = tl.load(logits + row * stride_r + token.to(tl.int64) * stride_v).to(tl.float32)
+    said = said * inverse_temperature
     tl.store(ids + row, token.to(tl.int64))
     tl.store(logprob + row, said - (above + tl.log2(everything) * LN2))
 
 
 # --------------------------------------------------------------------------------------------------- launcher
-def sample_triton(
-    logits: Tensor,
-    *,
-    seed: int,
-    row: Tensor,
-    position: Tensor | int,
-    temperature: float,
-    top_p: float,
-    allowed: Tensor | None,
-    top_k: int,
-    tile: int = TILE,
+def sample(
+    logits: Tensor, place: Place, distribution: Distribution, *, tile: int = TILE
 ) -> tuple[Tensor, Tensor]:
     """`reference.sample` in two launches (three with top-k or top-p); arguments as there, checked by the
     caller. `tile`: ids a program."""
+    temperature, top_p, top_k, allowed = distribution
+    row, position = place.row, place.position
     rows, vocab = logits.shape
     greedy, cut = temperature == 0, temperature > 0 and (0 < top_k < vocab or top_p < 1)
     ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -294,9 +179,9 @@ def sample_triton(
     flags: dict[str, Any] = {"MASKED": allowed is not None}
     strides = logits.stride()
     if cut:
-        chosen = {"K": 0 < top_k < vocab, "P": top_p < 1, "BLOCK": min(SEARCH_TILE, tile), "num_warps": 8}
+        search = {"K": 0 < top_k < vocab, "P": top_p < 1, "BLOCK": min(SEARCH_TILE, tile), "num_warps": 8}
         threshold_kernel[(rows,)](
-            logits, mask, threshold, vocab, *strides, inverse, top_k, float(top_p), **flags, **chosen
+            logits, mask, threshold, vocab, *strides, inverse, top_k, float(top_p), **flags, **search
         )
     flags |= {"GREEDY": greedy, "CUT": cut, "BLOCK": tile, "num_warps": 8}
     tiles_kernel[(rows, tiles)](
@@ -305,7 +190,8 @@ def sample_triton(
     moving = isinstance(position, Tensor)
     positions, fixed = (position.expand(rows), 0) if isinstance(position, Tensor) else (row, position)
     draw_kernel[(rows,)](
-        logits, mask, threshold, partial, best, row, positions, ids, logprob, vocab, tiles, *strides, row.stride(0), positions.stride(0),
-        inverse, reference.stream(seed), fixed, **flags, MOVING=moving, TILES=triton.next_power_of_2(tiles),
+        logits, mask, threshold, partial, best, row, positions, ids, logprob, vocab, tiles, *strides,
+        row.stride(0), positions.stride(0), inverse, reference.stream(place.seed), fixed,
+        **flags, MOVING=moving, TILES=triton.next_power_of_2(tiles),
     )  # fmt: skip
     return ids, logprob

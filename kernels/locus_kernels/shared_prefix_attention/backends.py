@@ -104,10 +104,8 @@ def _torch_cuda() -> Backend:
     def backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: Pairs, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        state, unused = (
-            torch.zeros(2, dtype=torch.uint64, device=q.device),
-            torch.empty(0, device=q.device),
-        )  # of a dropout that is 0
+        # of a dropout that is 0
+        state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
         return aten._flash_attention_backward(
             grad, q, k, v, out, lse, *_extents(pairs), 0.0, pairs.causal, state, unused, scale=scale
         )

@@ -11,6 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from locus_kernels.transfer import send
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -78,15 +80,6 @@ class Pairs:
         ]
 
 
-def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A host tensor on the device, without waiting for the device."""
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if torch.device(device).type == "cuda"
-        else tensor.to(device)
-    )
-
-
 def _tokens(packed: Packed, chosen: list[int]) -> slice | Tensor:
     """The tokens of the chosen sequences, which are of one length."""
     starts, length = packed.starts, packed.lengths[chosen[0]]
@@ -100,16 +93,17 @@ def _tokens(packed: Packed, chosen: list[int]) -> slice | Tensor:
 class SharedPrefixLayout:
     """Replies packed group by group; the replies of a group attend to its prompt and, each, to itself."""
 
-    to_prompt: Pairs  # all reply tokens of a group to its prompt: one pair a prompt, an empty query for a prompt whose replies are not here
+    # all reply tokens of a group to its prompt: one pair a prompt, an empty query for a prompt whose replies
+    # are not here
+    to_prompt: Pairs
     to_self: Pairs  # each reply to itself, causally
 
     @staticmethod
     def of(prompts: Packed, lengths: Sequence[Sequence[int]]) -> SharedPrefixLayout:
         """lengths: for each prompt, the lengths of its replies; groups of any sizes, and empty ones."""
         if len(lengths) != len(prompts.lengths):
-            raise ValueError(
-                f"lengths: expected the reply lengths of each of {len(prompts.lengths)} prompts, got {len(lengths)}"
-            )
+            expected = f"the reply lengths of each of {len(prompts.lengths)} prompts"
+            raise ValueError(f"lengths: expected {expected}, got {len(lengths)}")
         device = prompts.cu_seqlens.device
         groups = Packed.of([sum(group) for group in lengths], device)
         replies = Packed.of([n for group in lengths for n in group], device)

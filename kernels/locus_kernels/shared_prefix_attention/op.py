@@ -22,7 +22,7 @@ class _Packed(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         pairs, scale, backend = ctx.rest
         return *backend.backward(grad, *ctx.saved_tensors, pairs, scale), None, None, None
 
@@ -53,7 +53,7 @@ class _SharedPrefix(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         q, k, v, prompt_k, prompt_v, out, lse = ctx.saved_tensors
         layout, scale, backend = ctx.rest
         to_prompt, prompt_dk, prompt_dv = backend.backward(

@@ -6,6 +6,8 @@ grouped-query attention), D head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -61,9 +63,11 @@ def backward(
     return dq, dk, dv
 
 
-def _slices(pairs: Pairs):
+def _slices(pairs: Pairs) -> Iterator[tuple[slice, slice]]:
+    """Where the query and the key sequence of each pair lie."""
     for i in range(len(pairs.queries.lengths)):
-        yield tuple(slice(packed.starts[i], packed.starts[i + 1]) for packed in (pairs.queries, pairs.keys))
+        query, key = (slice(side.starts[i], side.starts[i + 1]) for side in (pairs.queries, pairs.keys))
+        yield query, key
 
 
 def shared_prefix_attention(

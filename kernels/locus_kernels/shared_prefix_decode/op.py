@@ -3,15 +3,20 @@ CPU, the kernels on CUDA."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from locus_kernels.dispatch import implementation
 from locus_kernels.shared_prefix_decode import reference
+from locus_kernels.shared_prefix_decode.reference import Bounds, Inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _on_cpu(
+# --------------------------------------------------------------------------------------------------- operator
+def _compute(
     q: Tensor,
     prompt_k: Tensor,
     prompt_v: Tensor,
@@ -25,63 +30,30 @@ def _on_cpu(
     most_rows: int,
     longest_own: int,
 ) -> Tensor:
-    bounds = {"longest_prompt": longest_prompt, "most_rows": most_rows, "longest_own": longest_own}
-    return reference.shared_prefix_decode(
-        q, prompt_k, prompt_v, cu_prompts, own_k, own_v, own_lengths, cu_rows, scale=scale, **bounds
-    )
+    inputs = Inputs(q, prompt_k, prompt_v, cu_prompts, own_k, own_v, own_lengths, cu_rows)
+    bounds = Bounds(longest_prompt, most_rows, longest_own)
+    return implementation(reference, q).shared_prefix_decode(inputs, scale, bounds)
 
 
-_operator = torch.library.custom_op(
-    "locus_kernels::shared_prefix_decode", _on_cpu, mutates_args=(), device_types="cpu"
-)
-
-
-@_operator.register_kernel("cuda")
-def _on_cuda(
-    q,
-    prompt_k,
-    prompt_v,
-    cu_prompts,
-    own_k,
-    own_v,
-    own_lengths,
-    cu_rows,
-    scale,
-    longest_prompt,
-    most_rows,
-    longest_own,
-):
-    from locus_kernels.shared_prefix_decode.triton import (
-        decode_triton,
-    )  # only here: a machine without CUDA needs no Triton
-
-    bounds = {"longest_prompt": longest_prompt, "most_rows": most_rows, "longest_own": longest_own}
-    return decode_triton(
-        q, prompt_k, prompt_v, cu_prompts, own_k, own_v, own_lengths, cu_rows, scale=scale, **bounds
-    )
+_operator = torch.library.custom_op("locus_kernels::shared_prefix_decode", _compute, mutates_args=())
 
 
 @_operator.register_fake
-def _shapes(q, *_):
+def _shape(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _check_floats(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, own_k: Tensor, own_v: Tensor) -> None:
-    if (
-        q.ndim != 3
-        or q.shape[1] < 1
-        or not 16 <= q.shape[2] <= 256
-        or q.dtype not in (*DTYPES, torch.float64)
-        or (q.is_cuda and q.dtype == torch.float64)
-    ):
-        raise ValueError(
-            f"q: expected float32, bfloat16 or float16 [rows, heads >= 1, 16 to 256], got {q.dtype} {list(q.shape)}"
-        )
+# ----------------------------------------------------------------------------------------------------- public
+def _check_floats(inputs: Inputs) -> None:
+    q, prompt_k, prompt_v, _, own_k, own_v, *_ = inputs
+    known = DTYPES if q.is_cuda else (*DTYPES, torch.float64)
+    if q.ndim != 3 or q.shape[1] < 1 or not 16 <= q.shape[2] <= 256 or q.dtype not in known:
+        expected = "float32, bfloat16 or float16 [rows, heads >= 1, 16 to 256]"
+        raise ValueError(f"q: expected {expected}, got {q.dtype} {list(q.shape)}")
     R, H, D = q.shape
     if prompt_k.ndim != 3 or prompt_k.shape[1] < 1 or H % prompt_k.shape[1] or prompt_k.shape[2] != D:
-        raise ValueError(
-            f"prompt_k: expected [tokens, key heads that divide {H}, {D}], got {list(prompt_k.shape)}"
-        )
+        expected = f"[tokens, key heads that divide {H}, {D}]"
+        raise ValueError(f"prompt_k: expected {expected}, got {list(prompt_k.shape)}")
     if prompt_v.shape != prompt_k.shape:
         raise ValueError(
             f"prompt_v: expected the shape of prompt_k, {list(prompt_k.shape)}, got {list(prompt_v.shape)}"
@@ -104,12 +76,12 @@ def _check_floats(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, own_k: Tensor, 
         if tensor.device != q.device:
             raise ValueError(f"{name}: expected the device of q, {q.device}, got {tensor.device}")
         if tensor.stride(-1) != 1:
-            raise ValueError(
-                f"{name}: expected a contiguous last dimension, got stride {tensor.stride(-1)}; call .contiguous() first"
-            )
+            got = f"stride {tensor.stride(-1)}; call .contiguous() first"
+            raise ValueError(f"{name}: expected a contiguous last dimension, got {got}")
 
 
-def _check_integers(q: Tensor, cu_prompts: Tensor, own_lengths: Tensor, cu_rows: Tensor) -> None:
+def _check_integers(inputs: Inputs) -> None:
+    q, cu_prompts, own_lengths, cu_rows = inputs.q, inputs.cu_prompts, inputs.own_lengths, inputs.cu_rows
     if cu_prompts.dtype != torch.int32 or cu_prompts.ndim != 1 or cu_prompts.shape[0] < 1:
         raise ValueError(
             f"cu_prompts: expected int32 [prompts + 1], got {cu_prompts.dtype} {list(cu_prompts.shape)}"
@@ -125,6 +97,13 @@ def _check_integers(q: Tensor, cu_prompts: Tensor, own_lengths: Tensor, cu_rows:
             raise ValueError(f"{name}: expected the device of q, {q.device}, got {tensor.device}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor; call .contiguous() first")
+
+
+def _check_bounds(bounds: Bounds, capacity: int) -> None:
+    longest_prompt, most_rows, longest_own = bounds
+    if longest_prompt < 0 or most_rows < 0 or not 0 <= longest_own <= capacity:
+        expected = f"0 <= longest_prompt, 0 <= most_rows and 0 <= longest_own <= {capacity}"
+        raise ValueError(f"expected {expected}, got {longest_prompt}, {most_rows} and {longest_own}")
 
 
 def shared_prefix_decode(
@@ -170,29 +149,15 @@ def shared_prefix_decode(
     gradient.
     Raises ValueError for a wrong dtype, shape, stride or device, or a bound out of range.
     """
-    _check_floats(q, prompt_k, prompt_v, own_k, own_v)
-    _check_integers(q, cu_prompts, own_lengths, cu_rows)
-    longest = own_k.shape[2] if longest_own is None else longest_own
-    if longest_prompt < 0 or most_rows < 0 or not 0 <= longest <= own_k.shape[2]:
-        raise ValueError(
-            f"expected 0 <= longest_prompt, 0 <= most_rows and 0 <= longest_own <= {own_k.shape[2]}, got {longest_prompt}, {most_rows} and {longest}"
-        )
-    q, prompt_k, prompt_v, own_k, own_v = (x.detach() for x in (q, prompt_k, prompt_v, own_k, own_v))
-    direct = (
-        q.device.type == "cpu" and not torch.compiler.is_compiling()
-    )  # dispatch costs as much as a small model's step
-    call = _on_cpu if direct else _operator
-    return call(
-        q,
-        prompt_k,
-        prompt_v,
-        cu_prompts,
-        own_k,
-        own_v,
-        own_lengths,
-        cu_rows,
-        float(scale),
-        longest_prompt,
-        most_rows,
-        longest,
-    )
+    inputs = Inputs(q, prompt_k, prompt_v, cu_prompts, own_k, own_v, own_lengths, cu_rows)
+    _check_floats(inputs)
+    _check_integers(inputs)
+    capacity = own_k.shape[2]
+    bounds = Bounds(longest_prompt, most_rows, capacity if longest_own is None else longest_own)
+    _check_bounds(bounds, capacity)
+    # on a CPU, PyTorch's dispatch of a registered operator costs as much as a small model's step
+    direct = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    inputs = Inputs._make(tensor.detach() for tensor in inputs)
+    if direct:
+        return _compute(*inputs, float(scale), *bounds)
+    return _operator(*inputs, float(scale), *bounds)

@@ -20,9 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
+from locus_kernels.launch import INTERPRETED
+from locus_kernels.shared_prefix_decode.reference import Bounds, Inputs
+
 LOG2E = 1.4426950408889634
-SPLIT_KEYS = 128  # fewest keys of a split: its output and log-sum-exp, in float32, must not cost more than reading its keys
+# Fewest keys of a split: its output and log-sum-exp, in float32, must not cost more than reading its keys
+SPLIT_KEYS = 128
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,10 @@ def _attend(
 
 @triton.jit(do_not_specialize=["R", "tiles"])
 def prompt_kernel(
-    q, prompt_k, prompt_v, cu_prompts, cu_rows, partial, lse, R, H, tiles, q_row, q_head, k_token, k_head, v_token, v_head, scale,
-    SHARE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
+    q, prompt_k, prompt_v, cu_prompts, cu_rows, partial, lse, R, H, tiles,
+    q_row, q_head, k_token, k_head, v_token, v_head, scale,
+    SHARE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Program (group * tiles + tile, key head, split): partial float32 [splits, R, H, D] and lse float32
     [splits, R, H] of the tile's queries."""
@@ -125,9 +130,8 @@ def prompt_kernel(
     )
     out = (split.to(tl.int64) * R + row) * H + head
     some = mass > 0
-    tl.store(
-        lse + out, tl.where(some, highest + tl.log2(tl.where(some, mass, 1.0)), float("-inf")), mask=there
-    )
+    merged = tl.where(some, highest + tl.log2(tl.where(some, mass, 1.0)), float("-inf"))
+    tl.store(lse + out, merged, mask=there)
     tl.store(
         partial + out[:, None] * D + depth[None, :],
         total / tl.where(some, mass, 1.0)[:, None],
@@ -139,7 +143,8 @@ def prompt_kernel(
 def merge_kernel(
     q, own_k, own_v, own_lengths, cu_rows, partial, lse, out, R, H, groups, tiles, splits, longest_own,
     q_row, q_head, k_row, k_head, k_token, v_row, v_head, v_token, scale,
-    SHARE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
+    SHARE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, DEPTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Program (row, key head * tiles + tile): out [R, H, D] of ROWS heads that share a key head. Rows of no
     group get 0."""
@@ -177,24 +182,13 @@ def merge_kernel(
     tl.store(out + (row * H + head)[:, None] * D + depth[None, :], total.to(out.dtype.element_ty), mask=mask)
 
 
-def decode_triton(
-    q: Tensor,
-    prompt_k: Tensor,
-    prompt_v: Tensor,
-    cu_prompts: Tensor,
-    own_k: Tensor,
-    own_v: Tensor,
-    own_lengths: Tensor,
-    cu_rows: Tensor,
-    *,
-    scale: float,
-    longest_prompt: int,
-    most_rows: int,
-    longest_own: int,
-    processors: int | None = None,
+# --------------------------------------------------------------------------------------------------- launcher
+def shared_prefix_decode(
+    inputs: Inputs, scale: float, bounds: Bounds, *, processors: int | None = None
 ) -> Tensor:
     """What `op.shared_prefix_decode` documents; arguments as there, checked by the caller. `processors`: how
     many programs to aim for in the first launch, by default the device's multiprocessors."""
+    q, prompt_k, prompt_v, cu_prompts, own_k, own_v, own_lengths, cu_rows = inputs
     (R, H, D), K, B = q.shape, prompt_k.shape[1], cu_prompts.shape[0] - 1
     out = torch.empty(R, H, D, dtype=q.dtype, device=q.device)
     if not out.numel():
@@ -202,19 +196,13 @@ def decode_triton(
     if processors is None:
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     share = H // K
-    tiles, own = (
-        prompt_tiles(q.dtype, D, most_rows * share, amd=torch.version.hip is not None),
-        own_tiles(q.dtype),
-    )
-    common: dict[str, Any] = {
-        "SHARE": share,
-        "D": D,
-        "DEPTH": triton.next_power_of_2(D),
-        "UPCAST": INTERPRETED and q.dtype == torch.bfloat16,
-    }
-    row_tiles = triton.cdiv(most_rows * share, tiles.rows)
-    programs = B * row_tiles * K
-    splits = choose_splits(programs, processors, longest_prompt) if programs and longest_prompt else 0
+    queries = bounds.most_rows * share
+    tiles, own = prompt_tiles(q.dtype, D, queries, amd=torch.version.hip is not None), own_tiles(q.dtype)
+    upcast = INTERPRETED and q.dtype == torch.bfloat16
+    common: dict[str, Any] = {"SHARE": share, "D": D, "DEPTH": triton.next_power_of_2(D), "UPCAST": upcast}
+    row_tiles = triton.cdiv(queries, tiles.rows)
+    programs, longest = B * row_tiles * K, bounds.longest_prompt
+    splits = choose_splits(programs, processors, longest) if programs and longest else 0
     partial = torch.empty(splits, R, H, D, dtype=torch.float32, device=q.device)
     lse = torch.empty(splits, R, H, dtype=torch.float32, device=q.device)
     if splits:
@@ -224,10 +212,10 @@ def decode_triton(
             **common, ROWS=tiles.rows, KEYS=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     head_tiles = triton.cdiv(share, own.rows)
-    (k_row, k_head, k_token, _), (v_row, v_head, v_token, _) = own_k.stride(), own_v.stride()
     merge_kernel[(R, K * head_tiles)](
-        q, own_k, own_v, own_lengths, cu_rows, partial, lse, out, R, H, B, head_tiles, splits, longest_own,
-        *q.stride()[:2], k_row, k_head, k_token, v_row, v_head, v_token, scale * LOG2E,
+        q, own_k, own_v, own_lengths, cu_rows, partial, lse, out,
+        R, H, B, head_tiles, splits, bounds.longest_own,
+        *q.stride()[:2], *own_k.stride()[:3], *own_v.stride()[:3], scale * LOG2E,
         **common, ROWS=own.rows, KEYS=own.keys, num_warps=own.warps, num_stages=own.stages,
     )  # fmt: skip
     return out

@@ -1,5 +1,4 @@
-"""Cases of the box-reward kernel; test_box_reward_triton.py runs them under the interpreter and on the
-GPU."""
+"""Cases of the box-reward kernel; test_operator.py runs them under the interpreter and on the GPU."""
 
 from __future__ import annotations
 
@@ -10,24 +9,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from locus_kernels.box_reward import build_token_table, reference
-from locus_kernels.box_reward.triton import MAX_GROUP, SHAPES, box_reward_triton, read_boxes_triton
+from locus_kernels import dispatch
+from locus_kernels.box_reward import REWARD_SHAPES, op, reference
+from locus_kernels.box_reward import triton as kernels
+from locus_kernels.box_reward.records import Scoring
 from torch import Tensor
 
-from tests.kernels.box_reward_cases import byte_level, replies, sentencepiece
+from tests.kernels.box_reward import cases
+from tests.kernels.box_reward.cases import Vocabulary, byte_level, replies, sentencepiece
 from tests.kernels.interpreter import device, poisoned_empty
 
 DEVICE = device()
 LANES = 4096 if DEVICE == "cpu" else 32  # the interpreter's time is in the programs
 READINGS = [("first", "direct"), ("last", "direct"), ("answer", "think_answer")]
-DEFAULTS = {
-    "which": "last",
-    "grammar": "direct",
-    "shape": "iou",
-    "format_weight": 0.1,
-    "normalize_std": True,
-    "progress": 0.0,
-}
+DIRECT = {"which": "last", "grammar": "direct"}
+
+
+def scoring(
+    group_size: int, shape: str = "iou", normalize_std: bool = True, progress: float = 0.0
+) -> Scoring:
+    return Scoring(group_size, shape, 0.1, normalize_std, progress)
 
 
 @pytest.fixture(autouse=True)
@@ -35,16 +36,13 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     poisoned_empty(monkeypatch)
 
 
-def batch(rows: list[list[int]], dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows), default=0)
-    ids = torch.tensor(
-        [row + [5, -100][len(row) % 2 :][:1] * (width - len(row)) for row in rows], dtype=dtype
-    ).reshape(len(rows), width)
-    return ids.to(DEVICE), torch.tensor([len(row) for row in rows], dtype=dtype, device=DEVICE)
+def batch(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    ids, lengths = cases.padded(rows, [5, -100])
+    return ids.to(DEVICE), lengths.to(DEVICE)
 
 
-def table_of(vocabulary):
-    return build_token_table(vocabulary.tokenizer, vocabulary.vocab_size).to(DEVICE)
+def table_of(vocabulary: Vocabulary):
+    return cases.table_of(vocabulary, DEVICE)
 
 
 def assert_equal(got, expected) -> None:
@@ -54,9 +52,8 @@ def assert_equal(got, expected) -> None:
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
             assert torch.equal(a == 0, b == 0)
         else:
-            assert torch.equal(a, b), (
-                f"{name}: {(a != b).reshape(len(a), -1).any(1).nonzero().flatten().tolist()[:5]}"
-            )
+            wrong = (a != b).reshape(len(a), -1).any(1).nonzero().flatten()
+            assert torch.equal(a, b), f"{name}: {wrong.tolist()[:5]}"
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece])
@@ -64,10 +61,10 @@ def assert_equal(got, expected) -> None:
 def test_reads_as_the_reference_does(make, which: str, grammar: str) -> None:
     vocabulary = make()
     table = table_of(vocabulary)
-    rows = [row[:40] for row in replies(vocabulary, 4000, seed=7)]
+    rows = [row[:40] for row in replies(vocabulary, 1200, seed=7)]
     ids, lengths = batch(rows)
     expected = reference.read_boxes(ids, lengths, table, which=which, grammar=grammar)
-    assert_equal(read_boxes_triton(ids, lengths, table, which=which, grammar=grammar, lanes=LANES), expected)
+    assert_equal(kernels.read_boxes(ids, lengths, table, which=which, grammar=grammar, lanes=LANES), expected)
     assert int(expected.valid.sum()) > 100
     assert int(expected.format_ok.sum()) > 100
 
@@ -88,14 +85,14 @@ def task(groups: int, size: int, tokens: int = 40, seed: int = 0):
     return ids, lengths, torch.tensor(targets, device=DEVICE).reshape(-1, 4)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", REWARD_SHAPES)
 def test_rewards_as_the_reference_does(shape: str) -> None:
     table = table_of(byte_level())
     size, normalize = (5, False) if "iou" in shape else (8, True)
-    choices = DEFAULTS | {"shape": shape, "normalize_std": normalize, "progress": 0.4}
     ids, lengths, targets = task(10, size)
-    got = box_reward_triton(ids, lengths, table, targets, size, **choices, lanes=LANES)
-    assert_equal(got, reference.box_reward(ids, lengths, table, targets, size, **choices))
+    arguments = (ids, lengths, table, targets, scoring(size, shape, normalize, 0.4))
+    got = kernels.box_reward(*arguments, **DIRECT, lanes=LANES)
+    assert_equal(got, reference.box_reward(*arguments, **DIRECT))
     assert 0 < int(got.zero_variance.sum()) < 10
     groups = got.reward.double().view(-1, size)
     centred = groups - groups.mean(1, keepdim=True)
@@ -119,9 +116,10 @@ def test_rewards_as_the_reference_does(shape: str) -> None:
 def test_any_number_of_rows_and_any_group(groups: int, size: int, lanes: int, seed: int) -> None:
     table = table_of(byte_level())
     ids, lengths, targets = task(groups, size, tokens=12, seed=seed)
-    got = box_reward_triton(ids, lengths, table, targets, size, **DEFAULTS, lanes=lanes)
-    assert_equal(got, reference.box_reward(ids, lengths, table, targets, size, **DEFAULTS))
-    again = box_reward_triton(ids, lengths, table, targets, size, **DEFAULTS, lanes=lanes)
+    arguments = (ids, lengths, table, targets, scoring(size))
+    got = kernels.box_reward(*arguments, **DIRECT, lanes=lanes)
+    assert_equal(got, reference.box_reward(*arguments, **DIRECT))
+    again = kernels.box_reward(*arguments, **DIRECT, lanes=lanes)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
@@ -140,7 +138,7 @@ def test_integer_types_and_strides(dtype: torch.dtype) -> None:
     spread[::2] = lengths.to(dtype)
     expected = reference.read_boxes(ids, lengths, table, which="first", grammar="direct")
     for shown, counts in ((wide[::2, ::2], spread[::2]), (ids.t().contiguous().t(), lengths.to(dtype))):
-        assert_equal(read_boxes_triton(shown, counts, table, which="first", grammar="direct"), expected)
+        assert_equal(kernels.read_boxes(shown, counts, table, which="first", grammar="direct"), expected)
 
 
 def test_wild_ids_and_lengths_stay_inside() -> None:
@@ -159,14 +157,14 @@ def test_wild_ids_and_lengths_stay_inside() -> None:
             (ids.to(DEVICE), lengths.to(DEVICE), table),
             {"which": "first", "grammar": "direct"},
         )
-        assert_equal(read_boxes_triton(*arguments, **choices), reference.read_boxes(*arguments, **choices))
+        assert_equal(kernels.read_boxes(*arguments, **choices), reference.read_boxes(*arguments, **choices))
     box = byte_level().spell("[1,2,3,4]", random.Random(0))
     whole = torch.tensor([box, box], device=DEVICE)
-    cut = read_boxes_triton(
+    cut = kernels.read_boxes(
         whole[:, :-1], torch.tensor([2**40, 10**9], device=DEVICE), table, which="first", grammar="direct"
     )
     assert not cut.valid.any()
-    assert not read_boxes_triton(
+    assert not kernels.read_boxes(
         whole, torch.tensor([-1, 0], device=DEVICE), table, which="first", grammar="direct"
     ).valid.any()
 
@@ -178,41 +176,49 @@ def test_empty(rows: int, tokens: int) -> None:
         torch.zeros(rows, tokens, dtype=torch.int64, device=DEVICE),
         torch.full((rows,), 9, device=DEVICE),
     )
-    got = box_reward_triton(ids, lengths, table, torch.zeros(rows, 4, device=DEVICE), 3, **DEFAULTS)
+    targets = torch.zeros(rows, 4, device=DEVICE)
+    got = kernels.box_reward(ids, lengths, table, targets, scoring(3), **DIRECT)
     assert [list(x.shape) for x in got] == [[rows, 4], [rows], [rows], [rows], [rows], [rows], [rows // 3]]
     assert not any(x.any() for x in got[:6])
     assert got.zero_variance.all()
 
 
 def test_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from locus_kernels.box_reward import triton as module
-
-    launches, plain = [], module.box_reward_kernel
+    launches, plain = [], kernels.box_reward_kernel
 
     class Counting:
         def __getitem__(self, grid):
             launches.append(grid)
             return plain[grid]
 
-    monkeypatch.setattr(module, "box_reward_kernel", Counting())
+    monkeypatch.setattr(kernels, "box_reward_kernel", Counting())
     ids, lengths, targets = task(4, 8, tokens=6)
+    table = table_of(byte_level())  # its copies to the device are not the operator's
     with torch.profiler.profile() as profile:
-        box_reward_triton(ids, lengths, table_of(byte_level()), targets, 8, **DEFAULTS)
+        kernels.box_reward(ids, lengths, table, targets, scoring(8), **DIRECT)
     assert launches == [(1,)]
     counted = {e.key for e in profile.key_averages() if e.key.startswith("aten::")}
-    assert (
-        not counted & {"aten::item", "aten::copy_", "aten::_local_scalar_dense", "aten::nonzero"}
-        or DEVICE == "cpu"
-    )
+    reading_back = {"aten::item", "aten::copy_", "aten::_local_scalar_dense", "aten::nonzero"}
+    assert not counted & reading_back or DEVICE == "cpu"
+
+
+def test_the_public_functions_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "on_kernels", lambda tensor: True)
+    ids, lengths, targets = task(2, 4, tokens=16)
+    table, choices = table_of(byte_level()), {"which": "first", "grammar": "direct"}
+    earned = op.box_reward(ids, lengths, table, targets, 4, **choices, shape="ramp", progress=0.2)
+    expected = Scoring(4, "ramp", 0.1, True, 0.2)
+    assert_equal(earned, reference.box_reward(ids, lengths, table, targets, expected, **choices))
+    reading = reference.read_boxes(ids, lengths, table, **choices)
+    assert_equal(op.read_boxes(ids, lengths, table, **choices), reading)
 
 
 def test_bad_input() -> None:
-    table = table_of(byte_level())
-    ids, lengths, targets = task(1, MAX_GROUP + 1, tokens=3)
-    with pytest.raises(ValueError, match=rf"expected 1 \.\. {MAX_GROUP}, got {MAX_GROUP + 1}"):
-        box_reward_triton(ids, lengths, table, targets, MAX_GROUP + 1, **DEFAULTS)
+    table, limit = table_of(byte_level()), kernels.MAX_GROUP
+    ids, lengths, targets = task(1, limit + 1, tokens=3)
+    with pytest.raises(ValueError, match=rf"expected 1 \.\. {limit}, got {limit + 1}"):
+        kernels.box_reward(ids, lengths, table, targets, scoring(limit + 1), **DIRECT)
     wrong = dataclasses.replace(table, offsets=table.offsets.long())
-    with pytest.raises(
-        ValueError, match=r"table.offsets: expected a contiguous torch.int32 vector, got torch.int64"
-    ):
-        read_boxes_triton(ids, lengths, wrong, which="first", grammar="direct")
+    message = r"table.offsets: expected a contiguous torch.int32 vector, got torch.int64"
+    with pytest.raises(ValueError, match=message):
+        kernels.read_boxes(ids, lengths, wrong, which="first", grammar="direct")

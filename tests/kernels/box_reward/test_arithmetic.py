@@ -8,10 +8,10 @@ import time
 
 import pytest
 import torch
-from locus_kernels.box_reward import REWARD_SHAPES, box_reward, build_token_table, giou, group_advantage, iou
+from locus_kernels.box_reward import REWARD_SHAPES, box_reward, giou, group_advantage, iou
 from torch import Tensor
 
-from tests.kernels.box_reward_cases import byte_level
+from tests.kernels.box_reward.cases import byte_level, table_of
 
 UNIT_SQUARE = [0.0, 0.0, 1.0, 1.0]
 OVERLAPS = [  # box, box, IoU, GIoU
@@ -196,7 +196,7 @@ def written(texts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def test_whole_reward_by_hand() -> None:
-    table = build_token_table(byte_level().tokenizer, byte_level().vocab_size)
+    table = table_of(byte_level())
     ids, lengths = written([*REPLIES, *[REPLIES[0]] * 4])
     earned = box_reward(ids, lengths, table, torch.tensor([TARGET] * 8), 4)
     assert earned.box[:2].tolist() == [[0, 0, 10, 5], [0, 0, 10, 10]]
@@ -230,7 +230,7 @@ def test_whole_reward_by_hand() -> None:
 
 
 def test_no_box_earns_nothing_under_any_shape() -> None:
-    table = build_token_table(byte_level().tokenizer, byte_level().vocab_size)
+    table = table_of(byte_level())
     ids, lengths = written(
         ["<answer>[10, 10, 0, 0]</answer>", "<answer></answer>", "<answer>[0,0,9999999,9999999]</answer>"]
     )
@@ -243,7 +243,7 @@ def test_no_box_earns_nothing_under_any_shape() -> None:
 def test_a_step_of_short_replies_takes_milliseconds() -> None:
     """192 replies of 16 tokens cost a few milliseconds; the bound is loose because other work may share the
     machine."""
-    table = build_token_table(byte_level().tokenizer, byte_level().vocab_size)
+    table = table_of(byte_level())
     ids = torch.randint(table.vocab_size, (192, 16), generator=torch.Generator().manual_seed(0))
     arguments = (ids, torch.full((192,), 16), table, torch.tensor([TARGET] * 192), 8)
     seconds = []

@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
-from locus_kernels.box_reward import CLOSED, START, build_token_table, closing_table
+from locus_kernels.box_reward import CLOSED, START, closing_table
 
-from tests.kernels.box_reward_cases import BOX, byte_level, replies, sentencepiece
+from tests.kernels.box_reward.cases import BOX, byte_level, replies, sentencepiece, table_of
 
 
 @pytest.mark.parametrize("vocabulary", [byte_level(), sentencepiece()], ids=["byte_level", "sentencepiece"])
@@ -16,7 +16,7 @@ from tests.kernels.box_reward_cases import BOX, byte_level, replies, sentencepie
     ("which", "pattern"), [("first", BOX), ("answer", re.compile(r"<answer>.*?</answer>", re.DOTALL))]
 )
 def test_agrees_with_the_text(vocabulary, which: str, pattern: re.Pattern) -> None:
-    table = closing_table(build_token_table(vocabulary.tokenizer, vocabulary.vocab_size), which)
+    table = closing_table(table_of(vocabulary), which)
     assert table.dtype == torch.int16
     assert table.shape[0] == vocabulary.vocab_size
     assert (table[:, CLOSED] == CLOSED).all()
@@ -40,4 +40,4 @@ def test_agrees_with_the_text(vocabulary, which: str, pattern: re.Pattern) -> No
 def test_the_last_box_cannot_end_a_reply() -> None:
     vocabulary = byte_level()
     with pytest.raises(ValueError, match="expected one of first, answer, got 'last'"):
-        closing_table(build_token_table(vocabulary.tokenizer, vocabulary.vocab_size), "last")
+        closing_table(table_of(vocabulary), "last")

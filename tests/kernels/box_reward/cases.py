@@ -12,8 +12,11 @@ from decimal import Decimal
 from functools import lru_cache
 
 import numpy as np
+import torch
+from locus_kernels.box_reward import TokenTable, build_token_table, read_boxes
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 # ----------------------------------------------------------------------------------------------------- oracle
@@ -89,8 +92,9 @@ def _by_text(texts: dict[int, str]) -> dict[str, list[int]]:
 
 
 BYTE_LEVEL_WORDS = """
- ], ][ [[ ]] [" "] ," .. ... -- </ <th ink> think answer answer> thin swer er> >< ></ "," {" "} [- ,- the an ans ,, :// // [] ]. /> Ã©
- </answer ><answer ]</ the. Ġ[ ,Ġ ĠĠ Ġ- ĠĠĠĠ ĊĊ ĠĊ Ġthe >Ċ ]Ċ Ġ< čĊ ĊĊĊĊ ĠĠĠĠĠĠĠĠ -------- ........ //////// ,,,, [[[[ ]]]] >>>>"""
+ ], ][ [[ ]] [" "] ," .. ... -- </ <th ink> think answer answer> thin swer er> >< ></ "," {" "} [- ,- the an
+ ans ,, :// // [] ]. /> Ã© </answer ><answer ]</ the. Ġ[ ,Ġ ĠĠ Ġ- ĠĠĠĠ ĊĊ ĠĊ Ġthe >Ċ ]Ċ Ġ< čĊ ĊĊĊĊ ĠĠĠĠĠĠĠĠ
+ -------- ........ //////// ,,,, [[[[ ]]]] >>>>"""
 
 
 @lru_cache(maxsize=1)
@@ -118,8 +122,9 @@ def byte_level() -> Vocabulary:
 
 
 SENTENCEPIECE_WORDS = """
- ], [" "] ,▁ ▁[ ▁< ▁, ▁] ▁▁ ▁▁▁▁ [[ ]] </ answer> <answer> think> <think> </think> </answer> 1. .5 0.5 [1 1] 2,3 ,4] -1 +2 ▁7 [0, 000000 1000000
- 9999999 </th ▁the an sw ▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁ [10,20,30,40] ]</answer> é -- .. // ><"""
+ ], [" "] ,▁ ▁[ ▁< ▁, ▁] ▁▁ ▁▁▁▁ [[ ]] </ answer> <answer> think> <think> </think> </answer> 1. .5 0.5 [1 1]
+ 2,3 ,4] -1 +2 ▁7 [0, 000000 1000000 9999999 </th ▁the an sw ▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁ [10,20,30,40] ]</answer> é --
+ .. // ><"""
 
 
 @lru_cache(maxsize=1)
@@ -147,14 +152,19 @@ def sentencepiece() -> Vocabulary:
     return Vocabulary(tokenizer, len(tokenizer) + 3, _by_text(texts), noise)
 
 
+VOCABULARIES = {"byte_level": byte_level, "sentencepiece": sentencepiece}
+
+
 # ---------------------------------------------------------------------------------------------------- replies
 ODD_NUMBERS = """
- 1000000 1000000.0 1000000.0000009 1000000.000001 1000001 -1000000.5 9999999 10000000 00000000000000000007 999999.9999999
- 123456789012345678901234567890 1. .5 1.2.3 +-3 -+3 1e3 - + . 0 -0 +0.0 007 0.0000004 0.00000049 5.1234567 16777217 0x10"""
+ 1000000 1000000.0 1000000.0000009 1000000.000001 1000001 -1000000.5 9999999 10000000 00000000000000000007
+ 999999.9999999 123456789012345678901234567890 1. .5 1.2.3 +-3 -+3 1e3 - + . 0 -0 +0.0 007 0.0000004
+ 0.00000049 5.1234567 16777217 0x10"""
 SPACES = ["", "", "", "", " ", " ", "  ", "\n", "\t \r\n", "\f\v", "\x1c"]
 SCRAP_WORDS = """
- < > / [ ] , . - + 1 23 <think> </think> <answer> </answer> <answer </answer ></answer> think> <<answer> <Answer> [[ ]] [1,2,3,4] [1,2,3] [5,6,7,8,9]
- [1,2,3,4 1,2,3,4] see the box: "bbox_2d": {} </think></think><answer> <answer></answer> <think><answer>"""
+ < > / [ ] , . - + 1 23 <think> </think> <answer> </answer> <answer </answer ></answer> think> <<answer>
+ <Answer> [[ ]] [1,2,3,4] [1,2,3] [5,6,7,8,9] [1,2,3,4 1,2,3,4] see the box: "bbox_2d": {}
+ </think></think><answer> <answer></answer> <think><answer>"""
 SCRAPS = [*SCRAP_WORDS.split(), " ", "\n", ", ", "] [", "</ answer>", "< answer>"]
 
 
@@ -227,3 +237,47 @@ def replies(vocabulary: Vocabulary, count: int, seed: int) -> list[list[int]]:
         ids = vocabulary.spell(reply_text(random_), random_)
         rows += [ids, *(mutate(ids, vocabulary.noise, random_) for _ in range(3))]
     return rows[:count]
+
+
+# ---------------------------------------------------------------------------------------------------- tensors
+def table_of(vocabulary: Vocabulary, device: str = "cpu") -> TokenTable:
+    return build_token_table(vocabulary.tokenizer, vocabulary.vocab_size).to(device)
+
+
+def padded(
+    rows: list[list[int]], garbage: list[int], dtype: torch.dtype = torch.int64
+) -> tuple[Tensor, Tensor]:
+    """ids [R, L] and lengths [R]; past a row's length lies garbage, in turn, to show that nobody looks at
+    it."""
+    width = max(map(len, rows), default=0)
+    tails = [[garbage[k % len(garbage)] for k in range(width - len(row))] for row in rows]
+    ids = torch.tensor([row + tail for row, tail in zip(rows, tails, strict=True)], dtype=dtype)
+    return ids.reshape(len(rows), width), torch.tensor([len(row) for row in rows], dtype=dtype)
+
+
+def batch(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """ids [R, L] and lengths [R], on the CPU."""
+    return padded(rows, garbage=[-100, 10**12, 5, -1])
+
+
+def assert_agrees(
+    rows: list[list[int]], texts: list[str], table, which: str, grammar: str
+) -> tuple[int, int]:
+    """Reading `rows` gives exactly what the oracle finds in `texts`; returns how many were valid and how many
+    well formed."""
+    reading = read_boxes(*batch(rows), table, which=which, grammar=grammar)
+    expected = [oracle_box(text, which) for text in texts]
+    boxes = np.array([box for box, _ in expected], dtype=np.float32).reshape(-1, 4)
+    valid = np.array([v for _, v in expected], dtype=bool)
+    good = np.array([oracle_format(text, grammar) for text in texts], dtype=bool)
+    for name, got, want in (
+        ("box", reading.box, boxes),
+        ("valid", reading.valid, valid),
+        ("format_ok", reading.format_ok, good),
+    ):
+        wrong = np.flatnonzero((got.numpy() != want).reshape(len(rows), -1).any(1))
+        if len(wrong):
+            first = wrong[0]
+            said = f"{name} ({which}, {grammar}): {texts[first]!r} of {rows[first]}"
+            raise AssertionError(f"{said}: got {got[first]}, expected {want[first]}")
+    return int(valid.sum()), int(good.sum())
