@@ -25,8 +25,10 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from bench.roofline import DEVICE, synchronize
-from locus_fast import runtime, saving, train
-from locus_fast.rollout import Decoder
+from locus_fast import train
+from locus_fast.run import saving
+from locus_fast.run import setup as runtime
+from locus_fast.step.rollout import Decoder
 from tests.full_sizes import SIZES, full_config
 from tests.published import published_name, write_checkpoint, write_files
 

@@ -16,8 +16,8 @@ import torch
 
 from bench.race_case import GROUP, PROMPTS, Case, count_flops, floor_flops
 from bench.race_ours import Ours, check
-from locus_fast.packing import PromptBatch, Replies
-from locus_fast.policy import prefill, reply_logprob
+from locus_fast.model.packing import PromptBatch, Replies
+from locus_fast.model.policy import prefill, reply_logprob
 from locus_fast.types import Rollout
 from tests.small_models import naive_logprob, small_model, small_prompt
 

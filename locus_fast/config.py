@@ -14,15 +14,15 @@ from locus_kernels.box_reward import REWARD_SHAPES
 from locus_kernels.shared_prefix_attention import BACKENDS
 
 from locus_fast.data.box_format import BOX_FORMAT_HELP, BOX_FORMATS
+from locus_fast.data.images import MAX_PIXELS
 from locus_fast.errors import UserError, short
 from locus_fast.files import read_object, refuse_endless, refuse_endless_in
-from locus_fast.grpo import MEANS
-from locus_fast.images import MAX_PIXELS
-from locus_fast.optim import OPTIMIZERS, SCHEDULES
+from locus_fast.model.prompts import QUESTIONS
+from locus_fast.model.reference import REFERENCES
 from locus_fast.options import Parser, add_options, described, fits, given, option_of
-from locus_fast.prompts import QUESTIONS
-from locus_fast.reference import REFERENCES
-from locus_fast.runs import run_around
+from locus_fast.run.folders import run_around
+from locus_fast.step.losses import MEANS
+from locus_fast.step.optim import OPTIMIZERS, SCHEDULES
 
 DESCRIPTION = "Teach a vision-language model to find small things: cue search with GRPO."
 

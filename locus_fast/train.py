@@ -30,24 +30,19 @@ from locus_kernels.box_reward import BoxReward, box_reward
 from torch import Tensor
 from tqdm import tqdm
 
-from locus_fast.budget import NO_ROOM, make_room, trained_by
-from locus_fast.checkpoint import damaged, load_checkpoint
 from locus_fast.config import Config, parse
 from locus_fast.cost.flops import COLUMNS, PROMPT_ROWS, step_flops, total
 from locus_fast.cost.shapes import Group
 from locus_fast.errors import UserError
 from locus_fast.evaluate import evaluate
-from locus_fast.experience import Experience, parts, select
-from locus_fast.grpo import MEANS, grpo_loss
-from locus_fast.interrupt import Interrupt
-from locus_fast.lock import holder_of, in_use, locked
-from locus_fast.optim import PARTS, clip_and_step, make_optimizer, parameter_groups, rate_factor
-from locus_fast.packing import PromptBatch, Replies
-from locus_fast.pictures import draw_curve, draw_samples
-from locus_fast.policy import Prefix, checkpoint_activations, cut, prefill, reply_logprob, trains_vision
-from locus_fast.reference import Reference, make_reference
-from locus_fast.report import Metrics
-from locus_fast.resume import (
+from locus_fast.model.packing import PromptBatch, Replies
+from locus_fast.model.policy import Prefix, checkpoint_activations, cut, prefill, reply_logprob, trains_vision
+from locus_fast.model.reference import Reference, make_reference
+from locus_fast.run.interrupt import Interrupt
+from locus_fast.run.lock import holder_of, in_use, locked
+from locus_fast.run.pictures import draw_curve, draw_samples
+from locus_fast.run.report import Metrics
+from locus_fast.run.resume import (
     CURVE,
     FINAL,
     SAMPLES,
@@ -61,11 +56,16 @@ from locus_fast.resume import (
     read_run,
     remove_partial,
 )
-from locus_fast.rollout import Sampling
-from locus_fast.runtime import Setup, batches, prefetch, set_up
-from locus_fast.saving import NOTHING, Saver, name_of
-from locus_fast.totals import Totals, summarise, why_no_signal
+from locus_fast.run.saving import NOTHING, Saver, name_of
+from locus_fast.run.setup import Setup, batches, prefetch, set_up
+from locus_fast.step.budget import NO_ROOM, make_room, trained_by
+from locus_fast.step.experience import Experience, parts, select
+from locus_fast.step.losses import MEANS, grpo_loss
+from locus_fast.step.metrics import Totals, summarise, why_no_signal
+from locus_fast.step.optim import PARTS, clip_and_step, make_optimizer, parameter_groups, rate_factor
+from locus_fast.step.rollout import Sampling
 from locus_fast.types import Prompt, Rollout
+from locus_fast.weights.checkpoint import damaged, load_checkpoint
 from locus_fast.writing import write_text
 
 EQUAL_STEPS = 10  # steps in a row whose rewards teach nothing before the run says so, once

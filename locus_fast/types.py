@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from locus_fast.preprocess import PatchSpec, patches_of
+from locus_fast.model.preprocess import PatchSpec, patches_of
 
 
 @dataclass(frozen=True)

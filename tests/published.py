@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from locus_fast.prompts import QUESTIONS
+from locus_fast.model.prompts import QUESTIONS
 
 PHOTOGRAPHS = Path(__file__).parent / "photos"  # real ones, with boxes
 SPECIAL = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from locus_fast.families import interleave
-from locus_fast.policy import use_attention
-from locus_fast.preprocess import PatchSpec
+from locus_fast.model.families import interleave
+from locus_fast.model.policy import use_attention
+from locus_fast.model.preprocess import PatchSpec
 from locus_fast.types import Prompt
 
 VOCABULARY, IMAGE, VIDEO, START, END = 320, 300, 301, 302, 303

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from locus_fast.budget import check_rank
 from locus_fast.config import PRESETS, Config, check_together, check_value, default_preset, shown
 from locus_fast.cost.memory import REFERENCES
 from locus_fast.cost.plan import AUTO_CHECKPOINTING, AUTO_TOKENS, TEXT_TOKENS
 from locus_fast.cost.report import Case, chosen, report
 from locus_fast.cost.shapes import PUBLISHED, ModelShape, group_of
+from locus_fast.data.images import MAX_ASPECT, MAX_PIXELS
 from locus_fast.errors import UserError, short
-from locus_fast.images import MAX_ASPECT, MAX_PIXELS
 from locus_fast.options import Parser, argument, given, option_of
+from locus_fast.step.budget import check_rank
 
 PRESET = "qwen2.5-vl-7b"
 TRAINERS = (
@@ -121,8 +121,8 @@ def model_of(preset: str, model: str) -> tuple[ModelShape, torch.dtype]:
         return PUBLISHED[preset], torch.bfloat16
     from transformers import AutoConfig  # takes seconds, and the published shapes do not need it
 
-    from locus_fast.adapter_files import base_of, is_adapter_folder
-    from locus_fast.checkpoint import model_folder
+    from locus_fast.model.adapter_files import base_of, is_adapter_folder
+    from locus_fast.weights.checkpoint import model_folder
 
     if is_adapter_folder(folder := model_folder(model)):
         folder = model_folder(base_of(folder))

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from locus_fast.budget import LARGER, planned, remedy, ways_of
 from locus_fast.config import Config
 from locus_fast.cost.flops import COLUMNS, group_cost, model_flops, repeated_flops, step_flops, total
 from locus_fast.cost.memory import QUANTISED
@@ -17,7 +16,8 @@ from locus_fast.cost.plan import AUTO_CHECKPOINTING, AUTO_TOKENS, FREE, GIB, Pla
 from locus_fast.cost.shapes import Group, ModelShape
 from locus_fast.cost.traffic import step_bytes, step_launches, step_syncs
 from locus_fast.errors import UserError
-from locus_fast.optim import default_optimizer
+from locus_fast.step.budget import LARGER, planned, remedy, ways_of
+from locus_fast.step.optim import default_optimizer
 
 
 @dataclass(frozen=True)

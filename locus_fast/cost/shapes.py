@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from locus_fast.errors import UserError
-from locus_fast.preprocess import grid_size
+from locus_fast.model.preprocess import grid_size
 
 LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)  # numbers of rows that a decoder runs with
 PROMPT_STEP = 1024  # the tokens that static prompt buffers grow by

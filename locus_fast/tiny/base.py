@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from locus_fast.packing import VisionLayout
-from locus_fast.policy import see, use_attention
+from locus_fast.model.packing import VisionLayout
+from locus_fast.model.policy import see, use_attention
 from locus_fast.tiny.branches import DIGITS, REPLY_LENGTH, SPEC, Branches, Task, draw_branches
 from locus_fast.tiny.model import EXTENT, build_model
 from locus_fast.tiny.scenes import OBJECTS

@@ -13,9 +13,9 @@ import torch
 from locus_kernels.patchify import patchify
 from torch import Tensor
 
-from locus_fast.families import Frame, interleave
-from locus_fast.preprocess import PatchSpec, resize
-from locus_fast.prompts import question_pieces
+from locus_fast.model.families import Frame, interleave
+from locus_fast.model.preprocess import PatchSpec, resize
+from locus_fast.model.prompts import question_pieces
 from locus_fast.tiny.model import CELL, EXTENT, MERGE, PATCH
 from locus_fast.tiny.scenes import IMAGE_SIZES, Box, cut_cue, draw_scene
 

@@ -10,7 +10,7 @@ from locus_kernels.grpo_loss import grpo_loss
 from locus_kernels.linear_logprob.reference import dense
 from torch import Tensor
 
-from locus_fast import grpo as trainer
+from locus_fast.step import losses as trainer
 from tests.kernels.head_cases import assert_errors, head_inputs
 
 NUMBERS = {"clip_low": 0.2, "clip_high": 0.28, "kl_coefficient": 0.05, "log_ratio_clamp": 0.9, "kl_clamp": 0.5}

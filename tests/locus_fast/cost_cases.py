@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from locus_fast import cost
 from locus_fast.cost.shapes import Group
-from locus_fast.packing import PromptBatch, Replies
-from locus_fast.rollout import Vocabulary
+from locus_fast.model.packing import PromptBatch, Replies
+from locus_fast.step.rollout import Vocabulary
 from locus_fast.types import Prompt, Rollout
 from tests.small_models import CLASSES, VOCABULARY, small_model, small_prompt
 

@@ -11,16 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from locus_fast import budget, evaluate, optim, runtime, train
-from locus_fast.budget import planned, remedy
-from locus_fast.checkpoint import TINY_BASE
+from locus_fast import evaluate, train
 from locus_fast.config import PRESETS, Config, parse
 from locus_fast.cost import peak_memory, plan
 from locus_fast.cost.plan import GIB, TOKENS, Room, unplanned
 from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, Group, Trained, group_of
 from locus_fast.errors import UserError
-from locus_fast.prompts import QUESTIONS
-from locus_fast.runtime import set_up
+from locus_fast.model.prompts import QUESTIONS
+from locus_fast.run import setup as runtime
+from locus_fast.run.setup import set_up
+from locus_fast.step import budget, optim
+from locus_fast.step.budget import planned, remedy
+from locus_fast.weights.checkpoint import TINY_BASE
 from tests.locus_fast.test_adapters import needs_peft
 
 SHAPE = PUBLISHED["qwen2.5-vl-7b"]

@@ -12,16 +12,17 @@ from locus_kernels.box_reward import box_reward, group_advantage
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from locus_fast import checkpoint, shards, train
-from locus_fast.checkpoint import load_checkpoint, load_model, save_checkpoint, save_model
+from locus_fast import train
 from locus_fast.errors import UserError
-from locus_fast.families import interleave
-from locus_fast.optim import PARTS, make_optimizer, parameter_groups
-from locus_fast.packing import PromptBatch
-from locus_fast.policy import prefill
-from locus_fast.preprocess import PatchSpec
-from locus_fast.rollout import Vocabulary
+from locus_fast.model.families import interleave
+from locus_fast.model.packing import PromptBatch
+from locus_fast.model.policy import prefill
+from locus_fast.model.preprocess import PatchSpec
+from locus_fast.step.optim import PARTS, make_optimizer, parameter_groups
+from locus_fast.step.rollout import Vocabulary
 from locus_fast.types import Prompt
+from locus_fast.weights import checkpoint, shards
+from locus_fast.weights.checkpoint import load_checkpoint, load_model, save_checkpoint, save_model
 from tests.published import FAMILIES, PHOTOGRAPHS, write_checkpoint, write_shards
 
 CPU = torch.device("cpu")

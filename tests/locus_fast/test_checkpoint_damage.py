@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from locus_fast import train
-from locus_fast.shards import write_tensors
+from locus_fast.weights.shards import write_tensors
 from tests.locus_fast.run_cases import files_of, finished_run, rows_of, the_error
 
 LAST = Path("checkpoints", "step-000003")

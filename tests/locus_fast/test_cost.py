@@ -14,17 +14,19 @@ import torch
 from locus_kernels.shared_prefix_attention import backends, layout
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from locus_fast import cost, packing, rollout
-from locus_fast.checkpoint import TINY_BASE
+from locus_fast import cost
 from locus_fast.config import Config
 from locus_fast.cost.__main__ import main, shape_of
 from locus_fast.cost.plan import TEXT_TOKENS
 from locus_fast.cost.shapes import PUBLISHED, Group, ModelShape, group_of
 from locus_fast.cost.traffic import step_launches
-from locus_fast.fused import fuse
-from locus_fast.packing import PromptBatch
-from locus_fast.policy import checkpoint_activations, prefill, reply_hidden
-from locus_fast.rollout import Decoder, Sampling, Vocabulary
+from locus_fast.model import packing
+from locus_fast.model.fused import fuse
+from locus_fast.model.packing import PromptBatch
+from locus_fast.model.policy import checkpoint_activations, prefill, reply_hidden
+from locus_fast.step import rollout
+from locus_fast.step.rollout import Decoder, Sampling, Vocabulary
+from locus_fast.weights.checkpoint import TINY_BASE
 from tests.locus_fast.cost_cases import ENDLESS, FAMILIES, GRIDS, REPLIES, answers, counted, group_like, spent, work
 from tests.locus_fast.liger_cases import leave_kernels_out
 from tests.small_models import CLASSES, small_model, small_prompt

@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from locus_fast import budget
-from locus_fast.budget import plan_for
-from locus_fast.checkpoint import TINY_BASE
 from locus_fast.config import parse
 from locus_fast.cost.__main__ import case_of, main, settings_of
 from locus_fast.cost.__main__ import parse as parse_cost
@@ -19,6 +16,9 @@ from locus_fast.cost.plan import GIB
 from locus_fast.cost.shapes import PUBLISHED, Trained
 from locus_fast.cost.traffic import step_bytes
 from locus_fast.errors import UserError
+from locus_fast.step import budget
+from locus_fast.step.budget import plan_for
+from locus_fast.weights.checkpoint import TINY_BASE
 
 SHAPE = PUBLISHED["qwen2.5-vl-7b"]
 
@@ -31,7 +31,7 @@ def cost(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int,
 def trainers(arguments: list[str], gib: int, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the trainer says of the 7B model on a card with so many GiB free: its plan, or its refusal."""
     monkeypatch.setattr(budget, "free_memory", lambda device: gib * GIB)
-    monkeypatch.setattr("locus_fast.fused.can_fuse", lambda device: True)
+    monkeypatch.setattr("locus_fast.model.fused.can_fuse", lambda device: True)
     config = parse(["--preset", "qwen2.5-vl-7b", *arguments])
     try:
         return plan_for(config, SHAPE, torch.bfloat16, torch.device("cuda")).reason

@@ -9,17 +9,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from locus_fast import cost
-from locus_fast.adapters import add_adapters
 from locus_fast.cost.memory import decoder_bytes, reference_bytes
 from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, Group, ModelShape, Trained
 from locus_fast.errors import UserError
-from locus_fast.fused import fuse
-from locus_fast.optim import parameter_groups
-from locus_fast.packing import PromptBatch, Replies
-from locus_fast.policy import checkpoint_activations, cut, prefill, reply_logprob
-from locus_fast.quantize import quantize
-from locus_fast.reference import Reference, make_reference
-from locus_fast.rollout import Decoder, Sampling, Vocabulary
+from locus_fast.model.adapters import add_adapters
+from locus_fast.model.fused import fuse
+from locus_fast.model.packing import PromptBatch, Replies
+from locus_fast.model.policy import checkpoint_activations, cut, prefill, reply_logprob
+from locus_fast.model.quantize import quantize
+from locus_fast.model.reference import Reference, make_reference
+from locus_fast.step.optim import parameter_groups
+from locus_fast.step.rollout import Decoder, Sampling, Vocabulary
 from locus_fast.types import Prompt
 from tests.locus_fast.cost_cases import ENDLESS, FAMILIES, group_like, work
 from tests.locus_fast.liger_cases import leave_kernels_out

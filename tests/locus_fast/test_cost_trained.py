@@ -10,15 +10,15 @@ from locus_kernels.linear_logprob import linear_logprob
 from torch.utils.flop_counter import FlopCounterMode
 
 from locus_fast import cost, train
-from locus_fast.adapters import add_adapters
-from locus_fast.budget import trained_by
 from locus_fast.config import parse
 from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, ModelShape, Trained
-from locus_fast.optim import PARTS, make_optimizer, parameter_groups
-from locus_fast.policy import checkpoint_activations, prefill, reply_hidden, see
-from locus_fast.quantize import quantize
-from locus_fast.reference import make_reference
-from locus_fast.runtime import set_up
+from locus_fast.model.adapters import add_adapters
+from locus_fast.model.policy import checkpoint_activations, prefill, reply_hidden, see
+from locus_fast.model.quantize import quantize
+from locus_fast.model.reference import make_reference
+from locus_fast.run.setup import set_up
+from locus_fast.step.budget import trained_by
+from locus_fast.step.optim import PARTS, make_optimizer, parameter_groups
 from tests.locus_fast.cost_cases import FAMILIES, FORMULAS, answers, counted, spent, work
 from tests.locus_fast.test_adapters import needs_peft
 

@@ -6,7 +6,7 @@ import torch
 
 from locus_fast.config import parse
 from locus_fast.evaluate import evaluate
-from locus_fast.runtime import set_up
+from locus_fast.run.setup import set_up
 
 
 def test_answers_are_in_the_order_of_their_cues() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from locus_kernels.box_reward import group_advantage
 
-from locus_fast.grpo import MEANS, clipped_surrogate, grpo_loss, k3
+from locus_fast.step.losses import MEANS, clipped_surrogate, grpo_loss, k3
 
 
 def test_k3_by_hand() -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from locus_kernels.shared_prefix_attention import backends, layout
 
-from locus_fast import packing, rollout
-from locus_fast.fused import fuse
-from locus_fast.packing import PromptBatch, Replies
-from locus_fast.policy import checkpoint_activations, prefill, reply_logprob
+from locus_fast.model import packing
+from locus_fast.model.fused import fuse
+from locus_fast.model.packing import PromptBatch, Replies
+from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
+from locus_fast.step import rollout
 from locus_fast.types import Rollout
 from tests.locus_fast.liger_cases import leave_kernels_out
 from tests.small_models import VOCABULARY, small_model, small_prompt

@@ -12,10 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from locus_fast import evaluate, saving, train
-from locus_fast.checkpoint import TINY_BASE
-from locus_fast.finite import first_not_finite
-from locus_fast.pictures import draw_curve
+from locus_fast import evaluate, train
+from locus_fast.run import saving
+from locus_fast.run.pictures import draw_curve
+from locus_fast.weights.checkpoint import TINY_BASE
+from locus_fast.weights.finite import first_not_finite
 from tests.locus_fast.run_cases import SHORT, rows_of, the_error
 
 

@@ -12,9 +12,9 @@ import torch
 
 from locus_fast import train
 from locus_fast.config import parse
-from locus_fast.optim import make_optimizer, parameter_groups
-from locus_fast.reference import make_reference
-from locus_fast.runtime import set_up
+from locus_fast.model.reference import make_reference
+from locus_fast.run.setup import set_up
+from locus_fast.step.optim import make_optimizer, parameter_groups
 from tests.small_models import naive_logprob
 
 KL, PROMPTS, GROUP = 0.05, 5, 4

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from locus_fast.evaluate import Evaluation
-from locus_fast.pictures import COLOURS, draw_curve, draw_samples
+from locus_fast.run.pictures import COLOURS, draw_curve, draw_samples
 from locus_fast.types import Example
 
 

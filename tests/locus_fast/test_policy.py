@@ -7,9 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3VLForConditionalGeneration
 
-from locus_fast.packing import PromptBatch, Replies
-from locus_fast.policy import checkpoint_activations, prefill, reply_logprob, use_attention
-from locus_fast.rollout import Decoder, Sampling, Vocabulary
+from locus_fast.model.packing import PromptBatch, Replies
+from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob, use_attention
+from locus_fast.step.rollout import Decoder, Sampling, Vocabulary
 from locus_fast.types import Rollout
 from tests.small_models import IMAGE, VOCABULARY, naive_logprob, small_model, small_prompt
 

@@ -18,11 +18,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from locus_fast.checkpoint import load_model
-from locus_fast.packing import PromptBatch, Replies
-from locus_fast.policy import checkpoint_activations, prefill, reply_logprob
-from locus_fast.shards import held_name
+from locus_fast.model.packing import PromptBatch, Replies
+from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
 from locus_fast.types import Rollout
+from locus_fast.weights.checkpoint import load_model
+from locus_fast.weights.shards import held_name
 from tests.full_sizes import SIZES, full_config
 from tests.published import write_checkpoint
 from tests.small_models import small_prompt

@@ -6,13 +6,13 @@ import pytest
 import torch
 from locus_kernels.box_reward import build_token_table, closing_table
 
-from locus_fast import rollout
 from locus_fast.config import parse
 from locus_fast.errors import UserError
-from locus_fast.packing import PromptBatch, best_fit, pack
-from locus_fast.policy import next_logits, prefill
-from locus_fast.rollout import Decoder, Sampling, Vocabulary
-from locus_fast.runtime import set_up
+from locus_fast.model.packing import PromptBatch, best_fit, pack
+from locus_fast.model.policy import next_logits, prefill
+from locus_fast.run.setup import set_up
+from locus_fast.step import rollout
+from locus_fast.step.rollout import Decoder, Sampling, Vocabulary
 from tests.small_models import IMAGE, VOCABULARY, small_model, small_prompt
 
 WORDS = Vocabulary(torch.arange(VOCABULARY) < IMAGE, torch.arange(2, 40))  # many stop tokens, so that replies end at different times

@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from locus_fast import evaluate, train
-from locus_fast.checkpoint import TINY_BASE
 from locus_fast.config import ASKED, Config, parse
 from locus_fast.errors import UserError
 from locus_fast.files import save_tensors
-from locus_fast.runs import run_around
+from locus_fast.run.folders import run_around
+from locus_fast.weights.checkpoint import TINY_BASE
 
 SHORT = ["--steps", "2", "--prompts", "2", "--replies", "2", "--eval-cues", "3", "--save-every", "1", "--device", "cpu"]
 

@@ -16,10 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from locus_fast import budget, checkpoint, disk, runtime, shards, train
-from locus_fast.checkpoint import load_model
+from locus_fast import train
 from locus_fast.errors import UserError
-from locus_fast.source import read_source
+from locus_fast.run import disk
+from locus_fast.run import setup as runtime
+from locus_fast.step import budget
+from locus_fast.weights import checkpoint, shards
+from locus_fast.weights.checkpoint import load_model
+from locus_fast.weights.source import read_source
 from tests.published import PHOTOGRAPHS, write_checkpoint, write_shards
 
 FIRST, SECOND, INDEX = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model.safetensors.index.json"

@@ -10,11 +10,12 @@ import pytest
 import torch
 from locus_kernels.box_reward import CLOSED, START, read_boxes
 
-from locus_fast import evaluate, runtime, train
-from locus_fast.checkpoint import TINY_BASE
+from locus_fast import evaluate, train
 from locus_fast.config import parse
-from locus_fast.runtime import Setup, set_up
+from locus_fast.run import setup as runtime
+from locus_fast.run.setup import Setup, set_up
 from locus_fast.types import Rollout
+from locus_fast.weights.checkpoint import TINY_BASE
 
 CLOSING = "</think>\n\n"
 

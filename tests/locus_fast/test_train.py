@@ -20,13 +20,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from locus_fast import evaluate, train
-from locus_fast.checkpoint import TINY_BASE
 from locus_fast.config import PRESETS, Config, parse
 from locus_fast.errors import UserError
-from locus_fast.packing import PromptBatch
-from locus_fast.policy import prefill
-from locus_fast.runtime import set_up
+from locus_fast.model.packing import PromptBatch
+from locus_fast.model.policy import prefill
+from locus_fast.run.setup import set_up
 from locus_fast.types import Rollout
+from locus_fast.weights.checkpoint import TINY_BASE
 
 SHORT = ["--steps", "3", "--prompts", "6", "--eval-cues", "12", "--tokens", "1500", "--device", "cpu"]
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from locus_fast import train
-from locus_fast.checkpoint import TINY_BASE
+from locus_fast.weights.checkpoint import TINY_BASE
 from tests.locus_fast.test_train import SHORT
 
 

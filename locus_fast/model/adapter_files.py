@@ -1,5 +1,5 @@
 """Saved adapters in peft's layout: their names and their config, one pair of matrices a layer, and how they
-are written so that plain peft loads them. `locus_fast.adapter_reader` reads and judges them."""
+are written so that plain peft loads them. `locus_fast.weights.adapter_reader` reads and judges them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from locus_fast.errors import UserError
 from locus_fast.files import save_tensors
-from locus_fast.libraries import optional
-from locus_fast.quantize import PROJECTIONS
+from locus_fast.model.quantize import PROJECTIONS
+from locus_fast.run.libraries import optional
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in peft's files

@@ -19,9 +19,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from locus_fast.adapters import merged_state
 from locus_fast.errors import UserError
-from locus_fast.families import held_name
+from locus_fast.model.adapters import merged_state
+from locus_fast.model.families import held_name
 from locus_fast.writing import SummedFile
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"

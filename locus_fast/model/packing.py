@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids, get_vision_window_index
 
 from locus_fast.errors import UserError
-from locus_fast.preprocess import patches_of
+from locus_fast.model.preprocess import patches_of
 from locus_fast.types import Prompt, Rollout
 
 

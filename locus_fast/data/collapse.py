@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from locus_fast.cutting import CueRecipe, class_of, region_of
 from locus_fast.data import BoxTable
+from locus_fast.data.cutting import CueRecipe, class_of, region_of
 from locus_fast.data.table import OUTSIDE
 from locus_fast.errors import UserError
 

@@ -17,10 +17,10 @@ from locus_fast.cost.plan import AUTO_CHECKPOINTING, TEXT_TOKENS, Plan, plan, un
 from locus_fast.cost.shapes import Group, ModelShape, Trained, group_of
 from locus_fast.cost.traffic import STATE_BYTES
 from locus_fast.errors import UserError
-from locus_fast.optim import default_optimizer
+from locus_fast.step.optim import default_optimizer
 
 if TYPE_CHECKING:
-    from locus_fast.rollout import Decoder  # with transformers, which the cost command does without
+    from locus_fast.step.rollout import Decoder  # with transformers, which the cost command does without
 
 T = TypeVar("T")
 NO_ROOM = "hold the reference in fewer bytes (--reference nf4 or host), take --optimizer adamw8bit, or train less (--rates, --lora)"
@@ -99,7 +99,7 @@ def extremes(config: Config, shape: ModelShape) -> list[Group]:
 def ways_of(config: Config, kind: torch.dtype, fused: bool | None = None) -> dict[str, Any]:
     """What a run's settings are to `peak_memory`. fused: as in `planned`."""
     if fused is None:
-        from locus_fast.fused import can_fuse  # with transformers
+        from locus_fast.model.fused import can_fuse  # with transformers
 
         fused = can_fuse(torch.device("cuda"))
     moved = torch.float32 if config.lora else kind  # the type of what is trained

@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: metrics as JSON lines, and TensorBoard events. Its pictures: `locus_fast.pictures`."""
+"""What a run leaves behind for people: metrics as JSON lines, and TensorBoard events. Its pictures: `locus_fast.run.pictures`."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from locus_fast.cutting import SIZE_CLASSES
 from locus_fast.data import BoxTable
+from locus_fast.data.cutting import SIZE_CLASSES
 
 _HELD_OUT_PART = 0.2  # of the pictures, at most
 

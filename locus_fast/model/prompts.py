@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from locus_fast.errors import UserError, reason
-from locus_fast.families import Frame, family_of, frame_of
-from locus_fast.preprocess import PatchSpec
+from locus_fast.model.families import Frame, family_of, frame_of
+from locus_fast.model.preprocess import PatchSpec
 from locus_fast.types import Example, Prompt
 
 # The recipe's wording is a fact of the paper; "{units}" is "pixel coordinates" there.

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from locus_fast.errors import UserError
-from locus_fast.processor import processor_config
+from locus_fast.model.processor import processor_config
 
 # What an image processor's config may state of the rest, and how images are prepared here.
 PROCESSING = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "resample": int(Image.Resampling.BICUBIC)}

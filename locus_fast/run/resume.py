@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from locus_fast.adapter_files import WEIGHTS, is_adapter_folder
-from locus_fast.checkpoint import checkpoints, latest_checkpoint, trained_with, verify_checkpoint
 from locus_fast.config import Config, of_run, stored
 from locus_fast.errors import UserError
-from locus_fast.optim import default_optimizer
-from locus_fast.pictures import draw_curve
-from locus_fast.report import Metrics
-from locus_fast.shards import read_header, weight_files
+from locus_fast.model.adapter_files import WEIGHTS, is_adapter_folder
+from locus_fast.run.pictures import draw_curve
+from locus_fast.run.report import Metrics
+from locus_fast.step.optim import default_optimizer
+from locus_fast.weights.checkpoint import checkpoints, latest_checkpoint, trained_with, verify_checkpoint
+from locus_fast.weights.shards import read_header, weight_files
 from locus_fast.writing import write_text
 
 METRICS, SUMMARY, CURVE, SAMPLES, FINAL = "metrics.jsonl", "summary.json", "curve.png", "samples.png", "final"

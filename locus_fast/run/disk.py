@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from locus_fast.budget import state_bytes, trained_by
 from locus_fast.config import Config
 from locus_fast.cost.shapes import ModelShape
 from locus_fast.errors import UserError
-from locus_fast.shards import weight_files
-from locus_fast.source import Source
+from locus_fast.step.budget import state_bytes, trained_by
+from locus_fast.weights.shards import weight_files
+from locus_fast.weights.source import Source
 
 GIB = 1024**3
 

@@ -10,23 +10,23 @@ from typing import Any
 
 import torch
 
-from locus_fast.budget import make_room
-from locus_fast.checkpoint import (
+from locus_fast.config import Config
+from locus_fast.errors import UserError
+from locus_fast.model.packing import PromptBatch
+from locus_fast.model.policy import prefill
+from locus_fast.run.interrupt import Interrupt
+from locus_fast.run.resume import FINAL, layout_of
+from locus_fast.run.setup import Setup, open_model
+from locus_fast.step.budget import make_room
+from locus_fast.step.optim import state_tensors
+from locus_fast.weights.checkpoint import (
     checkpoints,
     load_saved_weights,
     save_adapters,
     save_checkpoint,
     save_model,
 )
-from locus_fast.config import Config
-from locus_fast.errors import UserError
-from locus_fast.finite import first_not_finite
-from locus_fast.interrupt import Interrupt
-from locus_fast.optim import state_tensors
-from locus_fast.packing import PromptBatch
-from locus_fast.policy import prefill
-from locus_fast.resume import FINAL, layout_of
-from locus_fast.runtime import Setup, open_model
+from locus_fast.weights.finite import first_not_finite
 
 NOTHING = "nothing new is done yet, so there is nothing to save;"
 

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from locus_fast.adapters import adapters_off, has_adapters
 from locus_fast.errors import UserError
-from locus_fast.quantize import language_linears, quantize
+from locus_fast.model.adapters import adapters_off, has_adapters
+from locus_fast.model.quantize import language_linears, quantize
 
 REFERENCES = ("auto", "copy", "int8", "nf4", "host")
 
@@ -42,7 +42,7 @@ class Reference:
 
     @contextmanager
     def model(self) -> Iterator[Any]:
-        """The reference as a model for `locus_fast.policy`, as long as the block lasts; to be used without gradients."""
+        """The reference as a model for `locus_fast.model.policy`, as long as the block lasts; to be used without gradients."""
         if self.kind == "adapters":
             with adapters_off(self.held):
                 yield self.held

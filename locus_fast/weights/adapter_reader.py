@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from locus_fast.adapter_files import CONFIG, PREFIX, WEIGHTS, Pair, config_of, is_number
 from locus_fast.errors import UserError, reason
-from locus_fast.families import held_name
+from locus_fast.model.adapter_files import CONFIG, PREFIX, WEIGHTS, Pair, config_of, is_number
+from locus_fast.model.families import held_name
 
 PICKLE = "adapter_model.bin"
 REMEDY = "merge it into its base with peft first"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from locus_fast.cost.shapes import LADDER, PROMPT_STEP
 from locus_fast.errors import UserError
-from locus_fast.policy import Prefix, next_logits
+from locus_fast.model.policy import Prefix, next_logits
 from locus_fast.types import Rollout
 
 LAG = 4  # steps that CUDA has queued while the host decides on the next

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from locus_fast.errors import UserError
-from locus_fast.preprocess import resize
+from locus_fast.model.preprocess import resize
 
 
 @dataclass(frozen=True)

@@ -16,32 +16,32 @@ from locus_kernels.shared_prefix_attention import send
 from torch import Tensor
 from tqdm import tqdm
 
-from locus_fast.adapter_files import base_of, is_adapter_folder
-from locus_fast.adapter_reader import read_adapters
-from locus_fast.adapters import add_adapters, keep_adapters, merge_adapters, train_further
-from locus_fast.budget import Budget, check_rank, plan_for
-from locus_fast.checkpoint import is_hub_id, load_source, model_folder, weight_dtype
-from locus_fast.collapse import refuse_collapsed
 from locus_fast.config import Config
 from locus_fast.cost.flops import group_cost
 from locus_fast.cost.plan import Plan, unplanned
 from locus_fast.cost.shapes import ModelShape
-from locus_fast.cues import FileCues
-from locus_fast.cutting import CueRecipe
 from locus_fast.data import read_boxes
-from locus_fast.disk import check_disk
+from locus_fast.data.collapse import refuse_collapsed
+from locus_fast.data.cues import FileCues
+from locus_fast.data.cutting import CueRecipe
 from locus_fast.errors import UserError
-from locus_fast.finite import first_not_finite
-from locus_fast.given import describe, role_of, settle
-from locus_fast.packing import PromptBatch, pack
-from locus_fast.policy import use_attention
-from locus_fast.preprocess import describe_limits
-from locus_fast.prompts import GRAMMAR, WHICH_BOX, Prompter
-from locus_fast.quantize import quantize
-from locus_fast.rollout import Decoder, Vocabulary
-from locus_fast.source import Source, read_source
+from locus_fast.model.adapter_files import base_of, is_adapter_folder
+from locus_fast.model.adapters import add_adapters, keep_adapters, merge_adapters, train_further
+from locus_fast.model.packing import PromptBatch, pack
+from locus_fast.model.policy import use_attention
+from locus_fast.model.preprocess import describe_limits
+from locus_fast.model.prompts import GRAMMAR, WHICH_BOX, Prompter
+from locus_fast.model.quantize import quantize
+from locus_fast.run.disk import check_disk
+from locus_fast.run.given import describe, role_of, settle
+from locus_fast.step.budget import Budget, check_rank, plan_for
+from locus_fast.step.rollout import Decoder, Vocabulary
 from locus_fast.tiny.scenes import SceneCues
 from locus_fast.types import CueSource, Prompt, Rollout
+from locus_fast.weights.adapter_reader import read_adapters
+from locus_fast.weights.checkpoint import is_hub_id, load_source, model_folder, weight_dtype
+from locus_fast.weights.finite import first_not_finite
+from locus_fast.weights.source import Source, read_source
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -62,7 +62,7 @@ class Setup:
     skipped: Skipped
     plan: Plan
     budget: Budget
-    role: str  # of the adapters that --model holds, see `locus_fast.given`
+    role: str  # of the adapters that --model holds, see `locus_fast.run.given`
     notes: tuple[str, ...]  # what the user should know before the run begins, one line each
 
     @property

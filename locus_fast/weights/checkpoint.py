@@ -14,23 +14,23 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
-from locus_fast.adapter_files import is_adapter_folder
-from locus_fast.adapters import has_adapters, load_adapters, write_adapters
 from locus_fast.errors import UserError, reason
-from locus_fast.families import family_of
 from locus_fast.files import refuse_endless, refuse_endless_in
-from locus_fast.finite import first_not_finite
-from locus_fast.optim import load_state_tensors, state_tensors
-from locus_fast.policy import use_attention
-from locus_fast.processor import write_limits
-from locus_fast.runs import refuse_run
-from locus_fast.shards import load_weights, stored_dtype, write_model, write_tensors
-from locus_fast.source import Source, check_config, read_source
+from locus_fast.model.adapter_files import is_adapter_folder
+from locus_fast.model.adapters import has_adapters, load_adapters, write_adapters
+from locus_fast.model.families import family_of
+from locus_fast.model.policy import use_attention
+from locus_fast.model.processor import write_limits
+from locus_fast.run.folders import refuse_run
+from locus_fast.step.optim import load_state_tensors, state_tensors
+from locus_fast.weights.finite import first_not_finite
+from locus_fast.weights.shards import load_weights, stored_dtype, write_model, write_tensors
+from locus_fast.weights.source import Source, check_config, read_source
 from locus_fast.writing import crc_of, whole_or_absent
 
 transformers_logging.disable_progress_bar()
 
-TINY_BASE = Path(__file__).parent / "tiny" / "base"
+TINY_BASE = Path(__file__).parents[1] / "tiny" / "base"
 STATE, STEP = "optimizer/state.safetensors", "optimizer/step.json"  # in a checkpoint
 NAMED = re.compile(r"step-(\d{6,})", re.ASCII)
 SMALL_FILES = ["*.json", "*.txt", "*.jinja"]  # of a model on the hub: all but its weights

@@ -9,8 +9,8 @@ import torch
 from locus_kernels.shared_prefix_attention import send
 from torch import Tensor
 
-from locus_fast.packing import PromptBatch, pack
-from locus_fast.runtime import Setup
+from locus_fast.model.packing import PromptBatch, pack
+from locus_fast.run.setup import Setup
 from locus_fast.types import Rollout
 
 

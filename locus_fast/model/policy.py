@@ -17,8 +17,8 @@ from locus_kernels.shared_prefix_attention import Backend, Pairs, SharedPrefixLa
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from locus_fast.fused import can_fuse, fuse, unfuse
-from locus_fast.packing import PromptBatch, Replies, VisionLayout
+from locus_fast.model.fused import can_fuse, fuse, unfuse
+from locus_fast.model.packing import PromptBatch, Replies, VisionLayout
 
 HEAD_ROWS = 8192  # of the head that a CPU holds in float32 at a time
 ATTENTION = "locus_flash"  # with "flash" in it, transformers hands the vision tower's cu_seqlens over instead of looping over images

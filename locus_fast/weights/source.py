@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from locus_fast.adapter_files import CONFIG as ADAPTERS
-from locus_fast.adapter_files import Pair
 from locus_fast.errors import UserError, reason
-from locus_fast.families import family_named, family_of, held_name
-from locus_fast.preprocess import PatchSpec
-from locus_fast.processor import own_limits
-from locus_fast.quantize import language_linears, linear_names
-from locus_fast.shards import read_headers
-from locus_fast.switches import check_switches
+from locus_fast.model.adapter_files import CONFIG as ADAPTERS
+from locus_fast.model.adapter_files import Pair
+from locus_fast.model.families import family_named, family_of, held_name
+from locus_fast.model.preprocess import PatchSpec
+from locus_fast.model.processor import own_limits
+from locus_fast.model.quantize import language_linears, linear_names
+from locus_fast.model.switches import check_switches
+from locus_fast.weights.shards import read_headers
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from locus_fast.errors import UserError
-from locus_fast.libraries import optional
+from locus_fast.run.libraries import optional
 
 PARTS = ("vision", "projector", "language")
 SCHEDULES = ("constant", "cosine")

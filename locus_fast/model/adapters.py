@@ -1,6 +1,6 @@
-"""LoRA (arXiv 2106.09685) by peft, in place: the model stays the transformers model that `locus_fast.policy`
+"""LoRA (arXiv 2106.09685) by peft, in place: the model stays the transformers model that `locus_fast.model.policy`
 knows, and its language model's linear layers gain float32 adapters. Nothing else is trained. Over nf4 weights
-(`locus_fast.quantize`) it is QLoRA.
+(`locus_fast.model.quantize`) it is QLoRA.
 
 There is no dropout: the sampler is the policy, so its log-probs must be those of the training forward.
 
@@ -26,10 +26,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from locus_fast.adapter_files import LAYERS, PREFIX, WEIGHTS, Pair, joined, named_tensors, peft_config, write_pairs
 from locus_fast.errors import UserError
-from locus_fast.libraries import optional
-from locus_fast.quantize import PROJECTIONS, language_linears, linear_names, weight_of
+from locus_fast.model.adapter_files import LAYERS, PREFIX, WEIGHTS, Pair, joined, named_tensors, peft_config, write_pairs
+from locus_fast.model.quantize import PROJECTIONS, language_linears, linear_names, weight_of
+from locus_fast.run.libraries import optional
 
 NAME = "default"  # of the adapters that are trained; peft's name of an only one
 GIVEN = "given"  # of those that stay as they were given

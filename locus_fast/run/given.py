@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from locus_fast.adapter_files import dropout_of
-from locus_fast.checkpoint import model_folder
 from locus_fast.config import Config, check
 from locus_fast.errors import UserError
-from locus_fast.source import Source
+from locus_fast.model.adapter_files import dropout_of
+from locus_fast.weights.checkpoint import model_folder
+from locus_fast.weights.source import Source
 
 
 def role_of(config: Config, source: Source, trains: bool) -> str:
