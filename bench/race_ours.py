@@ -18,8 +18,7 @@ from locus_fast.model.packing import PromptBatch, Replies
 from locus_fast.model.policy import cut, prefill, reply_logprob, use_attention
 from locus_fast.step.losses import grpo_loss
 from locus_fast.step.optim import PARTS, clip_and_step, make_optimizer, parameter_groups
-from locus_fast.step.rollout import Decoder, Sampling, Vocabulary
-from locus_fast.types import Rollout
+from locus_fast.step.rollout import Decoder, Rollout, Sampling, Vocabulary
 
 SAMPLING = Sampling(GROUP, LENGTH, temperature=1.0, top_p=1.0)
 
@@ -61,7 +60,7 @@ class Ours:
             advantage, _ = group_advantage(scored.reward + luck(len(rollout.ids)), GROUP)
             lengths = rollout.lengths.view(-1, GROUP).tolist()
         with self.phase("suffix"):
-            replies = Replies.of(batch, rollout, lengths, groups)
+            replies = Replies.of(batch, rollout.ids, lengths, groups)
             logprob, _ = reply_logprob(self.model, prefix, replies, temperature=1.0)
         anchor = None
         if self.reference is not None:

@@ -18,12 +18,12 @@ from tqdm import tqdm
 from locus_fast.config import ASKED, Config, of_run, resolve, shown
 from locus_fast.errors import UserError
 from locus_fast.model.policy import prefill
+from locus_fast.model.prompts import Prompt
 from locus_fast.options import Parser, add_options, given, option_of
 from locus_fast.run.folders import refuse_run, run_around
 from locus_fast.run.interrupt import Interrupt
 from locus_fast.run.setup import Setup, batches, prefetch, set_up
 from locus_fast.step.rollout import Sampling
-from locus_fast.types import Prompt
 
 DESCRIPTION = "Ask a model for held-out cues, greedily: a table, and one line of JSON."
 SIZES = ("tiny", "small", "large")

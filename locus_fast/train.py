@@ -37,6 +37,7 @@ from locus_fast.errors import UserError
 from locus_fast.evaluate import evaluate
 from locus_fast.model.packing import PromptBatch, Replies
 from locus_fast.model.policy import Prefix, checkpoint_activations, cut, prefill, reply_logprob, trains_vision
+from locus_fast.model.prompts import Prompt
 from locus_fast.model.reference import Reference, make_reference
 from locus_fast.run.interrupt import Interrupt
 from locus_fast.run.lock import holder_of, in_use, locked
@@ -63,8 +64,7 @@ from locus_fast.step.experience import Experience, parts, select
 from locus_fast.step.losses import MEANS, grpo_loss
 from locus_fast.step.metrics import Totals, summarise, why_no_signal
 from locus_fast.step.optim import PARTS, clip_and_step, make_optimizer, parameter_groups, rate_factor
-from locus_fast.step.rollout import Sampling
-from locus_fast.types import Prompt, Rollout
+from locus_fast.step.rollout import Rollout, Sampling
 from locus_fast.weights.checkpoint import damaged, load_checkpoint
 from locus_fast.writing import write_text
 
@@ -272,7 +272,7 @@ def further_update(setup: Setup, optimizer: torch.optim.Optimizer, experiences: 
     for whole in experiences:
         for experience in parts(setup, whole):
             prefix, onward = cut(prefill(setup.model, experience.batch))
-            replies = Replies.of(experience.batch, experience.rollout, experience.lengths, experience.live)
+            replies = Replies.of(experience.batch, experience.rollout.ids, experience.lengths, experience.live)
             logprob, _ = reply_logprob(setup.model, prefix, replies, setup.config.temperature)
             del prefix
             backward(setup.config, experience, replies, logprob, totals)
@@ -287,14 +287,14 @@ def learn(setup: Setup, reference: Reference | None, experience: Experience, pre
     config = setup.config
     totals.add(cost=sum(setup.cost(prompt, sum(n)) for prompt, n in zip(experience.batch.prompts, experience.lengths, strict=True)))
     totals.add(room=float(setup.budget.tokens))
-    replies = Replies.of(experience.batch, experience.rollout, experience.lengths, experience.live)
+    replies = Replies.of(experience.batch, experience.rollout.ids, experience.lengths, experience.live)
     prefix, onward = cut(prefix)
     logprob, entropy = reply_logprob(setup.model, prefix, replies, config.temperature)
     alive, anchor = select(setup, experience, experience.live), None
     if reference is not None:
         with torch.no_grad(), reference.model() as base:
             shared = prefix.features if alive is experience and not trains_vision(setup.model) else None  # a frozen tower sees for both
-            theirs = Replies.of(alive.batch, alive.rollout, alive.lengths, alive.live)
+            theirs = Replies.of(alive.batch, alive.rollout.ids, alive.lengths, alive.live)
             anchor, _ = reply_logprob(base, prefill(base, alive.batch, shared), theirs, config.temperature)
     del prefix
     backward(config, replace(experience, reference=anchor), replies, logprob, totals)

@@ -8,7 +8,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from locus_fast.model.families import interleave
 from locus_fast.model.policy import use_attention
 from locus_fast.model.preprocess import PatchSpec
-from locus_fast.types import Prompt
+from locus_fast.model.prompts import Prompt
 
 VOCABULARY, IMAGE, VIDEO, START, END = 320, 300, 301, 302, 303
 CLASSES = {

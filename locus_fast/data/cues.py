@@ -11,17 +11,17 @@ import numpy as np
 
 from locus_fast.data import BoxTable
 from locus_fast.data.cutting import SIZE_CLASSES, CueRecipe, class_of, cut_cue, random_box, size_class_of
+from locus_fast.data.example import Example
 from locus_fast.data.images import ImageError, load_rgb
 from locus_fast.data.split import Split, ranked_pictures, split_boxes, split_images
 from locus_fast.errors import UserError
-from locus_fast.types import Example
 
 _MOST_FAILURES = 50  # unusable images in a row
 _HELD_OUT_STREAM = (0x68656C64, 0x6F757400)  # never the start of a training stream, which is (seed, index)
 
 
 class FileCues:
-    """Examples from a BoxTable; a `locus_fast.types.CueSource`.
+    """Examples from a BoxTable; a `locus_fast.data.example.CueSource`.
 
     Pictures are held out whole, whatever their files are called (`locus_fast.data.split`). The choice depends on
     the data and the recipe, not on the training seed. If none of the images that would be asked can be used,

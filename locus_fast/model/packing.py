@@ -18,7 +18,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 
 from locus_fast.errors import UserError
 from locus_fast.model.preprocess import patches_of
-from locus_fast.types import Prompt, Rollout
+from locus_fast.model.prompts import Prompt
 
 
 def best_fit(costs: Sequence[float], budget: float) -> list[list[int]]:
@@ -142,9 +142,10 @@ class Replies:
     predictor: Tensor  # int64 [T], where each token's predicting state stands in cat(prompts' last states [B], reply states [T_in])
 
     @staticmethod
-    def of(batch: PromptBatch, rollout: Rollout, lengths: Sequence[Sequence[int]], groups: Sequence[int]) -> Replies:
-        """lengths: of each prompt's replies, on the host, their rows one after the other; groups: the prompts whose replies are wanted, ascending."""
-        B, device, chosen = len(batch.lengths), rollout.ids.device, set(groups)
+    def of(batch: PromptBatch, ids: Tensor, lengths: Sequence[Sequence[int]], groups: Sequence[int]) -> Replies:
+        """ids: int64 [R, L], the sampled tokens, the rows of a group one after the other; lengths: of each prompt's
+        replies, on the host; groups: the prompts whose replies are wanted, ascending."""
+        B, device, chosen = len(batch.lengths), ids.device, set(groups)
         group_R = np.repeat(np.arange(B), [len(group) for group in lengths])
         wanted = np.flatnonzero(np.isin(group_R, list(groups)))
         length = np.array([n for b in groups for n in lengths[b]], dtype=np.int64)
@@ -160,7 +161,7 @@ class Replies:
         )
         return Replies(
             layout=SharedPrefixLayout.of(batch.pairs.queries, fed_lengths),
-            ids=rollout.ids[row_T, place_T],
+            ids=ids[row_T, place_T],
             row=row_T,
             place=place_T,
             fed=fed_T,

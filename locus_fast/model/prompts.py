@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from locus_fast.data.example import Example
 from locus_fast.errors import UserError, reason
 from locus_fast.model.families import Frame, family_of, frame_of
-from locus_fast.model.preprocess import PatchSpec
-from locus_fast.types import Example, Prompt
+from locus_fast.model.preprocess import PatchSpec, patches_of
 
 # The recipe's wording is a fact of the paper; "{units}" is "pixel coordinates" there.
 THINK = (
@@ -22,6 +24,27 @@ DIRECT = "Answer with the bounding box [x1, y1, x2, y2] of the second image in t
 QUESTIONS = {"think": THINK, "direct": DIRECT}
 GRAMMAR = {"think": "think_answer", "direct": "direct"}  # the reply structure that the format reward asks for
 WHICH_BOX = {"think": "answer", "direct": "first"}  # the box that counts
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One example as the model reads it."""
+
+    ids: Tensor  # int64 [P], image placeholders expanded
+    position: Tensor  # int64 [3, P]: temporal, row and column rotary positions
+    pixels: Tensor  # uint8, the bytes [height, width, 3] of image and cue as resized, end to end
+    grids: Tensor  # int64 [images, 3]: frames, rows, columns of patches
+    spec: PatchSpec  # how patches are made of them
+    target: Tensor  # float32 [4]: the true box in the family's coordinate frame
+    scale: Tensor  # float32 [4]: frame units per pixel of the original image
+    size_class: str
+    source: str
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def patches(self) -> Tensor:
+        """What a plain model takes, made on the host at every call: float32 [patches, 3 * frames * patch**2]. A batch makes its own on its device."""
+        return patches_of(self.pixels, self.grids, self.spec)
 
 
 def template_pieces(tokenizer: Any, text: str, images: int, placeholder: int) -> list[list[int]]:

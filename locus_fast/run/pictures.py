@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from locus_fast.data.example import CueSource, Example
 from locus_fast.evaluate import Evaluation
-from locus_fast.types import CueSource, Example
 from locus_fast.writing import written
 
 PICTURES = 8  # held-out examples shown in samples.png

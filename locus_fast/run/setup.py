@@ -24,20 +24,20 @@ from locus_fast.data import read_boxes
 from locus_fast.data.collapse import refuse_collapsed
 from locus_fast.data.cues import FileCues
 from locus_fast.data.cutting import CueRecipe
+from locus_fast.data.example import CueSource
 from locus_fast.errors import UserError
 from locus_fast.model.adapter_files import base_of, is_adapter_folder
 from locus_fast.model.adapters import add_adapters, keep_adapters, merge_adapters, train_further
 from locus_fast.model.packing import PromptBatch, pack
 from locus_fast.model.policy import use_attention
 from locus_fast.model.preprocess import describe_limits
-from locus_fast.model.prompts import GRAMMAR, WHICH_BOX, Prompter
+from locus_fast.model.prompts import GRAMMAR, WHICH_BOX, Prompt, Prompter
 from locus_fast.model.quantize import quantize
 from locus_fast.run.disk import check_disk
 from locus_fast.run.given import describe, role_of, settle
 from locus_fast.step.budget import Budget, check_rank, plan_for
-from locus_fast.step.rollout import Decoder, Vocabulary
+from locus_fast.step.rollout import Decoder, Rollout, Vocabulary
 from locus_fast.tiny.scenes import SceneCues
-from locus_fast.types import CueSource, Prompt, Rollout
 from locus_fast.weights.adapter_reader import read_adapters
 from locus_fast.weights.checkpoint import is_hub_id, load_source, model_folder, weight_dtype
 from locus_fast.weights.finite import first_not_finite

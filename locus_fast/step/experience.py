@@ -11,7 +11,7 @@ from torch import Tensor
 
 from locus_fast.model.packing import PromptBatch, pack
 from locus_fast.run.setup import Setup
-from locus_fast.types import Rollout
+from locus_fast.step.rollout import Rollout
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from locus_fast.cost.flops import rates
-from locus_fast.types import Prompt
+from locus_fast.model.prompts import Prompt
 
 
 class Totals:

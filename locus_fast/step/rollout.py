@@ -23,7 +23,6 @@ from torch import Tensor
 from locus_fast.cost.shapes import LADDER, PROMPT_STEP
 from locus_fast.errors import UserError
 from locus_fast.model.policy import Prefix, next_logits
-from locus_fast.types import Rollout
 
 LAG = 4  # steps that CUDA has queued while the host decides on the next
 
@@ -31,6 +30,15 @@ LAG = 4  # steps that CUDA has queued while the host decides on the next
 def rung(rows: int) -> int:
     """The fewest slots of the ladder that hold so many rows."""
     return next((n for n in LADDER if n >= rows), rows)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What was sampled for B prompts, G replies each; row r belongs to prompt r // G."""
+
+    ids: Tensor  # int64 [R, L]; past a reply's length a stop id
+    lengths: Tensor  # int64 [R], the stop token included
+    logprob: Tensor  # float32 [R, L], the sampler's; 0 past the length
 
 
 @dataclass(frozen=True)

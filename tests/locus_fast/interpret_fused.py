@@ -55,7 +55,7 @@ def task(family: str, dtype: torch.dtype = torch.float32):
 
 def trained(model, batch: PromptBatch, played: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
-    replies = Replies.of(batch, played, [[3, 1], [2, 2]], range(2))
+    replies = Replies.of(batch, played.ids, [[3, 1], [2, 2]], range(2))
     logprob, _ = reply_logprob(model, prefill(model, batch), replies, 1.0)
     logprob.sum().backward()
     return logprob.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -20,9 +20,10 @@ from locus_fast.model.families import interleave
 from locus_fast.model.packing import PromptBatch, Replies
 from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
 from locus_fast.model.preprocess import PatchSpec
+from locus_fast.model.prompts import Prompt
 from locus_fast.model.quantize import quantize
 from locus_fast.step.optim import PARTS, make_optimizer, parameter_groups
-from locus_fast.types import Prompt, Rollout
+from locus_fast.step.rollout import Rollout
 from locus_fast.weights.adapter_reader import read_adapters
 from locus_fast.weights.checkpoint import TINY_BASE, load_model, save_adapters, save_model
 from locus_fast.weights.source import read_source
@@ -64,7 +65,7 @@ def drawn(config, seed: int = 0, device: torch.device = CPU) -> tuple[list[Promp
     batch = PromptBatch.of(prompts, config, device)
     ids = torch.randint(3, 200, (2 * GROUP, REPLY), generator=rng).to(device)
     rollout = Rollout(ids, torch.full((2 * GROUP,), REPLY, device=device), torch.zeros(2 * GROUP, REPLY, device=device))
-    return prompts, batch, Replies.of(batch, rollout, [[REPLY] * GROUP] * 2, [0, 1])
+    return prompts, batch, Replies.of(batch, rollout.ids, [[REPLY] * GROUP] * 2, [0, 1])
 
 
 def logprobs(model, seed: int = 0) -> torch.Tensor:

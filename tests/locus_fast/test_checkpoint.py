@@ -18,9 +18,9 @@ from locus_fast.model.families import interleave
 from locus_fast.model.packing import PromptBatch
 from locus_fast.model.policy import prefill
 from locus_fast.model.preprocess import PatchSpec
+from locus_fast.model.prompts import Prompt
 from locus_fast.step.optim import PARTS, make_optimizer, parameter_groups
 from locus_fast.step.rollout import Vocabulary
-from locus_fast.types import Prompt
 from locus_fast.weights import checkpoint, shards
 from locus_fast.weights.checkpoint import load_checkpoint, load_model, save_checkpoint, save_model
 from tests.published import FAMILIES, PHOTOGRAPHS, write_checkpoint, write_shards

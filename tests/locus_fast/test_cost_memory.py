@@ -16,11 +16,11 @@ from locus_fast.model.adapters import add_adapters
 from locus_fast.model.fused import fuse
 from locus_fast.model.packing import PromptBatch, Replies
 from locus_fast.model.policy import checkpoint_activations, cut, prefill, reply_logprob
+from locus_fast.model.prompts import Prompt
 from locus_fast.model.quantize import quantize
 from locus_fast.model.reference import Reference, make_reference
 from locus_fast.step.optim import parameter_groups
 from locus_fast.step.rollout import Decoder, Sampling, Vocabulary
-from locus_fast.types import Prompt
 from tests.locus_fast.cost_cases import ENDLESS, FAMILIES, group_like, work
 from tests.locus_fast.liger_cases import leave_kernels_out
 from tests.locus_fast.test_adapters import needs_peft
@@ -47,7 +47,7 @@ def engine_step(model, reference: Reference | None, prompts: list[Prompt], group
     prefix, decoder = prefill(model, batch), Decoder(model, Vocabulary(torch.arange(model.lm_head.out_features) < 3, torch.arange(3)))
     longest = max(max(group.replies) for group in groups)
     played = decoder.generate(prefix, Sampling(len(groups[0].replies), longest, 1.0, 1.0), seed=0, groups=range(len(groups)))
-    replies = Replies.of(batch, played, [list(group.replies) for group in groups], range(len(groups)))
+    replies = Replies.of(batch, played.ids, [list(group.replies) for group in groups], range(len(groups)))
     prefix, onward = (prefix, lambda: None) if whole else cut(prefix)
     logprob, _ = reply_logprob(model, prefix, replies, 1.0)
     del prefix

@@ -24,7 +24,7 @@ def task(family: str, device: str, dtype: torch.dtype):
 
 
 def trained(model, batch, played) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    replies = Replies.of(batch, played, played.lengths.view(3, 7).tolist(), range(3))
+    replies = Replies.of(batch, played.ids, played.lengths.view(3, 7).tolist(), range(3))
     logprob, _ = reply_logprob(model, prefill(model, batch), replies, SAMPLING.temperature)
     logprob.sum().backward()
     return logprob.detach().cpu(), {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
@@ -79,7 +79,7 @@ def test_nothing_waits_but_the_count_of_running_replies() -> None:
     try:
         again = PromptBatch.of(batch.prompts, model.config, "cuda")
         played = decoder.generate(prefill(model, again), SAMPLING, seed=4, groups=[3, 0, 9])
-        replies = Replies.of(again, played, [[3] * 7] * 3, range(3))
+        replies = Replies.of(again, played.ids, [[3] * 7] * 3, range(3))
         reply_logprob(model, prefill(model, again), replies, 1.0)[0].sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

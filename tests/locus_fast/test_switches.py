@@ -140,7 +140,7 @@ def test_settings_that_are_honoured(name: str, family: str, tmp_path: Path) -> N
     vocabulary = Vocabulary(torch.arange(model.lm_head.weight.shape[0]) < 200, torch.tensor([2]))
     rollout = Decoder(model, vocabulary).generate(prefix, Sampling(GROUP, 6, 1.0, 1.0), seed=0, groups=[0, 1])
     lengths = rollout.lengths.tolist()
-    again = Replies.of(batch, rollout, [lengths[:GROUP], lengths[GROUP:]], [0, 1])
+    again = Replies.of(batch, rollout.ids, [lengths[:GROUP], lengths[GROUP:]], [0, 1])
     sampled = torch.cat([rollout.logprob[r, :n] for r, n in enumerate(lengths)])
     torch.testing.assert_close(reply_logprob(model, prefix, again, 1.0)[0], sampled, rtol=0, atol=2e-5)
 

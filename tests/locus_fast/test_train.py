@@ -25,7 +25,7 @@ from locus_fast.errors import UserError
 from locus_fast.model.packing import PromptBatch
 from locus_fast.model.policy import prefill
 from locus_fast.run.setup import set_up
-from locus_fast.types import Rollout
+from locus_fast.step.rollout import Rollout
 from locus_fast.weights.checkpoint import TINY_BASE
 
 SHORT = ["--steps", "3", "--prompts", "6", "--eval-cues", "12", "--tokens", "1500", "--device", "cpu"]
