@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from locus_fast.config.settings import MAX_PIXELS
 from locus_fast.errors import UserError
 
-MAX_PIXELS = 178_956_970  # Pillow's own line between a large photograph and a decompression bomb
 MIN_SIDE = 16  # px: the smallest crop that the task cuts must fit
 MAX_ASPECT = 200  # the vision processors refuse longer images
 

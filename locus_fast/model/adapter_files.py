@@ -17,8 +17,8 @@ from torch import Tensor
 
 from locus_fast.errors import UserError
 from locus_fast.files import save_tensors
+from locus_fast.libraries import optional
 from locus_fast.model.quantize import PROJECTIONS
-from locus_fast.run.libraries import optional
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in peft's files

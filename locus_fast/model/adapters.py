@@ -27,9 +27,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from locus_fast.errors import UserError
+from locus_fast.libraries import optional
 from locus_fast.model.adapter_files import LAYERS, PREFIX, WEIGHTS, Pair, joined, named_tensors, peft_config, write_pairs
 from locus_fast.model.quantize import PROJECTIONS, language_linears, linear_names, weight_of
-from locus_fast.run.libraries import optional
 
 NAME = "default"  # of the adapters that are trained; peft's name of an only one
 GIVEN = "given"  # of those that stay as they were given

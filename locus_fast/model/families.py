@@ -1,22 +1,10 @@
-"""What a model family adds to its architecture in `transformers`, one small record each, and the rules that
-the records name.
+"""The model families: one record each, which every other module asks.
 
-A record says how a family speaks of places and how its prompts are laid out. The rest of that is read from a
-checkpoint's own files: patch sizes and the placeholder's id from config.json, normalisation from the
-processor's config, the turns of a conversation and a thinking model's opening from its chat template.
-
-A record alone does not add a family. One with the architecture of Qwen2.5-VL or Qwen3-VL under another
-`model_type` is also to be made known to `cost/shapes.py` (dimensions, parameters and FLOPs; it refuses what
-it does not know), `cost/traffic.py` (kernels that a layer starts) and `switches.py` (settings that are
-computed exactly). Another architecture needs changes in these too:
-
-- `packing.py`: what its vision tower derives from the images' grids, and the placeholder's id, `image_token_id`;
-- `policy.py`, `rollout.py`, `reference.py`: the parts' names `visual` and `language_model`, how features enter the
-  language model's layers, and the decoding step;
-- `fused.py`: the modules that have a fused counterpart;
-- `quantize.py`, `adapter_files.py`: the linear layers that take adapters and 4-bit weights, and their names;
-- `optim.py`: which parameters are of the tower, the projector and the language model (`part_of`);
-- `held_name` below: where `transformers` has moved tensors since the checkpoints were published.
+To add a family, add an entry to `FAMILIES` under its config's `model_type`. A family with the modules of one that is
+here names that `Architecture` and what differs in how it is asked; one with modules of its own needs an `Architecture`
+record besides, and where its code in `transformers` differs by more than the record says, code that reads the new
+trait. The rest is read from a checkpoint's own files: sizes and the placeholder's id from config.json, normalisation
+from the processor's config, the turns of a conversation and a thinking model's opening from its chat template.
 """
 
 from __future__ import annotations
@@ -29,8 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from locus_fast.cost.shapes import ModelShape, TextShape, VisionShape
+from locus_fast.data.resize import resize
 from locus_fast.errors import UserError
-from locus_fast.model.preprocess import resize
+
+PARTS = ("vision", "projector", "language")  # of a model, each with a learning rate of its own
 
 
 @dataclass(frozen=True)
@@ -76,19 +67,65 @@ def interleave(pieces: Sequence[Sequence[int]], cells: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
+class Architecture:
+    """How a family's modules in `transformers` are built, beyond what its config says."""
+
+    name: str  # in the cost ledger's table of kernel launches
+    gated_vision: bool  # the tower's MLPs have a gate, and its norms are RMSNorms
+    windows: bool  # most blocks of the tower attend within windows
+    deepstack: bool  # states of some blocks are added to the first language layers
+    position_table: bool  # the tower has a learned position table
+    qk_norm: bool  # queries and keys are normalised, and biased only where the config says so
+    free_head_dim: bool  # the config may state a head dimension other than hidden_size / num_attention_heads
+    interleaved_rotary: bool  # every third frequency is of one axis; else those of an axis are together
+    rotary_sections: tuple[int, int, int]  # frequencies of the three axes where a config gives none
+    projector: tuple[str, ...]  # names, inside the tower, of the modules that project to the language model
+
+
+QWEN2_5_VL = Architecture(
+    name="qwen2_5_vl",
+    gated_vision=True,
+    windows=True,
+    deepstack=False,
+    position_table=False,
+    qk_norm=False,
+    free_head_dim=False,
+    interleaved_rotary=False,
+    rotary_sections=(16, 24, 24),
+    projector=("merger",),
+)
+QWEN3_VL = Architecture(
+    name="qwen3_vl",
+    gated_vision=False,
+    windows=False,
+    deepstack=True,
+    position_table=True,
+    qk_norm=True,
+    free_head_dim=True,
+    interleaved_rotary=True,
+    rotary_sections=(24, 20, 20),
+    projector=("merger", "deepstack_merger_list"),
+)
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family."""
 
+    architecture: Architecture
     extent: int | None  # coordinate frame: see Frame
-    resize: Callable[..., np.ndarray] = resize  # resize rule: (image, *, factor, min_pixels, max_pixels) -> image
-    placeholder: str = "image_token_id"  # the config's name for the id that stands once for every language token of an image
-    positions: Callable[..., tuple[Tensor, Tensor]] = interleave  # position rule: (pieces, cells, placeholder) -> ids, position
+    resize: Callable[..., np.ndarray] = resize  # rule: (image, *, factor, min_pixels, max_pixels) -> image
+    placeholder: str = "image_token_id"  # the config's name for the id that stands for every language token of an image
+    positions: Callable[..., tuple[Tensor, Tensor]] = interleave  # rule: (pieces, cells, placeholder) -> ids, position
     stop: str = "<|im_end|>"  # ends a turn: replies stop at it, besides what generation_config.json names
     thinking: str = "<think>"  # a template whose generation prompt ends in it has begun the reply's thinking
 
 
 # MiMo-VL is a Qwen2.5-VL by its config, and speaks of pixels too; its template, tokenizer and sizes are in its folder.
-FAMILIES = {"qwen2_5_vl": Family(extent=None), "qwen3_vl": Family(extent=1000)}
+FAMILIES = {
+    "qwen2_5_vl": Family(QWEN2_5_VL, extent=None),
+    "qwen3_vl": Family(QWEN3_VL, extent=1000),
+}
 
 
 def family_of(config: Any) -> Family:
@@ -107,6 +144,52 @@ def frame_of(config: Any) -> Frame:
     """The frame of a model, from its config: the family's, unless the config names its own
     `coordinate_extent`."""
     return Frame(getattr(config, "coordinate_extent", family_of(config).extent))
+
+
+def shape_of(config: Any) -> ModelShape:
+    """The dimensions of a model for the cost ledger, from its config. Raises UserError for an unknown family."""
+    kind, text, vision = family_of(config).architecture, config.text_config, config.vision_config
+    head_dim = getattr(text, "head_dim", None) if kind.free_head_dim else None
+    return ModelShape(
+        kind.name,
+        VisionShape(
+            depth=vision.depth,
+            hidden=vision.hidden_size,
+            heads=vision.num_heads,
+            intermediate=vision.intermediate_size,
+            out=vision.out_hidden_size,
+            patch=vision.patch_size,
+            merge=vision.spatial_merge_size,
+            frames=vision.temporal_patch_size,
+            channels=vision.in_channels,
+            gated=kind.gated_vision,
+            window=vision.window_size if kind.windows else 0,
+            full=tuple(vision.fullatt_block_indexes) if kind.windows else (),
+            deepstack=tuple(vision.deepstack_visual_indexes) if kind.deepstack else (),
+            positions=vision.num_position_embeddings if kind.position_table else 0,
+        ),
+        TextShape(
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            heads=text.num_attention_heads,
+            kv_heads=text.num_key_value_heads,
+            head_dim=head_dim or text.hidden_size // text.num_attention_heads,
+            intermediate=text.intermediate_size,
+            vocabulary=text.vocab_size,
+            tied=bool(config.tie_word_embeddings),
+            qkv_bias=bool(text.attention_bias) if kind.qk_norm else True,
+            qk_norm=kind.qk_norm,
+        ),
+    )
+
+
+def part_of(name: str, family: Family) -> str:
+    """The part, one of `PARTS`, that a parameter belongs to by its name, which may have a prefix (adapters wrap the
+    model)."""
+    words = name.split(".")
+    if "visual" not in words:
+        return "language"
+    return "projector" if {*words} & {*family.architecture.projector} else "vision"
 
 
 def held_name(stored: str, names: Container[str]) -> str | None:

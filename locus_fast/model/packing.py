@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids, get_vision_window_index
 
 from locus_fast.errors import UserError
+from locus_fast.model.families import family_of
 from locus_fast.model.preprocess import patches_of
 from locus_fast.model.prompts import Prompt
 
@@ -50,7 +51,7 @@ def pack(prompts: Sequence[Prompt], costs: Sequence[float], budget: float) -> li
         if each > budget:
             raise UserError(
                 f"{prompt.source}: its prompt of {len(prompt.ids)} tokens, its images and its replies cost as much as {each:.0f} tokens, more than "
-                f"a microbatch of {budget:.0f}; raise --tokens, or lower the most of --image-pixels, --replies or --max-tokens."
+                f"a microbatch of {budget:.0f}; raise --microbatch-tokens, or lower the most of --image-pixels, --group-size or --max-new-tokens."
             )
     return best_fit(costs, budget)
 
@@ -119,7 +120,7 @@ class PromptBatch:
             ids=send(ids, device),
             position=send(torch.cat([p.position for p in prompts], 1), device),
             last=send(torch.tensor(packed.starts[1:]) - 1, device),
-            image_place=send(torch.from_numpy(np.flatnonzero(ids.numpy() == config.image_token_id)), device),
+            image_place=send(torch.from_numpy(np.flatnonzero(ids.numpy() == getattr(config, family_of(config).placeholder))), device),
             patches=patches_of(send(torch.cat([p.pixels for p in prompts]), device), grids, prompts[0].spec),
             grids=grids,
             target=send(torch.stack([p.target for p in prompts]), device),

@@ -15,6 +15,7 @@ from locus_kernels.patchify.reference import normalization
 from PIL import Image
 from torch import Tensor
 
+from locus_fast.data.resize import grid_size
 from locus_fast.errors import UserError
 from locus_fast.model.processor import processor_config
 
@@ -63,27 +64,6 @@ def _same(got: Any, value: Any) -> bool:
     if isinstance(got, bool) or isinstance(value, bool) or not isinstance(got, int | float):
         return got is value
     return math.isclose(got, value, rel_tol=1e-6)
-
-
-def grid_size(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The (height, width) an image is resized to: multiples of `factor`, the aspect ratio kept as far as that allows, and the area between
-    min_pixels and max_pixels. This is the rule that Qwen2-VL published and its successors kept."""
-    rows, columns = (round(side / factor) * factor for side in (height, width))
-    if rows * columns > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rows, columns = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
-    elif rows * columns < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
-    return rows, columns
-
-
-def resize(image: np.ndarray, *, factor: int, min_pixels: int, max_pixels: int) -> np.ndarray:
-    """`image` (uint8 [height, width, 3]) at its grid size, bicubic and antialiased as PIL does it."""
-    rows, columns = grid_size(*image.shape[:2], factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
-    if (rows, columns) == image.shape[:2]:
-        return image
-    return np.asarray(Image.fromarray(image).resize((columns, rows), Image.Resampling.BICUBIC))
 
 
 def describe_limits(here: tuple[int, int], own: tuple[int, int], factor: int, exported: bool) -> str:

@@ -21,9 +21,22 @@ THINK = (
     "<answer> </answer>, that is: <think> reasoning </think><answer> [x1, y1, x2, y2] </answer>."
 )
 DIRECT = "Answer with the bounding box [x1, y1, x2, y2] of the second image in the first, in {units}."
-QUESTIONS = {"think": THINK, "direct": DIRECT}
-GRAMMAR = {"think": "think_answer", "direct": "direct"}  # the reply structure that the format reward asks for
-WHICH_BOX = {"think": "answer", "direct": "first"}  # the box that counts
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """A way to ask, and how its replies are read: see `locus_kernels.box_reward` for the last two."""
+
+    text: str
+    thinks: bool  # the answer comes after a thinking
+    grammar: str  # the reply structure that the format reward asks for
+    which: str  # the box of a reply that counts
+
+
+PROMPT_STYLES = {
+    "think": PromptStyle(THINK, thinks=True, grammar="think_answer", which="answer"),
+    "direct": PromptStyle(DIRECT, thinks=False, grammar="direct", which="first"),
+}
 
 
 @dataclass(frozen=True)
@@ -66,9 +79,9 @@ def template_pieces(tokenizer: Any, text: str, images: int, placeholder: int) ->
     return [ids[start + 1 : end] for start, end in zip([-1, *at], [*at, len(ids)], strict=True)]
 
 
-def question_pieces(tokenizer: Any, question: str, frame: Frame, placeholder: int) -> tuple[list[int], list[int], list[int]]:
+def question_pieces(tokenizer: Any, style: PromptStyle, frame: Frame, placeholder: int) -> tuple[list[int], list[int], list[int]]:
     """The token ids before, between and after the two images. UserError if the chat template has no place for two images."""
-    before, between, after = template_pieces(tokenizer, QUESTIONS[question].format(units=frame.units), 2, placeholder)
+    before, between, after = template_pieces(tokenizer, style.text.format(units=frame.units), 2, placeholder)
     return before, between, after
 
 
@@ -81,34 +94,35 @@ class Prompter:
         config: Any,
         spec: PatchSpec,
         *,
-        question: str,
+        style: str,
         image_pixels: tuple[int, int],
         cue_pixels: tuple[int, int],
         answer_prefix: str = "",
     ):
-        """image_pixels, cue_pixels: fewest and most pixels of the resized image and cue. answer_prefix: text that every reply begins with; it is
+        """style: a name in `PROMPT_STYLES`. image_pixels, cue_pixels: fewest and most pixels of the resized image and cue. answer_prefix: text that every reply begins with; it is
         part of the prompt, so it is neither sampled nor trained on, and `opening` has its ids for the reader."""
         self.family, self.frame, self.spec = family_of(config), frame_of(config), spec
         self.pixels = (image_pixels, cue_pixels)
         self.placeholder: int = getattr(config, self.family.placeholder)
-        self.pieces = question_pieces(tokenizer, question, self.frame, self.placeholder)
+        self.style = PROMPT_STYLES[style]
+        self.pieces = question_pieces(tokenizer, self.style, self.frame, self.placeholder)
         start, end = self.family.thinking, self.family.thinking.replace("<", "</")
         opened = tokenizer.decode(self.pieces[2]).rstrip().endswith(start)  # a thinking model's template may begin the reply itself
         self.is_thinking = opened and end not in answer_prefix  # what a reply says at first is no answer yet
         said = [start, answer_prefix] if opened else [answer_prefix]
-        if question == "direct" and opened and not self.is_thinking:
+        if opened and not (self.style.thinks or self.is_thinking):
             said = [answer_prefix.partition(end)[2]]  # the reply to such a question begins where the thinking has ended
         self.opening: list[int] = [id for text in said for id in tokenizer.encode(text, add_special_tokens=False)]
         self.pieces = (*self.pieces[:2], [*self.pieces[2], *tokenizer.encode(answer_prefix, add_special_tokens=False)])
 
-    def check_question(self, question: str) -> None:
+    def check_style(self) -> None:
         """Raises UserError for a question whose answer is read from the first word on, if the prompt has begun a
         thinking: a box said in it would count, and the format could never be earned."""
         start = self.family.thinking
-        if question == "direct" and self.is_thinking:
+        if self.is_thinking and not self.style.thinks:
             raise UserError(
-                f"--question direct: the model's chat template begins every reply with {start}, where a box is no answer "
-                f"yet; ask with --question think, or end the thinking at once with --answer-prefix "
+                f"--prompt-style direct: the model's chat template begins every reply with {start}, where a box is no answer "
+                f"yet; ask with --prompt-style think, or end the thinking at once with --answer-prefix "
                 f"'{start.replace('<', '</')}'."
             )
 

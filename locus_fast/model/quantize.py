@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from locus_fast.run.libraries import optional
+from locus_fast.libraries import optional
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 KINDS = ("nf4", "int8")

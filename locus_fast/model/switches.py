@@ -18,6 +18,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from locus_fast.errors import UserError
+from locus_fast.model.families import Architecture, family_of
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,6 @@ VISION: dict[str, Values] = {
     "return_dict": TRUE,
 }
 FOREIGN = ("attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size")  # refused if set, in any part
-# What differs by family: for Qwen2.5-VL an axis' frequencies are together, for Qwen3-VL every third.
-INTERLEAVED = {"qwen2_5_vl": False, "qwen3_vl": True}
-SECTIONS = {"qwen2_5_vl": [16, 24, 24], "qwen3_vl": [24, 20, 20]}  # where a config gives none
 GENERAL = {field.name for field in dataclasses.fields(PretrainedConfig)} if dataclasses.is_dataclass(PretrainedConfig) else set()
 
 
@@ -109,7 +107,7 @@ def check_switches(file: Path, config: Any) -> None:
 
     config: as `transformers` read it from the file.
     """
-    text, vision, family = config.get_text_config(), config.vision_config, config.model_type
+    text, vision, kind = config.get_text_config(), config.vision_config, family_of(config).architecture
     for part, table in ((text, TEXT), (vision, VISION)):
         for key, values in table.items():
             if hasattr(part, key):
@@ -117,10 +115,10 @@ def check_switches(file: Path, config: Any) -> None:
         for key in FOREIGN:
             _check(file, part, key, getattr(part, key, None) or getattr(config, key, None), UNSET)
         _check_unknown(file, part, table)
-    _check_rotary(file, text, family)
+    _check_rotary(file, text, kind)
     width, heads = text.hidden_size, text.hidden_size // text.num_attention_heads
     _check(file, vision, "out_hidden_size", vision.out_hidden_size, _only(width, "hidden_size of the language model"))
-    if family == "qwen2_5_vl":  # whose attention takes no other, though its rotary embedding would
+    if not kind.free_head_dim:  # its attention takes no other, though its rotary embedding would
         _check(file, text, "head_dim", _head_dim(text), _only(heads, "hidden_size / num_attention_heads"))
 
 
@@ -146,15 +144,15 @@ def _check_unknown(file: Path, part: Any, table: Mapping[str, Values]) -> None:
             _check(file, part, field.name, getattr(part, field.name), _only(field.default, "no other value is known here"))
 
 
-def _check_rotary(file: Path, text: Any, family: str) -> None:
+def _check_rotary(file: Path, text: Any, kind: Architecture) -> None:
     """Raises UserError unless the rotary frequencies are of a known kind and shared out among the three axes:
     no tensor's shape would show it."""
     rotary, half = text.rope_parameters or {}, _head_dim(text) // 2
     for key, values in ROTARY.items():
         _check(file, text, key, rotary.get(key), values)
     if rotary.get("mrope_interleaved") is not None:
-        _check(file, text, "mrope_interleaved", rotary["mrope_interleaved"], _only(INTERLEAVED[family], f"as {family} is computed"))
-    sections = rotary.get("mrope_section", SECTIONS[family])
+        _check(file, text, "mrope_interleaved", rotary["mrope_interleaved"], _only(kind.interleaved_rotary, f"as {kind.name} is computed"))
+    sections = rotary.get("mrope_section", kind.rotary_sections)
     if not isinstance(sections, list | tuple) or len(sections) != 3 or sum(sections) != half:
         words = f"three numbers that add up to {half}, half a head's dimension"
         raise UserError(f"{file}: mrope_section {sections} must be {words}.")

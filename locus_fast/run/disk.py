@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from locus_fast.config import Config
-from locus_fast.cost.shapes import ModelShape
 from locus_fast.errors import UserError
-from locus_fast.step.budget import state_bytes, trained_by
+from locus_fast.model.families import shape_of
+from locus_fast.run.plan import state_bytes, trained_by
 from locus_fast.weights.shards import weight_files
 from locus_fast.weights.source import Source
 
@@ -22,7 +22,7 @@ def check_disk(config: Config, source: Source, kind: torch.dtype, out: Path) -> 
 
     A checkpoint is the weights in their dtype of training, `kind`, and the optimizer's state of those that are trained; adapters are not counted.
     """
-    shape = ModelShape.of(source.config)
+    shape = shape_of(source.config)
     each = 0 if config.lora else shape.parameters * kind.itemsize + trained_by(config).parameters(shape) * state_bytes(config, kind)
     count = checkpoints_due(config, out)
     final = sum(file.stat().st_size for file in weight_files(source.folder)) if config.export == "merged" else 0
@@ -40,6 +40,6 @@ def checkpoints_due(config: Config, out: Path) -> int:
     """How many checkpoints the run is still to write: one each `save_every` steps and one at the end, less those that
     lie there."""
     every, last = config.save_every, config.steps
-    there = [int(folder.name[5:]) for folder in (out / "checkpoints").glob("step-" + "[0-9]" * 6)]
+    there = [int(folder.name[5:]) for folder in (out / "checkpoints").glob("step-[0-9]*[0-9]")]
     done = [step for step in there if step == last or (every and 0 < step < last and step % every == 0)]
     return 1 + ((last - 1) // every if every else 0) - len(done)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from locus_fast.data.example import CueSource, Example
-from locus_fast.evaluate import Evaluation
-from locus_fast.writing import written
+from locus_fast.files import written
+from locus_fast.run.evaluation import Evaluation
 
 PICTURES = 8  # held-out examples shown in samples.png
 COLOURS = {"true box": "#00d060", "base": "#ff9500", "trained": "#ff2d78"}

@@ -15,16 +15,18 @@ from typing import Any
 import torch
 
 from locus_fast.config import Config, of_run, stored
+from locus_fast.config.options import option_of
+from locus_fast.config.presets import with_new_names
 from locus_fast.errors import UserError
+from locus_fast.files import write_text
 from locus_fast.model.adapter_files import WEIGHTS, is_adapter_folder
+from locus_fast.run.folder import CURVE, FINAL, METRICS, SAMPLES, SUMMARY, fresh
 from locus_fast.run.pictures import draw_curve
 from locus_fast.run.report import Metrics
-from locus_fast.step.optim import default_optimizer
+from locus_fast.step.optimizers import default_optimizer
 from locus_fast.weights.checkpoint import checkpoints, latest_checkpoint, trained_with, verify_checkpoint
 from locus_fast.weights.shards import read_header, weight_files
-from locus_fast.writing import write_text
 
-METRICS, SUMMARY, CURVE, SAMPLES, FINAL = "metrics.jsonl", "summary.json", "curve.png", "samples.png", "final"
 FIGURES = ("n", "mean_iou", "acc50", "acc75", "valid")  # of an evaluation's summary
 NUMBERS = ("seconds", "rollouts_per_s", "unique_tokens_per_s")  # of a line of metrics, for the throughput
 
@@ -157,7 +159,7 @@ def has_final(config: Config, begun: Begun) -> bool:
 def changed_options(config: Config, begun: Begun) -> list[str]:
     """The options that were given another value than the run has stored."""
     settings = vars(Config()) | begun.stored
-    return [f"--{name.replace('_', '-')}" for name, value in vars(config).items() if name != "resume" and value != settings[name]]
+    return [option_of(name) for name, value in vars(config).items() if name != "resume" and value != settings[name]]
 
 
 def complete(config: Config, begun: Begun, lacking: Sequence[str]) -> dict[str, Any]:
@@ -187,7 +189,7 @@ def layout_of(config: Config, kind: torch.dtype) -> dict[str, Any]:
         "dtype": str(kind).removeprefix("torch."),
         "optimizer": optimizer,
         "lora": config.lora,
-        "rates": list(config.rates),
+        "lr_scale": list(config.lr_scale),
     }
 
 
@@ -197,35 +199,22 @@ def check_layout(config: Config, begun: Begun, kind: torch.dtype) -> None:
     if begun.checkpoint is None:
         return
     was, now = trained_with(begun.checkpoint), layout_of(config, kind)
+    was = was if was is None else with_new_names(was)
     if was is None:  # a checkpoint from before they were kept with it
-        was = {name: value for name, value in begun.stored.items() if name in ("optimizer", "lora", "rates")}
+        was = {name: value for name, value in begun.stored.items() if name in now}
         was["optimizer"] = default_optimizer(was.get("optimizer", "auto"), torch.float32 if config.lora else kind)
     for name, value in now.items():
         if name not in was or _same(name, was[name], value, config.lora):
             continue
         old, new = (" ".join(map(str, v)) if isinstance(v, list | tuple) else v for v in (was[name], value))
-        back = f"set lora to {old} in its config.json again" if name == "lora" else f"resume with --{name} {old}"
-        what = f"its {begun.checkpoint.name} was trained with --{name} {old}, whose tensors are not those of --{name} {new}"
+        back = f"set lora to {old} in its config.json again" if name == "lora" else f"resume with {option_of(name)} {old}"
+        what = f"its {begun.checkpoint.name} was trained with {option_of(name)} {old}, whose tensors are not those of {option_of(name)} {new}"
         raise UserError(f"--resume {config.resume}: {what}: {back}, or {fresh(Path(config.resume))}.")
 
 
 def _same(name: str, was: Any, now: Any, lora: int) -> bool:
-    """Whether two values of an option lead to the same tensors. Of rates it counts which are 0, and with
+    """Whether two values of an option lead to the same tensors. Of lr_scale it counts which are 0, and with
     adapters only they are trained."""
-    if name != "rates" or not isinstance(was, list | tuple):
+    if name != "lr_scale" or not isinstance(was, list | tuple):
         return was == now
     return bool(lora) or [rate != 0 for rate in was] == [rate != 0 for rate in now]
-
-
-def fresh(out: Path) -> str:
-    """The way out that keeps a run's weights, in words."""
-    found = checkpoints(out)
-    return f"start a new run with --model {out / FINAL if (out / FINAL).is_dir() or not found else found[-1][0]}"
-
-
-def kept_in(out: Path) -> str:
-    """What a run's folder holds, in words."""
-    found = checkpoints(out)
-    parts = [f"{found[-1][0].relative_to(out)}"] if found else []
-    parts += [f"{FINAL}/"] if (out / FINAL).is_dir() else []
-    return f"{out} holds {' and '.join(parts)}" if parts else f"no checkpoint was saved in {out}"

@@ -14,11 +14,12 @@ from locus_fast.config import Config
 from locus_fast.errors import UserError
 from locus_fast.model.packing import PromptBatch
 from locus_fast.model.policy import prefill
+from locus_fast.run.folder import FINAL
 from locus_fast.run.interrupt import Interrupt
-from locus_fast.run.resume import FINAL, layout_of
+from locus_fast.run.resume import layout_of
 from locus_fast.run.setup import Setup, open_model
 from locus_fast.step.budget import make_room
-from locus_fast.step.optim import state_tensors
+from locus_fast.step.optimizers import state_tensors
 from locus_fast.weights.checkpoint import (
     checkpoints,
     load_saved_weights,
@@ -43,8 +44,8 @@ class Saver:
     def __init__(self, setup: Setup, optimizer: torch.optim.Optimizer, out: Path, stop: Interrupt, final_due: bool):
         self.setup, self.optimizer, self.out = setup, optimizer, out
         self.stop, self.final_due = stop, final_due
-        self.trained = layout_of(setup.config, setup.model.dtype)
-        self.probe = setup.prompter(setup.cues.held_out(0))
+        self.trained = layout_of(setup.config, setup.engine.model.dtype)
+        self.probe = setup.inputs.prompter(setup.inputs.cues.held_out(0))
 
     def expect(self, done: int) -> None:
         """What a Ctrl-C leads to from now on, when so many steps are done."""
@@ -55,7 +56,7 @@ class Saver:
     def fault(self) -> str | None:
         """What is not finite, in words: a trained weight, the optimizer's state, or what a held-out prompt
         leaves for its reply. None if all is well."""
-        weights = [(f"the weight {name}", p) for name, p in self.setup.model.named_parameters() if p.requires_grad]
+        weights = [(f"the weight {name}", p) for name, p in self.setup.engine.model.named_parameters() if p.requires_grad]
         state = [(f"the optimizer's state {name}", tensor) for name, tensor in state_tensors(self.optimizer).items()]
         if name := first_not_finite([*weights, *state]):
             return f"{name} is not finite"
@@ -63,7 +64,7 @@ class Saver:
             states = self._states()
         except torch.OutOfMemoryError:
             states = None
-            make_room(self.setup.decoder)
+            make_room(self.setup.engine.decoder)
             with suppress(torch.OutOfMemoryError):  # then nothing is known against it, and saving needs no memory
                 states = self._states()
         return f"the model answers with {states} that are not finite" if states else None
@@ -72,11 +73,11 @@ class Saver:
     def _states(self) -> str | None:
         """The first part of a held-out prompt's forward pass that is not finite: keys or values of a layer,
         or the logits."""
-        model = self.setup.model
+        model = self.setup.engine.model
         training = model.training
         model.eval()
         try:
-            prefix = prefill(model, PromptBatch.of([self.probe], model.config, self.setup.device))
+            prefix = prefill(model, PromptBatch.of([self.probe], model.config, self.setup.engine.device))
             states = [("logits", model.lm_head(prefix.last_hidden))]
             for layer, (keys, values) in reversed(prefix.kv.items()):
                 states = [(f"keys of layer {layer}", keys), (f"values of layer {layer}", values), *states]
@@ -113,12 +114,12 @@ class Saver:
         if fault is None:
             if not (self.out / name_of(step)).exists():
                 self._write_checkpoint(step)
-            self._export(self.setup.model)
+            self._export(self.setup.engine.model)
             return None
         what = f"After step {step} {fault}, so that state is not saved"
         if found := checkpoints(self.out):
-            load_saved_weights(found[-1][0], self.setup.model)
-            self._export(self.setup.model)
+            load_saved_weights(found[-1][0], self.setup.engine.model)
+            self._export(self.setup.engine.model)
             return f"{what}: {self.out / FINAL} holds that of step {found[-1][1]}; lower --lr, and go on from there with --resume."
         self._export(self._base())
         return f"{what}: {self.out / FINAL} holds the base, since there is no checkpoint; start again with a lower --lr."
@@ -126,17 +127,17 @@ class Saver:
     def _base(self) -> Any:
         """The model as it was before the first step, in host memory."""
         config: Config = replace(self.setup.config, quantize="off")
-        return open_model(config, self.setup.source, torch.device("cpu"), self.setup.role)
+        return open_model(config, self.setup.origin.source, torch.device("cpu"), self.setup.origin.role)
 
     def _write_checkpoint(self, step: int) -> None:
         with self.stop.saving(name_of(step), then=f"{FINAL}/ is saved, and it ends"):
-            save_checkpoint(self.out, self.setup.model, self.setup.folder, self.optimizer, step, self.trained)
+            save_checkpoint(self.out, self.setup.engine.model, self.setup.origin.source.folder, self.optimizer, step, self.trained)
 
     def _export(self, model: Any) -> None:
         config = self.setup.config
         limits = config.image_pixels if config.export_limits else None
         with self.stop.saving(f"{FINAL}/"):
             if config.export == "adapter":
-                save_adapters(model, self.setup.base, self.out / FINAL)
+                save_adapters(model, self.setup.origin.base, self.out / FINAL)
             else:
-                save_model(model, self.setup.folder, self.out / FINAL, limits=limits)
+                save_model(model, self.setup.origin.source.folder, self.out / FINAL, limits=limits)

@@ -1,25 +1,16 @@
-"""Decided once for a run: device, model, examples, and the prefetching of prompts; shared by training and evaluation."""
+"""Decided once for a run: device, model, examples, and how replies are read; shared by training and evaluation."""
 
 from __future__ import annotations
 
-import sys
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from locus_kernels.box_reward import CLOSED, TokenTable, build_token_table
-from locus_kernels.shared_prefix_attention import send
-from torch import Tensor
-from tqdm import tqdm
+from locus_kernels.box_reward import CLOSED, build_token_table
 
 from locus_fast.config import Config
-from locus_fast.cost.flops import group_cost
 from locus_fast.cost.plan import Plan, unplanned
-from locus_fast.cost.shapes import ModelShape
 from locus_fast.data import read_boxes
 from locus_fast.data.collapse import refuse_collapsed
 from locus_fast.data.cues import FileCues
@@ -28,15 +19,19 @@ from locus_fast.data.example import CueSource
 from locus_fast.errors import UserError
 from locus_fast.model.adapter_files import base_of, is_adapter_folder
 from locus_fast.model.adapters import add_adapters, keep_adapters, merge_adapters, train_further
-from locus_fast.model.packing import PromptBatch, pack
-from locus_fast.model.policy import use_attention
+from locus_fast.model.attention import use_attention
+from locus_fast.model.families import shape_of
 from locus_fast.model.preprocess import describe_limits
-from locus_fast.model.prompts import GRAMMAR, WHICH_BOX, Prompt, Prompter
+from locus_fast.model.prompts import Prompter
 from locus_fast.model.quantize import quantize
 from locus_fast.run.disk import check_disk
 from locus_fast.run.given import describe, role_of, settle
-from locus_fast.step.budget import Budget, check_rank, plan_for
-from locus_fast.step.rollout import Decoder, Rollout, Vocabulary
+from locus_fast.run.inputs import Inputs, Skipped
+from locus_fast.run.plan import check_rank, plan_for, trained_by
+from locus_fast.step.budget import Budget
+from locus_fast.step.engine import Engine
+from locus_fast.step.rollout import Decoder, Vocabulary
+from locus_fast.step.scoring import Scoring
 from locus_fast.tiny.scenes import SceneCues
 from locus_fast.weights.adapter_reader import read_adapters
 from locus_fast.weights.checkpoint import is_hub_id, load_source, model_folder, weight_dtype
@@ -47,62 +42,29 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where the model came from, and so how it is written."""
+
+    source: Source  # the base model's folder, and the adapters that --model holds
+    role: str  # of these adapters, see `run.given`
+    base: str  # what adapters call the base model: its hub id, or its folder
+
+
+@dataclass(frozen=True)
 class Setup:
-    """What a run works with."""
+    """What a run works with, by use. Each part goes only to who needs it."""
 
-    config: Config
-    device: torch.device
-    source: Source  # the base model's folder
-    model: Any
-    shape: ModelShape
-    decoder: Decoder
-    table: TokenTable
-    cues: CueSource
-    prompter: Prompter
-    skipped: Skipped
-    plan: Plan
-    budget: Budget
-    role: str  # of the adapters that --model holds, see `locus_fast.run.given`
+    config: Config  # as asked for, with the rank of the adapters that are trained
+    engine: Engine
+    inputs: Inputs
+    scoring: Scoring
+    origin: Origin
     notes: tuple[str, ...]  # what the user should know before the run begins, one line each
-
-    @property
-    def folder(self) -> Path:
-        """Where the base model lies."""
-        return self.source.folder
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.source.tokenizer
-
-    @property
-    def base(self) -> str:
-        """What adapters call the base model: its hub id, or its folder."""
-        model = self.config.model
-        named = base_of(model_folder(model)) if self.source.adapters else model
-        return named if is_hub_id(named) else str(self.folder.resolve())
-
-    @property
-    def reading(self) -> dict[str, Any]:
-        """Which box of a reply counts, and what the format reward asks for."""
-        return {"which": WHICH_BOX[self.config.question], "grammar": GRAMMAR[self.config.question]}
-
-    def whole(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """(ids int64 [R, L'], lengths int64 [R]) of the replies with what the prompt wrote of them that is read: a
-        thinking model's `<think>`, unless it is asked without, and the answer's prefix."""
-        opening = send(torch.tensor(self.prompter.opening, dtype=torch.int64), rollout.ids.device)
-        return torch.cat([opening.expand(len(rollout.ids), -1), rollout.ids], 1), rollout.lengths + len(opening)
-
-    def cost(self, prompt: Prompt, reply_tokens: int) -> float:
-        """What a group with so many reply tokens costs a microbatch, in language-token equivalents."""
-        return group_cost(self.shape, [(h, w) for _, h, w in prompt.grids.tolist()], len(prompt.ids), reply_tokens)
-
-    def most(self, prompt: Prompt, replies: int) -> float:
-        """The same at most: when every reply is as long as it may be."""
-        return self.cost(prompt, replies * self.config.max_tokens)
 
 
 def set_up(config: Config, out: Path | None = None) -> Setup:
-    """Load everything a run needs; raises UserError for what cannot be used, as much of it as can be known before the weights are read.
+    """Load everything a run needs; raises UserError for what cannot be used, as much of it as can be known before the
+    weights are read.
 
     out: the folder of a training run, for which device and disk must have room; None to evaluate alone.
     """
@@ -113,27 +75,45 @@ def set_up(config: Config, out: Path | None = None) -> Setup:
     source = source or source_of(config)
     role = role_of(config, source, trains=out is not None)
     config = settle(config, source, role)
+    prompter = prompter_of(config, source)
+    if out is None:
+        plan = unplanned(config.microbatch_tokens, config.checkpointing)
+    else:
+        plan = plan_run(config, source, device, out)
+    model = open_model(config, source, device, role)
+    table = build_token_table(source.tokenizer, model.lm_head.weight.shape[0]).to(device)
+    scoring = Scoring.of(config, table, prompter.opening)
+    vocabulary = Vocabulary.of(model, source.tokenizer, table, scoring.which, prompter.opening)
+    if vocabulary.start == CLOSED:
+        what = f"--answer-prefix {config.answer_prefix} has said the whole box already"
+        raise UserError(f"{what}: leave it open, such as [ alone.")
+    shape, budget = shape_of(model.config), Budget(plan.tokens, config.rollout_tokens)
+    engine = Engine(device, model, Decoder(model, vocabulary), shape, trained_by(config), plan, budget)
+    limits = describe_limits(config.image_pixels, source.limits, source.spec.factor, config.export_limits)
+    notes = (cues.describe(), plan.reason, describe(config, source, role), limits)
+    origin = Origin(source, role, base_name(config, source))
+    return Setup(config, engine, Inputs(cues, prompter, Skipped()), scoring, origin, tuple(filter(None, notes)))
+
+
+def base_name(config: Config, source: Source) -> str:
+    """What adapters call the base model: its hub id, or its folder."""
+    named = base_of(model_folder(config.model)) if source.adapters else config.model
+    return named if is_hub_id(named) else str(source.folder.resolve())
+
+
+def prompter_of(config: Config, source: Source) -> Prompter:
+    """What turns examples into the model's prompts. Raises UserError for a question that its template cannot ask."""
     prompter = Prompter(
         source.tokenizer,
         source.config,
         source.spec,
-        question=config.question,
+        style=config.prompt_style,
         image_pixels=config.image_pixels,
         cue_pixels=config.cue_pixels,
         answer_prefix=config.answer_prefix,
     )
-    prompter.check_question(config.question)
-    plan = unplanned(config.tokens, config.checkpointing) if out is None else plan_run(config, source, device, out)
-    model = open_model(config, source, device, role)
-    table = build_token_table(source.tokenizer, model.lm_head.weight.shape[0]).to(device)
-    vocabulary = Vocabulary.of(model, source.tokenizer, table, WHICH_BOX[config.question], prompter.opening)
-    if vocabulary.start == CLOSED:
-        raise UserError(f"--answer-prefix {config.answer_prefix} has said the whole box already: leave it open, such as [ alone.")
-    shape, decoder = ModelShape.of(model.config), Decoder(model, vocabulary)
-    budget = Budget(plan.tokens, config.rollout_tokens)
-    limits = describe_limits(config.image_pixels, source.limits, source.spec.factor, config.export_limits)
-    notes = tuple(filter(None, [describe(config, source, role), limits]))
-    return Setup(config, device, source, model, shape, decoder, table, cues, prompter, Skipped(), plan, budget, role, notes)
+    prompter.check_style()
+    return prompter
 
 
 def source_of(config: Config) -> Source:
@@ -152,7 +132,7 @@ def plan_run(config: Config, source: Source, device: torch.device, out: Path) ->
     if kind not in DTYPES.values():
         stored = str(kind).removeprefix("torch.")
         raise UserError(f"{source.folder}: its weights are {stored}, in which small updates are lost: give --dtype bfloat16 or --dtype float32.")
-    shape = ModelShape.of(source.config)
+    shape = shape_of(source.config)
     check_rank(config, shape)
     check_disk(config, source, kind, out)
     return plan_for(config, shape, kind, device)
@@ -169,7 +149,7 @@ def open_model(config: Config, source: Source, device: torch.device, role: str) 
         quantize(model, config.quantize, device)  # straight from the mapped files: the device never holds the whole layers
         model.to(device)
     if role == "trained":
-        train_further(model, source.adapters, anchored=config.kl > 0)
+        train_further(model, source.adapters, anchored=config.kl_coef > 0)
     elif config.lora:
         if role == "kept":
             keep_adapters(model, source.adapters)
@@ -200,41 +180,3 @@ def cue_source(config: Config) -> CueSource:
     if config.preset != "tiny":
         raise UserError("--data is missing: give a COCO instances*.json, a JSONL of boxes, or a folder of images to train this model on.")
     return SceneCues(config.seed, config.eval_cues)
-
-
-def prefetch(make: Callable[[int], Prompt], indices: Iterable[int], workers: int, ahead: int) -> Generator[Prompt]:
-    """make(index) for each index, in order, computed by threads up to `ahead` indices early (decoding and resizing release the GIL)."""
-    waiting: deque[Future[Prompt]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for index in indices:
-                waiting.append(pool.submit(make, index))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def batches(setup: Setup, prompts: list[Prompt], first: int, costs: Sequence[float], budget: float) -> Iterator[tuple[list[int], PromptBatch]]:
-    """Packed microbatches on the device, with their prompts' indices counted from `first`."""
-    for chosen in pack(prompts, costs, budget):
-        yield [first + i for i in chosen], PromptBatch.of([prompts[i] for i in chosen], setup.model.config, setup.device)
-
-
-class Skipped:
-    """Images that could not be used: each named once, the first few in full, and all of them counted."""
-
-    SHOWN = 5
-
-    def __init__(self) -> None:
-        self.sentences: set[str] = set()
-
-    def add(self, prompts: Iterable[Prompt]) -> None:
-        for sentence in (s for prompt in prompts for s in prompt.skipped):
-            if sentence not in self.sentences and len(self.sentences) <= self.SHOWN:
-                more = len(self.sentences) == self.SHOWN
-                tqdm.write("skipped: further images, counted in summary.json" if more else f"skipped: {sentence}", file=sys.stderr)
-            self.sentences.add(sentence)

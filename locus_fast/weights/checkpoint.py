@@ -14,19 +14,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
+from locus_fast.config.folders import refuse_run
 from locus_fast.errors import UserError, reason
-from locus_fast.files import refuse_endless, refuse_endless_in
+from locus_fast.files import crc_of, refuse_endless, refuse_endless_in, whole_or_absent
 from locus_fast.model.adapter_files import is_adapter_folder
 from locus_fast.model.adapters import has_adapters, load_adapters, write_adapters
+from locus_fast.model.attention import use_attention
 from locus_fast.model.families import family_of
-from locus_fast.model.policy import use_attention
 from locus_fast.model.processor import write_limits
-from locus_fast.run.folders import refuse_run
-from locus_fast.step.optim import load_state_tensors, state_tensors
+from locus_fast.step.optimizers import load_state_tensors, state_tensors
 from locus_fast.weights.finite import first_not_finite
 from locus_fast.weights.shards import load_weights, stored_dtype, write_model, write_tensors
 from locus_fast.weights.source import Source, check_config, read_source
-from locus_fast.writing import crc_of, whole_or_absent
 
 transformers_logging.disable_progress_bar()
 
@@ -208,7 +207,7 @@ def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) 
     try:
         load_state_tensors(optimizer, tensors)
     except (ValueError, KeyError, RuntimeError) as error:
-        advice = f"resume with the --optimizer, --rates and --dtype that it was trained with, or start a new run with --model {folder}"
+        advice = f"resume with the --optimizer, --lr-scale and --dtype that it was trained with, or start a new run with --model {folder}"
         raise UserError(f"{folder}: {error}: {advice}.") from None
     states = ((f"{STATE}: {name}", tensor) for name, tensor in state_tensors(optimizer).items())
     if name := first_not_finite([*model.named_parameters(), *states]):

@@ -20,9 +20,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from locus_fast.errors import UserError
+from locus_fast.files import SummedFile
 from locus_fast.model.adapters import merged_state
 from locus_fast.model.families import held_name
-from locus_fast.writing import SummedFile
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -31,7 +31,7 @@ from tests.published import FAMILIES, write_checkpoint
 
 CPU = torch.device("cpu")
 GROUP, REPLY = 3, 7
-SHORT = ["--steps", "3", "--prompts", "6", "--eval-cues", "12", "--tokens", "1500", "--device", "cpu", "--lora", "8", "--lr", "1e-2"]
+SHORT = ["--steps", "3", "--prompts", "6", "--eval-cues", "12", "--microbatch-tokens", "1500", "--device", "cpu", "--lora", "8", "--lr", "1e-2"]
 
 try:
     import peft

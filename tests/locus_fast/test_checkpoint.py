@@ -74,8 +74,8 @@ def test_training_and_export(source: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(train, "box_reward", scattered)
     frozen = source.name == "mimo-vl"  # its vision tower
     recipe = ["--mix", "1", "1", "1", "--image-pixels", "4096", "12544", "--cue-pixels", "1024", "3136", "--eval-cues", "2", "--device", "cpu"]
-    sizes = ["--steps", "3", "--prompts", "2", "--replies", "3", "--max-tokens", "5", "--tokens", "4000", "--warmup", "0", "--lr", "1e-2"]
-    rates = ["--rates", "0" if frozen else "1", "1", "1"]
+    sizes = ["--steps", "3", "--prompts", "2", "--group-size", "3", "--max-new-tokens", "5", "--microbatch-tokens", "4000", "--warmup-ratio", "0", "--lr", "1e-2"]
+    rates = ["--lr-scale", "0" if frozen else "1", "1", "1"]
     data = ["--data", str(PHOTOGRAPHS / "instances.json")]
     assert train.main(["--model", str(source), *data, "--out", str(tmp_path / "run"), *recipe, *sizes, *rates]) == 0
     assert not any(json.loads(line)["dropped_step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())

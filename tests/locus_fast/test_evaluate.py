@@ -12,7 +12,7 @@ from locus_fast.run.setup import set_up
 def test_answers_are_in_the_order_of_their_cues() -> None:
     """Microbatches are packed by cost, so their cues are out of order; pictures are drawn by a cue's number."""
     one, many = (
-        evaluate(set_up(parse(["--eval-cues", "70", "--device", "cpu", "--tokens", tokens])), "", lambda: False) for tokens in ("99999", "700")
+        evaluate(set_up(parse(["--eval-cues", "70", "--device", "cpu", "--microbatch-tokens", tokens])), "", lambda: False) for tokens in ("99999", "700")
     )
     assert one is not None
     assert many is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from locus_fast.errors import UserError
-from locus_fast.run.libraries import REMARKS, optional
+from locus_fast.libraries import REMARKS, optional
 
 
 @pytest.mark.parametrize("command", [["locus_fast.evaluate", "--eval-cues", "2", "--device", "cpu"], ["locus_fast.cost"]])
@@ -25,7 +25,7 @@ def test_a_command_prints_no_librarys_remarks(command: list[str], tmp_path: Path
 @pytest.mark.parametrize("library", ["torchao.optim", "bitsandbytes.optim", "peft"])
 def test_optional_libraries_are_imported_in_silence(library: str) -> None:
     pytest.importorskip(library.partition(".")[0])
-    code = f"from locus_fast.run.libraries import optional; optional('{library}', '--option')"
+    code = f"from locus_fast.libraries import optional; optional('{library}', '--option')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -24,8 +24,8 @@ EQUAL = {"some": [True, False, True, True, False], "none": [False] * 5, "all": [
 def step(options: list[str], equal: list[bool], monkeypatch: pytest.MonkeyPatch):
     """(metrics, gradients, rollouts by prompt, advantages [prompts, group], policy and base as they were): one step of
     a policy that is off its base, with given advantages."""
-    sizes = ["--prompts", str(PROMPTS), "--replies", str(GROUP), "--tokens", "1500", "--kl", str(KL)]
-    setup = set_up(parse([*sizes, "--grad-clip", "1e9", "--lr", "1e-9", "--device", "cpu", *options]))
+    sizes = ["--prompts", str(PROMPTS), "--group-size", str(GROUP), "--microbatch-tokens", "1500", "--kl-coef", str(KL)]
+    setup = set_up(parse([*sizes, "--max-grad-norm", "1e9", "--lr", "1e-9", "--device", "cpu", *options]))
     base = copy.deepcopy(setup.model)
     reference = make_reference(setup.model)
     rng = torch.Generator().manual_seed(0)
@@ -67,7 +67,7 @@ def step(options: list[str], equal: list[bool], monkeypatch: pytest.MonkeyPatch)
 def test_a_step_is_the_objective(which: str, skip: bool, mean: str, monkeypatch, tmp_path: Path) -> None:
     """The KL holds every group's tokens; with --skip-zero-variance only those of groups whose rewards differ. The loss
     is the weighted sum over the whole batch's denominator in either case."""
-    options = ["--mean", mean, "--skip-zero-variance", str(skip).lower()]
+    options = ["--loss-agg", mean, "--skip-zero-variance", str(skip).lower()]
     numbers, gradients, prompts, replies, advantage, policy, base = step(options, EQUAL[which], monkeypatch)
     assert numbers is not None
     logprob = naive_logprob(policy, prompts, replies)
@@ -103,9 +103,9 @@ def test_a_step_is_the_objective(which: str, skip: bool, mean: str, monkeypatch,
 def test_rewards_that_are_all_equal_are_said_once(tmp_path: Path, monkeypatch, capsys) -> None:
     """A run whose replies are never a box: what is wrong, once, though it goes on."""
     monkeypatch.setattr(train, "EQUAL_STEPS", 2)
-    sizes = ["--steps", "5", "--prompts", "2", "--replies", "2", "--eval-cues", "4", "--max-tokens", "3"]
+    sizes = ["--steps", "5", "--prompts", "2", "--group-size", "2", "--eval-cues", "4", "--max-new-tokens", "3"]
     assert train.main([*sizes, "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().err
     assert said.count("for 2 steps all replies of a group have earned the same reward") == 1
     assert "no reply holds a box that can be read" in said
-    assert "--max-tokens" in said
+    assert "--max-new-tokens" in said

@@ -17,7 +17,7 @@ from locus_fast.step.optim import parameter_groups
 from tests.locus_fast.test_adapters import CPU, logprobs, needs_peft, tiny
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-SHORT = ["--steps", "2", "--prompts", "4", "--eval-cues", "6", "--tokens", "1500", "--device", "cpu"]
+SHORT = ["--steps", "2", "--prompts", "4", "--eval-cues", "6", "--microbatch-tokens", "1500", "--device", "cpu"]
 EXACT = ("auto", "copy", "host")
 
 

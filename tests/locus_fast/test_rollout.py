@@ -81,7 +81,7 @@ def test_a_late_count_ends_the_rollout_all_the_same(prefix, monkeypatch) -> None
 
 def test_replies_end_with_their_box() -> None:
     """Nothing is sampled after the box that counts; the reader finds it in what was sampled."""
-    setup = set_up(parse(["--max-tokens", "16", "--eval-cues", "1"]))
+    setup = set_up(parse(["--max-new-tokens", "16", "--eval-cues", "1"]))
     batch = PromptBatch.of([setup.prompter(setup.cues.train(i)) for i in range(4)], setup.model.config, "cpu")
     with torch.no_grad():
         out = setup.decoder.generate(prefill(setup.model, batch), Sampling(8, 16, 1.0, 1.0), seed=0, groups=range(4))
@@ -95,7 +95,7 @@ def test_replies_end_with_their_box() -> None:
 
 def test_a_forced_prefix_is_given_and_read(tmp_path) -> None:
     """`[` stands in the prompt: it is not sampled, the reply starts with the first number, and the box is read whole."""
-    setup = set_up(parse(["--answer-prefix", "[", "--max-tokens", "16", "--eval-cues", "1"]))
+    setup = set_up(parse(["--answer-prefix", "[", "--max-new-tokens", "16", "--eval-cues", "1"]))
     plain = set_up(parse(["--eval-cues", "1"]))
     prompt, without = (s.prompter(s.cues.train(0)) for s in (setup, plain))
     assert setup.tokenizer.decode(setup.prompter.opening) == "["
@@ -129,7 +129,7 @@ def test_packing_weighs_images_and_names_what_does_not_fit() -> None:
     costs = [setup.most(prompt, 8) for prompt in prompts]
     assert all(cost > len(prompt.ids) + 8 * 16 for cost, prompt in zip(costs, prompts, strict=True))
     assert len(pack(prompts, costs, 2 * max(costs))) == 3
-    with pytest.raises(UserError, match=r"scene 0: its prompt of .* more than a microbatch of 100; raise --tokens"):
+    with pytest.raises(UserError, match=r"scene 0: its prompt of .* more than a microbatch of 100; raise --microbatch-tokens"):
         pack(prompts, costs, 100)
 
 

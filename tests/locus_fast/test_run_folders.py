@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 
 from locus_fast import evaluate, train
 from locus_fast.config import ASKED, Config, parse
+from locus_fast.config.folders import run_around
 from locus_fast.errors import UserError
 from locus_fast.files import save_tensors
-from locus_fast.run.folders import run_around
 from locus_fast.weights.checkpoint import TINY_BASE
 
-SHORT = ["--steps", "2", "--prompts", "2", "--replies", "2", "--eval-cues", "3", "--save-every", "1", "--device", "cpu"]
+SHORT = ["--steps", "2", "--prompts", "2", "--group-size", "2", "--eval-cues", "3", "--save-every", "1", "--device", "cpu"]
 
 
 def scenes(folder: Path) -> None:

@@ -1,49 +1,68 @@
-"""From a dataclass of settings to the options of a command line, and from words to values. What cannot be
-read is one sentence."""
+"""From a dataclass of settings to the options of a command line, and from words to values. What cannot be read is one
+sentence."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
+from locus_fast.config.presets import PRESETS, RENAMED
+from locus_fast.config.settings import GROUPS
 from locus_fast.errors import UserError, short
 
 SIZES = 1e-30, 1e30  # what a number's size must lie between, if it is not 0: it is computed with in float32
-WORDS = {int: "a whole number", float: "a finite number, 0 or of a size from 1e-30 to 1e30", bool: "true or false", str: "text"}
+FLOAT = "a finite number, 0 or of a size from 1e-30 to 1e30"
+WORDS = {int: "a whole number", float: FLOAT, bool: "true or false", str: "text"}
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage and exit."""
+    """Raises UserError where argparse would print its usage and exit, and for the names of earlier versions."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known = self._option_string_actions
+        for word in args or ():
+            name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+            if word.startswith("--") and word.partition("=")[0] not in known and name in RENAMED:
+                raise UserError(f"{option_of(name)} is called {option_of(RENAMED[name])} now.")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. Run with --help for the options.")
 
 
 def option_of(name: str) -> str:
-    """The option of a setting: --max-tokens of max_tokens."""
+    """The option of a setting: --group-size of group_size."""
     return f"--{name.replace('_', '-')}"
 
 
-def add_options(parser: argparse.ArgumentParser, settings: Any, shown: Callable[[dataclasses.Field], str], hidden: Iterable[str] = ()) -> None:
-    """An option for each field of the dataclass `settings` (as `config.option` makes them), without
-    defaults, so that only what is given comes out. shown: a field's default as the help states it; hidden:
-    fields the help leaves out."""
+def add_options(parser: argparse.ArgumentParser, settings: Any, hidden: Iterable[str] = ()) -> None:
+    """An option for each field of the dataclass `settings` (as `settings.option` makes them), in the groups of
+    `GROUPS`, without defaults, so that only what is given comes out. hidden: fields that the help leaves out."""
     hints = typing.get_type_hints(settings)
-    for f in dataclasses.fields(settings):
-        keywords = argument(f, hints[f.name], shown(f))
-        if f.name in hidden:
-            keywords["help"] = argparse.SUPPRESS
-        parser.add_argument(option_of(f.name), **keywords)
+    for title, example in GROUPS.items():
+        fields = [f for f in dataclasses.fields(settings) if f.metadata["group"] == title]
+        shown = [f for f in fields if f.name not in hidden]
+        group = parser.add_argument_group(title, f"for example: {example}") if shown else parser
+        for f in fields:
+            keywords = argument(f, hints[f.name])
+            if f.name in hidden:
+                keywords["help"] = argparse.SUPPRESS
+            group.add_argument(option_of(f.name), **keywords)
 
 
-def argument(f: dataclasses.Field, hint: Any, shown: str) -> dict[str, Any]:
-    """argparse keywords of a field; argparse reads % in a help as a format."""
-    keywords: dict[str, Any] = {"help": f"{f.metadata['help']} (default: {shown})".replace("%", "%%"), "default": argparse.SUPPRESS}
+def argument(f: dataclasses.Field, hint: Any) -> dict[str, Any]:
+    """argparse keywords of a field; its help states the default, and the tiny preset's where that differs. argparse
+    reads % in a help as a format."""
+    default = str(f.default if f.default != "" else "empty")
+    if f.name in PRESETS["tiny"]:
+        default += f"; tiny: {PRESETS['tiny'][f.name]}"
+    keywords: dict[str, Any] = {"help": f"{f.metadata['help']} (default: {default})".replace("%", "%%")}
     parts = typing.get_args(hint)
     kind = parts[0] if parts else hint
+    keywords["default"] = argparse.SUPPRESS
     keywords["type"] = {bool: _boolean, int: _whole, float: _number}.get(kind, kind)
     keywords["metavar"] = kind.__name__.upper() if kind is not str else f.name.upper()
     if parts:

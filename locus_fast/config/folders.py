@@ -18,7 +18,7 @@ FINAL, CHECKPOINTS, PARTIAL = "final", "checkpoints", ".partial"
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run: its settings or its metrics, and not a model."""
     stated = read_object(folder / "config.json")
-    return "model_type" not in stated and ("question" in stated or (folder / "metrics.jsonl").is_file())
+    return "model_type" not in stated and ("prompt_style" in stated or "question" in stated or (folder / "metrics.jsonl").is_file())
 
 
 def run_around(folder: Path) -> Path | None:
