@@ -22,7 +22,8 @@ from locus_fast.model.policy import checkpoint_activations, prefill, reply_logpr
 from locus_fast.model.preprocess import PatchSpec
 from locus_fast.model.prompts import Prompt
 from locus_fast.model.quantize import quantize
-from locus_fast.step.optim import PARTS, make_optimizer, parameter_groups
+from locus_fast.step.optim import PARTS, parameter_groups
+from locus_fast.step.optimizers import make_optimizer
 from locus_fast.step.rollout import Rollout
 from locus_fast.weights.adapter_reader import read_adapters
 from locus_fast.weights.checkpoint import TINY_BASE, load_model, save_adapters, save_model

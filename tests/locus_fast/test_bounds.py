@@ -19,11 +19,12 @@ from locus_kernels.box_reward import build_token_table, read_boxes, reference
 
 from locus_fast import evaluate, train
 from locus_fast.config import RULES, Config, parse
+from locus_fast.config.settings import MAX_PIXELS
 from locus_fast.cost.shapes import PUBLISHED
-from locus_fast.data.images import MAX_PIXELS, ImageError, image_size, load_rgb
+from locus_fast.data.images import ImageError, image_size, load_rgb
 from locus_fast.errors import UserError
 from locus_fast.run.disk import checkpoints_due
-from locus_fast.step.budget import planned
+from locus_fast.run.plan import planned
 from locus_fast.tiny.tokenizer import build_tokenizer
 from locus_fast.weights.checkpoint import TINY_BASE
 

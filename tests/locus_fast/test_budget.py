@@ -17,11 +17,10 @@ from locus_fast.cost import peak_memory, plan
 from locus_fast.cost.plan import GIB, TOKENS, Room, unplanned
 from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, Group, Trained, group_of
 from locus_fast.errors import UserError
-from locus_fast.model.prompts import QUESTIONS
 from locus_fast.run import setup as runtime
+from locus_fast.run.plan import planned, remedy
 from locus_fast.run.setup import set_up
 from locus_fast.step import budget, optim
-from locus_fast.step.budget import planned, remedy
 from locus_fast.weights.checkpoint import TINY_BASE
 from tests.locus_fast.test_adapters import needs_peft
 
@@ -149,8 +148,8 @@ def test_big_models_are_planned(preset: str) -> None:
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_questions_text_is_no_longer_than_planned(question: str) -> None:
     setup = set_up(parse(["--prompt-style", question, "--eval-cues", "1"]))
-    prompt = setup.prompter(setup.cues.train(0))
-    words = len(setup.tokenizer.decode(prompt.ids[prompt.ids != setup.model.config.image_token_id]).split())
+    prompt = setup.inputs.prompter(setup.inputs.cues.train(0))
+    words = len(setup.origin.source.tokenizer.decode(prompt.ids[prompt.ids != setup.engine.model.config.image_token_id]).split())
     assert words < budget.TEXT_TOKENS / 1.2  # a published tokenizer's tokens of these words
 
 

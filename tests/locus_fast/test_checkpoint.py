@@ -19,7 +19,8 @@ from locus_fast.model.packing import PromptBatch
 from locus_fast.model.policy import prefill
 from locus_fast.model.preprocess import PatchSpec
 from locus_fast.model.prompts import Prompt
-from locus_fast.step.optim import PARTS, make_optimizer, parameter_groups
+from locus_fast.step.optim import PARTS, parameter_groups
+from locus_fast.step.optimizers import make_optimizer
 from locus_fast.step.rollout import Vocabulary
 from locus_fast.weights import checkpoint, shards
 from locus_fast.weights.checkpoint import load_checkpoint, load_model, save_checkpoint, save_model

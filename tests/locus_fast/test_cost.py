@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from locus_fast import cost
 from locus_fast.config import Config
-from locus_fast.cost.__main__ import main, shape_of
+from locus_fast.cost.__main__ import main
 from locus_fast.cost.plan import TEXT_TOKENS
 from locus_fast.cost.shapes import PUBLISHED, Group, group_of
 from locus_fast.cost.traffic import step_launches

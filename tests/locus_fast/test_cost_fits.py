@@ -16,8 +16,8 @@ from locus_fast.cost.plan import GIB
 from locus_fast.cost.shapes import PUBLISHED, Trained
 from locus_fast.cost.traffic import step_bytes
 from locus_fast.errors import UserError
+from locus_fast.run.plan import plan_for
 from locus_fast.step import budget
-from locus_fast.step.budget import plan_for
 from locus_fast.weights.checkpoint import TINY_BASE
 
 SHAPE = PUBLISHED["qwen2.5-vl-7b"]

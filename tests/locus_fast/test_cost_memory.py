@@ -16,7 +16,7 @@ from locus_fast.model.adapters import add_adapters
 from locus_fast.model.families import shape_of
 from locus_fast.model.fused import fuse
 from locus_fast.model.packing import PromptBatch, Replies
-from locus_fast.model.policy import checkpoint_activations, cut, prefill, reply_logprob
+from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
 from locus_fast.model.prompts import Prompt
 from locus_fast.model.quantize import quantize
 from locus_fast.model.reference import Reference, make_reference

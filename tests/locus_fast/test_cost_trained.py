@@ -14,12 +14,13 @@ from locus_fast.config import parse
 from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, Trained
 from locus_fast.model.adapters import add_adapters
 from locus_fast.model.families import shape_of
-from locus_fast.model.policy import checkpoint_activations, prefill, reply_hidden, see
+from locus_fast.model.policy import checkpoint_activations, prefill, reply_hidden
 from locus_fast.model.quantize import quantize
 from locus_fast.model.reference import make_reference
+from locus_fast.run.plan import trained_by
 from locus_fast.run.setup import set_up
-from locus_fast.step.budget import trained_by
-from locus_fast.step.optim import PARTS, make_optimizer, parameter_groups
+from locus_fast.step.optim import PARTS, parameter_groups
+from locus_fast.step.optimizers import make_optimizer
 from tests.locus_fast.cost_cases import FAMILIES, FORMULAS, answers, counted, spent, work
 from tests.locus_fast.test_adapters import needs_peft
 
@@ -117,20 +118,20 @@ def test_the_trainers_metric_is_what_is_counted(options: list[str], monkeypatch:
     monkeypatch.setattr(train, "step_flops", square)
     config = parse(["--prompts", "5", "--group-size", "2", "--eval-cues", "1", "--microbatch-tokens", "1500", "--device", "cpu", *options])
     setup = set_up(config)
-    model, sampling = setup.model, []
+    model, sampling = setup.engine.model, []
     if config.checkpointing:
         checkpoint_activations(model, config.checkpointing)
     optimizer = make_optimizer("adamw", parameter_groups(model, dict(zip(PARTS, config.lr_scale, strict=True))), 0.0)
     reference = make_reference(model) if config.kl_coef else None
-    generate = setup.decoder.generate
+    generate = setup.engine.decoder.generate
 
     def sampled(*arguments, **ways):
         flops, rollout = counted(lambda: generate(*arguments, **ways))
         sampling.append(flops)
         return rollout
 
-    setup.decoder.generate = sampled
-    prompts = iter([setup.prompter(setup.cues.train(i)) for i in range(5)])
+    setup.engine.decoder.generate = sampled
+    prompts = iter([setup.inputs.prompter(setup.inputs.cues.train(i)) for i in range(5)])
     model.train()
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         numbers = train.train_step(setup, reference, optimizer, prompts, 0, lambda: False)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from locus_fast.model.attention import use_attention
 from locus_fast.model.packing import PromptBatch, Replies
-from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob, use_attention
+from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
 from locus_fast.step import rollout
 from locus_fast.step.rollout import Decoder, Sampling, Vocabulary
 from tests.small_models import IMAGE, VOCABULARY, small_model, small_prompt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-SAMPLING = Sampling(replies=7, max_tokens=12, temperature=0.8, top_p=1.0)
+SAMPLING = Sampling(group_size=7, max_new_tokens=12, temperature=0.8, top_p=1.0)
 
 
 def task(family: str, device: str, dtype: torch.dtype):

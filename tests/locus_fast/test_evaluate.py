@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from locus_fast.config import parse
-from locus_fast.evaluate import evaluate
+from locus_fast.run.evaluation import evaluate
 from locus_fast.run.setup import set_up
 
 

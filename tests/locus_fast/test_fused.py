@@ -32,5 +32,5 @@ def test_only_models_on_cuda_are_fused_and_only_for_the_trainer(monkeypatch: pyt
     monkeypatch.setattr(policy, "can_fuse", lambda device: True)
     policy.use_attention(model)
     assert len(fused(model)) == 3 * (2 + 2 + 1 + 1) + 1 + 3  # language layers: norms, norms of queries and keys, MLP, attention; last norm; vision
-    policy.use_attention(model, "sdpa")
+    policy.use_plain_attention(model, "sdpa")
     assert not fused(model)

@@ -110,7 +110,7 @@ def test_final_of_a_run_that_diverged_later_is_its_last_good_checkpoint(tmp_path
         numbers = step(setup, reference, optimizer, prompts, index, stop)
         if index == 2:
             with torch.no_grad():
-                for p in setup.model.parameters():
+                for p in setup.engine.model.parameters():
                     p.mul_(1e30)
         return numbers
 
@@ -138,7 +138,7 @@ def test_a_stopped_run_writes_no_weights_that_are_not_finite(tmp_path: Path, mon
             raise train.UserError("the disk went away.")
         numbers = step(setup, reference, optimizer, prompts, index, stop)
         with torch.no_grad():
-            setup.model.model.language_model.layers[0].mlp.up_proj.weight[3, 4] = float("nan")
+            setup.engine.model.model.language_model.layers[0].mlp.up_proj.weight[3, 4] = float("nan")
         return numbers
 
     monkeypatch.setattr(train, "train_step", spoiling)

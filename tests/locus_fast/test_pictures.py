@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from locus_fast.data.example import Example
-from locus_fast.evaluate import Evaluation
+from locus_fast.run.evaluation import Evaluation
 from locus_fast.run.pictures import COLOURS, draw_curve, draw_samples
 
 

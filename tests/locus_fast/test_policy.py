@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3VLForConditionalGeneration
 
+from locus_fast.model.attention import use_attention, use_plain_attention
 from locus_fast.model.packing import PromptBatch, Replies
-from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob, use_attention
+from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
 from locus_fast.step.rollout import Decoder, Rollout, Sampling, Vocabulary
 from tests.small_models import IMAGE, VOCABULARY, naive_logprob, small_model, small_prompt
 
@@ -143,7 +144,7 @@ def test_greedy_equals_transformers_generate() -> None:
         rollout = Decoder(model, vocabulary).generate(
             prefill(model, PromptBatch.of(prompts, model.config, "cpu")), Sampling(1, 8, 0.0, 1.0), seed=0, groups=range(3)
         )
-    use_attention(model, "sdpa")
+    use_plain_attention(model, "sdpa")
     for prompt, row, length in zip(prompts, rollout.ids, rollout.lengths.tolist(), strict=True):
         expected = model.generate(
             input_ids=prompt.ids[None],

@@ -13,8 +13,9 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from locus_fast import train
+from locus_fast.data.resize import resize
 from locus_fast.errors import UserError
-from locus_fast.model.preprocess import describe_limits, resize
+from locus_fast.model.preprocess import describe_limits
 from locus_fast.model.processor import own_limits, write_limits
 from locus_fast.run import setup as runtime
 from locus_fast.weights.source import read_source

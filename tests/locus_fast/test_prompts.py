@@ -11,13 +11,14 @@ from locus_kernels.patchify import patchify_images, reference
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from locus_fast.data.example import Example
+from locus_fast.data.resize import grid_size
 from locus_fast.errors import UserError
 from locus_fast.model import packing, preprocess
 from locus_fast.model.families import Frame, frame_of
 from locus_fast.model.packing import PromptBatch
-from locus_fast.model.preprocess import PatchSpec, grid_size, patches_of
+from locus_fast.model.preprocess import PatchSpec, patches_of
 from locus_fast.model.prompts import DIRECT, THINK, Prompter
-from locus_fast.run.setup import prefetch
+from locus_fast.run.inputs import prefetch
 from locus_fast.tiny.model import build_model
 from locus_fast.tiny.tokenizer import SPECIAL, build_tokenizer
 from tests.small_models import small_model, small_prompt

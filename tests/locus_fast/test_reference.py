@@ -10,7 +10,7 @@ import torch
 
 from locus_fast import train
 from locus_fast.errors import UserError
-from locus_fast.model.policy import use_attention
+from locus_fast.model.attention import use_attention
 from locus_fast.model.quantize import PROJECTIONS, Int8Linear, language_linears, quantize, weight_of
 from locus_fast.model.reference import make_reference
 from locus_fast.step.optim import parameter_groups

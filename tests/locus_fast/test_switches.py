@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConf
 
 from locus_fast import train
 from locus_fast.errors import UserError
+from locus_fast.model.attention import use_attention, use_plain_attention
 from locus_fast.model.fused import fuse
 from locus_fast.model.packing import Replies
-from locus_fast.model.policy import prefill, reply_logprob, use_attention
+from locus_fast.model.policy import prefill, reply_logprob
 from locus_fast.model.switches import GENERAL, TEXT, VISION, check_switches
 from locus_fast.run import setup as runtime
 from locus_fast.step.rollout import Decoder, Sampling, Vocabulary
@@ -111,7 +112,7 @@ def read_config(folder: Path, family: str, change: Change) -> Any:
 
 def eager_logprobs(model: Any, prompts: list, replies: torch.Tensor) -> torch.Tensor:
     """Of every reply token, by transformers' eager attention over one prompt and one reply at a time."""
-    use_attention(model, "eager")
+    use_plain_attention(model, "eager")
     out = []
     for row, reply in enumerate(replies):
         prompt = prompts[row // GROUP]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from locus_kernels.box_reward import CLOSED, START, read_boxes
+from locus_kernels.box_reward import CLOSED, START
 
 from locus_fast import evaluate, train
 from locus_fast.config import parse
@@ -34,16 +34,16 @@ def thinker(tmp_path: Path) -> Path:
 
 def read(setup: Setup, text: str):
     """What the trainer reads of a reply."""
-    reply = setup.tokenizer.encode(text, add_special_tokens=False)
+    reply = setup.origin.source.tokenizer.encode(text, add_special_tokens=False)
     rollout = Rollout(torch.tensor([reply]), torch.tensor([len(reply)]), torch.zeros(1, len(reply)))
-    return read_boxes(*setup.whole(rollout), setup.table, **setup.reading)
+    return setup.scoring.read(rollout.ids, rollout.lengths)
 
 
 def ends(setup: Setup, text: str) -> bool:
     """Whether the decoder ends the reply in it."""
-    words = setup.decoder.vocabulary
+    words = setup.engine.decoder.vocabulary
     state = words.start
-    for token in setup.tokenizer.encode(text, add_special_tokens=False):
+    for token in setup.origin.source.tokenizer.encode(text, add_special_tokens=False):
         state = int(words.closing[token, state])
     return state == CLOSED
 
@@ -67,19 +67,19 @@ def test_the_reply_begins_where_the_thinking_was_ended(prefix: str, thinker: Pat
     """Nothing before counts or ends it; the format can be earned, by the same replies as of a model that does not think."""
     setup = set_up(parse(["--model", str(thinker), "--prompt-style", "direct", "--answer-prefix", prefix, "--eval-cues", "1"]))
     plain = set_up(parse(["--prompt-style", "direct", "--eval-cues", "1"]))
-    assert setup.decoder.vocabulary.start == START
+    assert setup.engine.decoder.vocabulary.start == START
     for text in ("[10, 20, 30, 40]", " [10, 20, 30, 40]\n", "at [10, 20, 30, 40]", "no box", "[40, 20, 30, 10]"):
         ours, theirs = read(setup, text), read(plain, text)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), text
         assert ends(setup, text) == ends(plain, text) == ("[" in text)
     assert read(setup, "[10, 20, 30, 40]").format_ok.tolist() == [True]
-    prompt = setup.tokenizer.decode(setup.prompter(setup.cues.train(0)).ids)
+    prompt = setup.origin.source.tokenizer.decode(setup.inputs.prompter(setup.inputs.cues.train(0)).ids)
     assert prompt.endswith(f"<think>\n{prefix}")
 
 
 def test_what_stands_behind_the_end_of_the_thinking_is_part_of_the_reply(thinker: Path) -> None:
     setup = set_up(parse(["--model", str(thinker), "--prompt-style", "direct", "--answer-prefix", "</think>[", "--eval-cues", "1"]))
-    assert setup.decoder.vocabulary.start != START
+    assert setup.engine.decoder.vocabulary.start != START
     assert read(setup, "10, 20, 30, 40]").box.tolist() == [[10, 20, 30, 40]]
     assert read(setup, "10, 20, 30, 40]").format_ok.tolist() == [True]
     assert ends(setup, "10, 20, 30, 40]")

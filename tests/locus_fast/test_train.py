@@ -57,7 +57,7 @@ def test_the_run_folder(run: Path) -> None:
     assert Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads((run / "config.json").read_text()).items()}).steps == 3
     rows = timeless(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert all(row["sampler_gap_max"] < 1e-4 for row in rows)
+    assert all(row["logprob_mismatch_max"] < 1e-4 for row in rows)
     assert all(row["ratio_max"] == 1 for row in rows)
     with Image.open(run / "samples.png") as picture:
         assert picture.width > 500
@@ -74,9 +74,9 @@ def test_weights_moved_and_the_layout_stayed(run: Path) -> None:
 def test_final_loads_with_transformers_alone(run: Path, tmp_path: Path) -> None:
     """A script that imports transformers and nothing of ours gives the same logits."""
     setup = set_up(parse(["--model", str(run / "final")]))
-    prompts = [setup.prompter(setup.cues.held_out(i)) for i in range(3)]
+    prompts = [setup.inputs.prompter(setup.inputs.cues.held_out(i)) for i in range(3)]
     with torch.no_grad():
-        mine = setup.model.lm_head(prefill(setup.model, PromptBatch.of(prompts, setup.model.config, "cpu")).last_hidden)
+        mine = setup.engine.model.lm_head(prefill(setup.engine.model, PromptBatch.of(prompts, setup.engine.model.config, "cpu")).last_hidden)
     given = {f"{name}{i}": getattr(prompt, name).numpy() for i, prompt in enumerate(prompts) for name in ("ids", "patches", "grids")}
     np.savez(tmp_path / "in.npz", **given)
     script = f"""
@@ -144,7 +144,7 @@ def test_a_few_live_groups_are_prefilled_again(live: int, tmp_path: Path, monkey
         rows += timeless(out / "metrics.jsonl")
     ours, through = rows
     assert ours["zero_variance_groups"] == 6 - live
-    for name in ("reward", "grad_norm", "loss", "kl", "sampler_gap") if live else ("reward", "grad_norm"):
+    for name in ("reward", "grad_norm", "loss", "kl", "logprob_mismatch") if live else ("reward", "grad_norm"):
         assert ours[name] == pytest.approx(through[name], rel=1e-3, abs=1e-6), name
     assert ours["flops_over_floor"] < 1.12
     assert (through["flops_over_floor"] > 1.5) == (live == 1)
@@ -212,9 +212,9 @@ def test_a_template_that_begins_the_thinking(tmp_path: Path) -> None:
     template = (folder / "chat_template.jinja").read_text().replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     (folder / "chat_template.jinja").write_text(template)
     setup = set_up(parse(["--model", str(folder), "--prompt-style", "think"]))
-    reply = setup.tokenizer.encode("the cue</think><answer>[10, 20, 30, 40]</answer>", add_special_tokens=False)
+    reply = setup.origin.source.tokenizer.encode("the cue</think><answer>[10, 20, 30, 40]</answer>", add_special_tokens=False)
     rollout = Rollout(torch.tensor([reply]), torch.tensor([len(reply)]), torch.zeros(1, len(reply)))
-    assert read_boxes(*setup.whole(rollout), setup.table, **setup.reading).format_ok.tolist() == [True]
+    assert setup.scoring.read(rollout.ids, rollout.lengths).format_ok.tolist() == [True]
     plain = set_up(parse(["--prompt-style", "think"]))
     assert read_boxes(*plain.whole(rollout), plain.table, **plain.reading).format_ok.tolist() == [False]
 
