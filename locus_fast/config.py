@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -309,4 +310,4 @@ def check_together(config: Config, settled: bool) -> Config:
 def may_hold_adapters(model: str) -> bool:
     """Whether a model may turn out to be adapters: what is known to be none is the embedded base, and a folder with a model's
     config."""
-    return bool(model) and not (Path(model) / "config.json").is_file()
+    return bool(model) and not os.path.isfile(Path(model) / "config.json")  # not Path.is_file(), which raises for a name that is too long
