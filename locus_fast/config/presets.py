@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,4 +73,4 @@ def default_preset(model: str) -> str:
 
 def may_hold_adapters(model: str) -> bool:
     """Whether a model may turn out to be adapters: the embedded base, and a folder with a model's config, are none."""
-    return bool(model) and not (Path(model) / "config.json").is_file()
+    return bool(model) and not os.path.isfile(Path(model) / "config.json")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import stat
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +139,8 @@ def test_options_with_a_meaning_are_those_that_are_read(run: Path, monkeypatch) 
     look = Config.__getattribute__
 
     def seen(config: Config, name: str):
-        read.add(name)
+        if sys._getframe(1).f_code.co_filename != dataclasses.__file__:  # `replace` copies every field
+            read.add(name)
         return look(config, name)
 
     config, _ = evaluate.parse([str(run / "final"), "--device", "cpu"])
