@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bench.roofline import DEVICE, timed
-from locus_fast.optim import clip_and_step, make_optimizer
+from locus_fast.step.optim import clip_and_step
+from locus_fast.step.optimizers import make_optimizer
 
 SHAPES = [(3584, 3584), (18_944, 3584), (3584,)] if DEVICE == "cuda" else [(256, 512), (512,)]
 BYTES = {"ours": 2 + 2 + 2 + 2 * 2.05, "torchao": 2 + 2 + 2 + 2 * 2.03, "torch, float32": 4 * (2 + 1 + 4)}

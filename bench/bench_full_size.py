@@ -25,8 +25,10 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from bench.roofline import DEVICE, synchronize
-from locus_fast import runtime, saving, train
-from locus_fast.rollout import Decoder
+from locus_fast import train
+from locus_fast.run import saving
+from locus_fast.run import setup as runtime
+from locus_fast.step.rollout import Decoder
 from tests.full_sizes import SIZES, full_config
 from tests.published import published_name, write_checkpoint, write_files
 
@@ -35,13 +37,13 @@ STEPS = 5 if FULL else 3
 EPOCH = 99_500  # prompts of the paper's data
 SMALL = {
     "--prompts": "4",
-    "--replies": "2",
-    "--max-tokens": "4",
-    "--tokens": "4000",
+    "--group-size": "2",
+    "--max-new-tokens": "4",
+    "--microbatch-tokens": "4000",
     "--image-pixels": ("4096", "12544"),
     "--cue-pixels": ("1024", "3136"),
 }
-PAPER = {"--max-tokens": "100"}  # as long as the paper's replies are
+PAPER = {"--max-new-tokens": "100"}  # as long as the paper's replies are
 PHASES = {  # (owner, name) -> phase
     (train, "prefill"): "prefill",
     (Decoder, "generate"): "decode",
@@ -137,7 +139,7 @@ def phases(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 def test_full_size(benchmark, preset: str, phases: dict[str, float], tmp_path: Path) -> None:
     folder = write_full_checkpoint(tmp_path / "model", preset) if FULL else write_checkpoint(tmp_path / "model", SIZES[preset][0])
     data = draw_photographs(tmp_path / "photographs", *((64, 640, 480) if FULL else (6, 150, 110)))
-    options = {"--steps": str(STEPS), "--eval-cues": "2", "--warmup": "0", **(PAPER if FULL else SMALL)}
+    options = {"--steps": str(STEPS), "--eval-cues": "2", "--warmup-ratio": "0", **(PAPER if FULL else SMALL)}
     words = [word for name, value in options.items() for word in (name, *((value,) if isinstance(value, str) else value))]
     arguments = ["--model", str(folder), "--data", str(data), "--out", str(tmp_path / "run"), *words]
     if FULL:

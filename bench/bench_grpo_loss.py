@@ -14,7 +14,7 @@ from locus_kernels.linear_logprob.reference import dense
 from torch import Tensor
 
 from bench.head_case import CASES, CUDA, TOLERANCE, head_sets, measure
-from locus_fast import grpo as trainer
+from locus_fast.step import losses as trainer
 
 L = 32  # tokens of a reply
 NUMBERS = {"clip_low": 0.2, "clip_high": 0.28, "kl_coefficient": 0.04}

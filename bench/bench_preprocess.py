@@ -23,8 +23,8 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from locus_fast.config import Config, parse
-from locus_fast.families import FAMILIES
-from locus_fast.preprocess import PatchSpec, patches_of
+from locus_fast.model.families import FAMILIES
+from locus_fast.model.preprocess import PatchSpec, patches_of
 
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SPECS = {"qwen2_5_vl": PatchSpec(14, 2, 2, *CLIP), "qwen3_vl": PatchSpec(16, 2, 2, (0.5,) * 3, (0.5,) * 3)}

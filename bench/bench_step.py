@@ -16,9 +16,9 @@ import torch
 
 from bench.race_case import GROUP, PROMPTS, Case, count_flops, floor_flops
 from bench.race_ours import Ours, check
-from locus_fast.packing import PromptBatch, Replies
-from locus_fast.policy import prefill, reply_logprob
-from locus_fast.types import Rollout
+from locus_fast.model.packing import PromptBatch, Replies
+from locus_fast.model.policy import prefill, reply_logprob
+from locus_fast.step.rollout import Rollout
 from tests.small_models import naive_logprob, small_model, small_prompt
 
 LENGTH = 16  # of a reply in the comparison with the naive loop
@@ -42,7 +42,7 @@ def task(request):
 def one_prefill(model, prompts, ids) -> torch.Tensor:
     rollout = Rollout(ids, torch.full((len(ids),), LENGTH), torch.zeros(ids.shape))
     prefix = prefill(model, PromptBatch.of(prompts, model.config, "cpu"))
-    return reply_logprob(model, prefix, Replies.of(prefix.batch, rollout, [[LENGTH] * GROUP] * 2, range(2)), temperature=1.0)[0]
+    return reply_logprob(model, prefix, Replies.of(prefix.batch, rollout.ids, [[LENGTH] * GROUP] * 2, range(2)), temperature=1.0)[0]
 
 
 def naive(model, prompts, ids) -> torch.Tensor:

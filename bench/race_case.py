@@ -19,11 +19,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from locus_fast.preprocess import PatchSpec
-from locus_fast.prompts import Prompter
-from locus_fast.rollout import Vocabulary
+from locus_fast.data.example import Example
+from locus_fast.model.preprocess import PatchSpec
+from locus_fast.model.prompts import Prompt, Prompter
+from locus_fast.step.rollout import Vocabulary
 from locus_fast.tiny.tokenizer import build_tokenizer
-from locus_fast.types import Example, Prompt
 
 PROMPTS, GROUP, LENGTH = 2, 8, 32
 VOCABULARY = 4_000

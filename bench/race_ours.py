@@ -14,12 +14,13 @@ from locus_kernels.box_reward import box_reward, build_token_table, group_advant
 from torch import Tensor
 
 from bench.race_case import GROUP, KL, LEARNING_RATE, LENGTH, Case, luck
-from locus_fast.grpo import grpo_loss
-from locus_fast.optim import PARTS, clip_and_step, make_optimizer, parameter_groups
-from locus_fast.packing import PromptBatch, Replies
-from locus_fast.policy import cut, prefill, reply_logprob, use_attention
-from locus_fast.rollout import Decoder, Sampling, Vocabulary
-from locus_fast.types import Rollout
+from locus_fast.model.attention import use_attention
+from locus_fast.model.packing import PromptBatch, Replies
+from locus_fast.model.policy import prefill, reply_logprob
+from locus_fast.step.losses import grpo_loss
+from locus_fast.step.optim import PARTS, clip_and_step, parameter_groups
+from locus_fast.step.optimizers import make_optimizer
+from locus_fast.step.rollout import Decoder, Rollout, Sampling, Vocabulary
 
 SAMPLING = Sampling(GROUP, LENGTH, temperature=1.0, top_p=1.0)
 
@@ -61,7 +62,7 @@ class Ours:
             advantage, _ = group_advantage(scored.reward + luck(len(rollout.ids)), GROUP)
             lengths = rollout.lengths.view(-1, GROUP).tolist()
         with self.phase("suffix"):
-            replies = Replies.of(batch, rollout, lengths, groups)
+            replies = Replies.of(batch, rollout.ids, lengths, groups)
             logprob, _ = reply_logprob(self.model, prefix, replies, temperature=1.0)
         anchor = None
         if self.reference is not None:

@@ -16,7 +16,6 @@ from transformers import Qwen2_5_VLProcessor, Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from bench.race_case import GROUP, KL, LEARNING_RATE, LENGTH, PIXELS, PROMPTS, Case, luck
-from locus_fast.prompts import QUESTIONS
 
 ROWS = PROMPTS * GROUP
 PROCESSORS = {"qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}

@@ -1,19 +1,22 @@
 """Files that a user names and files that a run leaves: what would never end when it is read, and who may
-read what is written."""
+read what is written. What is written is there whole or not at all. Imports no PyTorch until a tensor is saved."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from locus_fast.errors import UserError, short
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ENDLESS = {
     stat.S_IFIFO: "a pipe",
@@ -21,6 +24,7 @@ ENDLESS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }  # types of files whose reading may wait for ever
+BLOCK = 1 << 22  # bytes read at a time
 
 
 def refuse_endless(path: Path, option: str = "") -> None:
@@ -69,7 +73,72 @@ def read_object(file: Path) -> dict[str, Any]:
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file that those may read whom the umask lets read any other: safetensors lets the
     owner alone."""
+    from safetensors.torch import save_file
+
     file.touch()
     mode = stat.S_IMODE(file.stat().st_mode)
     save_file(dict(tensors), file, metadata=dict(metadata) if metadata else None)
     file.chmod(mode)
+
+
+@contextmanager
+def whole_or_absent(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder` that takes its name, and its place, when the block has ended well;
+    otherwise it is removed. Raises UserError for what the system refuses."""
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{folder} could not be written: {error.strerror or error} ({error.filename or partial}).") from None
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """The block writes `path`: what the system refuses is a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror or error}.") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Text into a file, over what was there, which stays until the new one is whole."""
+    partial = path.with_name(path.name + ".partial")
+    with written(path):
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+
+
+class SummedFile:
+    """A new file to write bytes to, and their CRC-32: a damaged disk is found out, a forger is not."""
+
+    def __init__(self, path: Path):
+        self.stream = path.open("wb")
+        self.crc = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.stream.write(data)
+        self.crc = zlib.crc32(data, self.crc)
+
+    def __enter__(self) -> SummedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+
+
+def crc_of(path: Path) -> int:
+    """The CRC-32 of a file's bytes."""
+    crc, buffer = 0, bytearray(BLOCK)
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            crc = zlib.crc32(memoryview(buffer)[:count], crc)
+    return crc

@@ -16,8 +16,6 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from locus_fast.prompts import QUESTIONS
-
 PHOTOGRAPHS = Path(__file__).parent / "photos"  # real ones, with boxes
 SPECIAL = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from locus_fast.families import interleave
-from locus_fast.policy import use_attention
-from locus_fast.preprocess import PatchSpec
-from locus_fast.types import Prompt
+from locus_fast.model.attention import use_attention, use_plain_attention
+from locus_fast.model.families import interleave
+from locus_fast.model.preprocess import PatchSpec
+from locus_fast.model.prompts import Prompt
 
 VOCABULARY, IMAGE, VIDEO, START, END = 320, 300, 301, 302, 303
 CLASSES = {
@@ -63,7 +63,7 @@ def small_prompt(model, grids: list[tuple[int, int]], words: int, seed: int, ima
 
 def naive_logprob(model, prompts: list[Prompt], replies: list[list[torch.Tensor]]) -> list[torch.Tensor]:
     """Log-probabilities of each reply's tokens by plain transformers: the whole prompt and its images again for every reply, one row at a time."""
-    use_attention(model, "sdpa")
+    use_plain_attention(model, "sdpa")
     out = []
     for prompt, group in zip(prompts, replies, strict=True):
         for reply in group:

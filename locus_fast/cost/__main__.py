@@ -11,23 +11,23 @@ from typing import Any
 
 import torch
 
-from locus_fast.budget import check_rank
-from locus_fast.config import PRESETS, Config, check_together, check_value, default_preset, shown
+from locus_fast.config import PRESETS, Config, check_together, check_value, default_preset
+from locus_fast.config.options import Parser, argument, given, option_of
 from locus_fast.cost.memory import REFERENCES
 from locus_fast.cost.plan import AUTO_CHECKPOINTING, AUTO_TOKENS, TEXT_TOKENS
 from locus_fast.cost.report import Case, chosen, report
 from locus_fast.cost.shapes import PUBLISHED, ModelShape, group_of
+from locus_fast.data.images import MAX_ASPECT, MAX_PIXELS
 from locus_fast.errors import UserError, short
-from locus_fast.images import MAX_ASPECT, MAX_PIXELS
-from locus_fast.options import Parser, argument, given, option_of
+from locus_fast.run.plan import check_rank
 
 PRESET = "qwen2.5-vl-7b"
 TRAINERS = (
     "lora",
     "quantize",
-    "rates",
+    "lr_scale",
     "optimizer",
-    "kl",
+    "kl_coef",
     "dtype",
     "rollout_tokens",
     "image_pixels",
@@ -73,10 +73,10 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     add("--cue", size, "64x64", "the cue's WIDTHxHEIGHT in pixels")
     add("--text-tokens", at_least(1), TEXT_TOKENS, "a prompt's tokens besides its images'")
     add("--prompts", at_least(1, 4096), d.prompts, "prompts a step")
-    add("--replies", at_least(1, 4096), d.replies, "replies a prompt")
+    add("--group-size", at_least(1, 4096), d.group_size, "replies a prompt")
     add("--reply-tokens", at_least(1), 100, "tokens of a reply")
-    add("--max-tokens", at_least(1), d.max_tokens, "longest reply that is allowed, which the trainer makes room for")
-    add("--tokens", at_least(0), AUTO_TOKENS, "budget of a microbatch in tokens; 0: what fits")
+    add("--max-new-tokens", at_least(1), d.max_new_tokens, "longest reply that is allowed, which the trainer makes room for")
+    add("--microbatch-tokens", at_least(0), AUTO_TOKENS, "budget of a microbatch in tokens; 0: what fits")
     every = "recompute every how many-th layer in backward; 0: none, -1: the faster of 0 and 1 that fits"
     add("--checkpointing", at_least(-1), AUTO_CHECKPOINTING, every)
     held = "how the KL's reference is held; none: no KL, auto: copy, or with --lora the policy without its adapters"
@@ -85,7 +85,7 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     hints = typing.get_type_hints(Config)
     for name in TRAINERS:
         f = Config.__dataclass_fields__[name]
-        parser.add_argument(option_of(name), **argument(f, hints[name], shown(f)))
+        parser.add_argument(option_of(name), **argument(f, hints[name]))
     return given(parser, arguments)
 
 
@@ -103,15 +103,10 @@ def settings_of(words: dict[str, Any]) -> Config:
         if name in own:
             check_value(name, own[name])
     if own.get("reference") == "none":
-        own |= {"reference": "auto", "kl": 0.0}
+        own |= {"reference": "auto", "kl_coef": 0.0}
     settings = {**PRESETS[preset], **own, "preset": preset, "model": model}
-    settings["max_tokens"] = max(settings.get("max_tokens", Config.max_tokens), words.get("reply_tokens", 100))
+    settings["max_new_tokens"] = max(settings.get("max_new_tokens", Config.max_new_tokens), words.get("reply_tokens", 100))
     return check_together(Config(**settings), settled=False)
-
-
-def shape_of(preset: str, model: str) -> ModelShape:
-    """The shape of a model folder, or of a preset's model. Raises UserError if there is none."""
-    return model_of(preset, model)[0]
 
 
 def model_of(preset: str, model: str) -> tuple[ModelShape, torch.dtype]:
@@ -121,14 +116,15 @@ def model_of(preset: str, model: str) -> tuple[ModelShape, torch.dtype]:
         return PUBLISHED[preset], torch.bfloat16
     from transformers import AutoConfig  # takes seconds, and the published shapes do not need it
 
-    from locus_fast.adapter_files import base_of, is_adapter_folder
-    from locus_fast.checkpoint import model_folder
+    from locus_fast.model.adapter_files import base_of, is_adapter_folder
+    from locus_fast.model.families import shape_of
+    from locus_fast.weights.checkpoint import model_folder
 
     if is_adapter_folder(folder := model_folder(model)):
         folder = model_folder(base_of(folder))
     try:
         config = AutoConfig.from_pretrained(folder)
-        return ModelShape.of(config), config.dtype or config.get_text_config().dtype or torch.bfloat16
+        return shape_of(config), config.dtype or config.get_text_config().dtype or torch.bfloat16
     except (OSError, ValueError) as error:
         raise UserError(f"--model {folder}: its config.json cannot be read ({str(error).splitlines()[0]}).") from None
 
@@ -144,7 +140,7 @@ def case_of(words: dict[str, Any]) -> Case:
         images,
         (config.image_pixels, config.cue_pixels),
         text_tokens=words.get("text_tokens", TEXT_TOKENS),
-        replies=config.replies,
+        replies=config.group_size,
         reply_tokens=words.get("reply_tokens", 100),
     )
     return Case(config, shape, DTYPES.get(config.dtype, stored), group, images, words.get("memory", 78))

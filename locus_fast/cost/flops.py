@@ -76,17 +76,17 @@ def step_flops(
     """FLOPs of one microbatch's step by part and pass; those of a step are the sums over its microbatches.
 
     reference: whether there is a KL term; trained: what has gradients; executed: what is spent rather than the floor; causal: "exact", or "square" to
-    compare with `torch.utils.flop_counter`. Groups that are not live stop after decoding. checkpointing: 0, or every how many-th layer is
+    compare with `torch.utils.flop_counter`. Groups that are not active stop after decoding. checkpointing: 0, or every how many-th layer is
     recomputed, all but its last product, which nothing in backward reads.
     """
-    live = [group for group in groups if group.live]
-    through = list(groups) if executed and live else live  # flat groups' prompts ride through the packed backward of the others'
+    active = [group for group in groups if group.active]
+    through = list(groups) if executed and active else active  # inactive groups' prompts ride through the packed backward of the others'
     passes: dict[str, Any] = {"checkpointing": checkpointing, "trained": trained, "twice": 2.5 if executed else 2.0}
     table = {
-        **vision_flops(shape.vision, groups, live, through, **passes),
-        **language_flops(shape.text, groups, live, through, causal=causal, executed=executed, **passes),
+        **vision_flops(shape.vision, groups, active, through, **passes),
+        **language_flops(shape.text, groups, active, through, causal=causal, executed=executed, **passes),
     }
-    if not trained.tower and (not executed or len(live) == len(groups)):  # the frozen tower sees once, for the reference too
+    if not trained.tower and (not executed or len(active) == len(groups)):  # the frozen tower sees once, for the reference too
         table["vision"]["reference"] = table["vision attention"]["reference"] = 0
     if not reference:
         for row in table.values():
@@ -97,7 +97,7 @@ def step_flops(
 def vision_flops(
     vision: VisionShape,
     groups: Sequence[Group],
-    live: Sequence[Group],
+    active: Sequence[Group],
     through: Sequence[Group],
     *,
     checkpointing: int,
@@ -112,7 +112,7 @@ def vision_flops(
     back += mergers * (trained.projector + trained.tower)  # the weights' gradients and the inputs', which begin with a norm of the projector's
 
     def row(flops: Callable[[Iterable[Group]], float], again: float, backward: float) -> dict[str, float]:
-        return {"forward": flops(groups), "recompute": again, "backward": backward, "reference": flops(live)}
+        return {"forward": flops(groups), "recompute": again, "backward": backward, "reference": flops(active)}
 
     def matrices(chosen: Iterable[Group]) -> float:
         return patches(chosen) * (embed + vision.depth * block + mergers)
@@ -131,7 +131,7 @@ def vision_flops(
 def language_flops(
     text: TextShape,
     groups: Sequence[Group],
-    live: Sequence[Group],
+    active: Sequence[Group],
     through: Sequence[Group],
     *,
     checkpointing: int,
@@ -148,8 +148,8 @@ def language_flops(
     again = recomputed(text.layers, checkpointing) * (layer + beside - last)
     pixels = whole or trained.tower  # whether prompts have a gradient at the first layer
     back = L * (layer * (1 + whole) + 2 * beside)
-    fed, scored = sum(sum(group.fed) for group in live), sum(group.scored for group in live)
-    P, live_P, through_P = (sum(group.prompt for group in chosen) for chosen in (groups, live, through))
+    fed, scored = sum(sum(group.fed) for group in active), sum(group.scored for group in active)
+    P, active_P, through_P = (sum(group.prompt for group in chosen) for chosen in (groups, active, through))
 
     def prompt_pairs(chosen: Iterable[Group]) -> int:
         return 4 * text.queries * L * sum(causal_pairs(group.prompt, causal) for group in chosen)
@@ -160,11 +160,11 @@ def language_flops(
     def attention(forward: float, pairs: float, reference: float) -> dict[str, float]:
         return row(forward, pairs * recomputed(L, checkpointing) // L, twice * pairs, reference)
 
-    own = 4 * text.queries * L * sum(n * group.prompt + causal_pairs(n, causal) for group in live for n in group.fed)
+    own = 4 * text.queries * L * sum(n * group.prompt + causal_pairs(n, causal) for group in active for n in group.fed)
     head = 2 * scored * text.head_parameters
     return {
-        "prompt": row(P * L * (layer + beside), through_P * again, through_P * (back - entry * (not pixels)), live_P * L * layer),
-        "prompt attention": attention(prompt_pairs(groups), prompt_pairs(through), prompt_pairs(live)),
+        "prompt": row(P * L * (layer + beside), through_P * again, through_P * (back - entry * (not pixels)), active_P * L * layer),
+        "prompt attention": attention(prompt_pairs(groups), prompt_pairs(through), prompt_pairs(active)),
         "replies": row(fed * L * (layer + beside), fed * again, fed * (back - entry * (not whole)), fed * L * layer),
         "reply attention": attention(own, own, own),
         "head": row(head, head * executed, head * (1 + whole), head),
@@ -202,7 +202,7 @@ def repeated_flops(
 ) -> Table:
     """The same step by a trainer that runs vision tower and prompt again for every reply in every pass, its sampler's prefill included.
 
-    Old log-probs are taken to be free (aligned sampler and trainer), and flat groups are trained on like any other. This favours it: padding, a
+    Old log-probs are taken to be free (aligned sampler and trainer), and inactive groups are trained on like any other. This favours it: padding, a
     second pass for old log-probs and what its kernels recompute are not counted.
     """
     one_each = [Group(group.grids, group.prompt, (n,)) for group in groups for n in group.replies]

@@ -99,7 +99,7 @@ def plan(
 
     groups: what a prompt and its replies may be, the largest first and the longest replies in each (a budget is in FLOPs, and groups of other
     proportions fill the memory otherwise: it has to hold for each); memory_bytes: free on the device; prompts: of a step;
-    ways: further arguments of `peak_memory`. Raises UserError if the model does not fit, or with --tokens to be chosen not one group, with the
+    ways: further arguments of `peak_memory`. Raises UserError if the model does not fit, or with --microbatch-tokens to be chosen not one group, with the
     parts of the memory.
     """
     room = Room(shape, memory_bytes, prompts, rollout_tokens, ways)

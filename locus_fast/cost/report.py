@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from locus_fast.budget import LARGER, planned, remedy, ways_of
 from locus_fast.config import Config
 from locus_fast.cost.flops import COLUMNS, group_cost, model_flops, repeated_flops, step_flops, total
 from locus_fast.cost.memory import QUANTISED
@@ -17,7 +16,8 @@ from locus_fast.cost.plan import AUTO_CHECKPOINTING, AUTO_TOKENS, FREE, GIB, Pla
 from locus_fast.cost.shapes import Group, ModelShape
 from locus_fast.cost.traffic import step_bytes, step_launches, step_syncs
 from locus_fast.errors import UserError
-from locus_fast.optim import default_optimizer
+from locus_fast.run.plan import LARGER, planned, remedy, ways_of
+from locus_fast.step.optimizers import default_optimizer
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Case:
     def width(self, tokens: int) -> int:
         """Groups in a microbatch of so many tokens: it is packed before the replies are known, as if each
         were the longest allowed."""
-        longest = replace(self.group, replies=(self.config.max_tokens,) * self.config.replies)
+        longest = replace(self.group, replies=(self.config.max_new_tokens,) * self.config.group_size)
         return self.room.width(longest, tokens)
 
     def planned(self) -> Plan:
@@ -68,10 +68,10 @@ def chosen(case: Case) -> Choice:
     except UserError as error:
         checkpointing = 1 if config.checkpointing == AUTO_CHECKPOINTING else config.checkpointing
         proposal = remedy(config, case.shape, case.kind, case.memory * GIB, fused=True)
-        return Choice(Plan(config.tokens or 1, checkpointing, str(error)), proposal)
+        return Choice(Plan(config.microbatch_tokens or 1, checkpointing, str(error)), proposal)
     if room.holds(case.group, case.width(made.tokens), made.checkpointing):
         return Choice(made, "")
-    return Choice(made, smaller(replace(case, config=replace(config, tokens=AUTO_TOKENS)), config))
+    return Choice(made, smaller(replace(case, config=replace(config, microbatch_tokens=AUTO_TOKENS)), config))
 
 
 def smaller(case: Case, wanted: Config) -> str:
@@ -84,7 +84,7 @@ def smaller(case: Case, wanted: Config) -> str:
     if not tokens:
         return LARGER
     other = f" --checkpointing {made.checkpointing}" if wanted.checkpointing == AUTO_CHECKPOINTING else ""
-    return f"this fits: --tokens {tokens}{other}"
+    return f"this fits: --microbatch-tokens {tokens}{other}"
 
 
 def report(case: Case, choice: Choice) -> Iterator[str]:
@@ -124,7 +124,7 @@ def training(case: Case) -> str:
     if config.lora:
         base = "4-bit" if config.quantize != "off" else kind
         return f"adapters of rank {config.lora} on {base} weights, {optimizer}"
-    frozen = [part for part, rate in zip(("vision tower", "projector", "language model"), config.rates, strict=True) if rate == 0]
+    frozen = [part for part, rate in zip(("vision tower", "projector", "language model"), config.lr_scale, strict=True) if rate == 0]
     return f"{' and '.join(frozen) + ' frozen' if frozen else 'full fine-tuning'}, {kind} weights and gradients, {optimizer}"
 
 
@@ -145,7 +145,7 @@ def flop_lines(shape: ModelShape, group: Group, ways: dict[str, Any]) -> Iterato
     useful = model_flops(shape, [group], reference=ways["reference"], trained=ways["trained"])
     packed = group_cost(shape, group.grids, group.prompt, sum(group.replies))
     yield f"  model FLOPs (no recomputation): {scaled(useful, unit)} {name}; the group packs as {packed:,.0f} tokens"
-    unused = total(step_flops(shape, [replace(group, live=False)], **ways, executed=True))
+    unused = total(step_flops(shape, [replace(group, active=False)], **ways, executed=True))
     if ways["reference"]:
         yield (
             f"  if its rewards are all equal it costs the same, for its KL; with --skip-zero-variance {scaled(unused, unit)} {name}, "

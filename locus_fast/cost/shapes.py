@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
-from locus_fast.errors import UserError
-from locus_fast.preprocess import grid_size
+from locus_fast.data.resize import grid_size
 
 LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)  # numbers of rows that a decoder runs with
 PROMPT_STEP = 1024  # the tokens that static prompt buffers grow by
@@ -140,54 +138,15 @@ class TextShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A vision-language model of the Qwen2.5-VL or Qwen3-VL architecture."""
+    """A vision-language model. `model.families.shape_of` makes it of a config."""
 
-    family: str  # its config's `model_type`
+    architecture: str  # a name in `cost.traffic.LAUNCHES`
     vision: VisionShape
     text: TextShape
 
     @property
     def parameters(self) -> int:
         return self.vision.parameters + self.text.parameters
-
-    @staticmethod
-    def of(config: Any) -> ModelShape:
-        """From a `transformers` config (Qwen2_5_VLConfig, Qwen3VLConfig). Raises UserError for another architecture."""
-        family = config.model_type
-        if family not in ("qwen2_5_vl", "qwen3_vl"):
-            raise UserError(f"the cost of model type '{family}' cannot be counted: only qwen2_5_vl and qwen3_vl are known.")
-        text, vision, newer = config.text_config, config.vision_config, family == "qwen3_vl"
-        return ModelShape(
-            family,
-            VisionShape(
-                depth=vision.depth,
-                hidden=vision.hidden_size,
-                heads=vision.num_heads,
-                intermediate=vision.intermediate_size,
-                out=vision.out_hidden_size,
-                patch=vision.patch_size,
-                merge=vision.spatial_merge_size,
-                frames=vision.temporal_patch_size,
-                channels=vision.in_channels,
-                gated=not newer,
-                window=0 if newer else vision.window_size,
-                full=() if newer else tuple(vision.fullatt_block_indexes),
-                deepstack=tuple(vision.deepstack_visual_indexes) if newer else (),
-                positions=vision.num_position_embeddings if newer else 0,
-            ),
-            TextShape(
-                layers=text.num_hidden_layers,
-                hidden=text.hidden_size,
-                heads=text.num_attention_heads,
-                kv_heads=text.num_key_value_heads,
-                head_dim=text.head_dim if newer else text.hidden_size // text.num_attention_heads,
-                intermediate=text.intermediate_size,
-                vocabulary=text.vocab_size,
-                tied=bool(config.tie_word_embeddings),
-                qkv_bias=not newer or bool(text.attention_bias),
-                qk_norm=newer,
-            ),
-        )
 
 
 @dataclass(frozen=True)
@@ -238,7 +197,7 @@ class Group:
     grids: tuple[tuple[int, int], ...]  # (rows, columns) of patches of each image
     prompt: int  # tokens, those of the images included
     replies: tuple[int, ...]  # tokens of each reply, the end-of-sequence token included; at least 1
-    live: bool = True  # False: its rewards are all equal, so it has no gradient
+    active: bool = True  # False: it has no gradient
 
     @property
     def fed(self) -> list[int]:

@@ -66,7 +66,7 @@ class Launches:
     text_again: int
 
 
-LAUNCHES = {  # (family, whether norms, gates and rotations are fused)
+LAUNCHES = {  # (architecture, whether norms, gates and rotations are fused)
     ("qwen2_5_vl", False): Launches((29, 40), (35, 90), 38, (24, 38), (26, 91), 36),
     ("qwen2_5_vl", True): Launches((22, 14), (22, 50), 12, (17, 14), (12, 52), 12),
     ("qwen3_vl", False): Launches((30, 24), (53, 54), 22, (28, 54), (26, 119), 52),
@@ -80,7 +80,7 @@ SAMPLE = {False: 44, True: 37}  # a decoding step outside the layers: embedding,
 def step_launches(shape: ModelShape, microbatches: Sequence[Sequence[Group]], *, checkpointing: int, reference: bool, fused: bool) -> dict[str, int]:
     """Kernel launches of a step by part, without CUDA graphs (which make a decoding step one launch) and without the optimizer's. fused: with
     liger-kernel's operators (locus_fast.fused)."""
-    counts, D, L = LAUNCHES[shape.family, fused], shape.vision.depth, shape.text.layers
+    counts, D, L = LAUNCHES[shape.architecture, fused], shape.vision.depth, shape.text.layers
     tower = counts.vision[0] + counts.vision[1] * D
     prompt = counts.text[0] + counts.text[1] * L
     back = counts.vision_backward[0] + counts.vision_backward[1] * D + 2 * (counts.text_backward[0] + counts.text_backward[1] * L)
@@ -99,4 +99,4 @@ def step_launches(shape: ModelShape, microbatches: Sequence[Sequence[Group]], *,
 def step_syncs(microbatches: Sequence[Sequence[Group]]) -> dict[str, int]:
     """Host syncs of a step by cause: where the host waits for the device. No pass and no decoding step has one
     (tests/locus_fast/test_no_waiting.py)."""
-    return {"lengths and flat groups": len(microbatches), "gradient norm and metrics": 1}
+    return {"lengths and zero-variance groups": len(microbatches), "gradient norm and metrics": 1}

@@ -5,8 +5,7 @@ shown with its first culprit; what is wrong with the file as a whole is a UserEr
 upright image, EXIF orientation applied, as labelling tools show it.
 """
 
-from locus_fast.data.box_format import BOX_FORMATS
 from locus_fast.data.read import read_boxes
 from locus_fast.data.table import BoxTable, Dropped
 
-__all__ = ["BOX_FORMATS", "BoxTable", "Dropped", "read_boxes"]
+__all__ = ["BoxTable", "Dropped", "read_boxes"]

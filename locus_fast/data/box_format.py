@@ -17,7 +17,6 @@ import numpy as np
 
 from locus_fast.errors import UserError
 
-BOX_FORMATS = ("auto", "xyxy", "xywh", "normalized", "thousand")
 STANDARD = {".json": "xywh", ".jsonl": "xyxy"}  # by the file's suffix
 MEANING = {
     "xyxy": "x1, y1, x2, y2 in pixels",
@@ -25,7 +24,6 @@ MEANING = {
     "normalized": "x1, y1, x2, y2 from 0 to 1",
     "thousand": "x1, y1, x2, y2 from 0 to 1000",
 }
-BOX_FORMAT_HELP = "auto: xywh in COCO and xyxy in JSONL, in pixels; " + "; ".join(f"{name}: {what}" for name, what in MEANING.items())
 _UNITS = {"normalized": 1.0, "thousand": 1000.0}  # what the image's far edge is
 
 _FAR_OUT = (2.0, 0.02)  # px and parts of the image's side that a box may stick out by: rounding, hasty labels

@@ -12,9 +12,9 @@ import numpy as np
 
 from locus_fast.data.box_format import MEANING, STANDARD, check_standard, to_xyxy
 from locus_fast.data.copies import first_copies
+from locus_fast.data.images import ImageError, image_size
 from locus_fast.data.table import OUTSIDE, BoxTable, Dropped, reasons_text
 from locus_fast.errors import UserError
-from locus_fast.images import ImageError, image_size
 
 _CLIP_TOLERANCE = 0.01  # px: x + width of a box that touches the border misses it by rounding
 _ASTRAY = 0.1  # part of a box's area that is lost at the border: more is no hasty label

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from locus_fast.packing import VisionLayout
-from locus_fast.policy import see, use_attention
+from locus_fast.model.attention import use_attention, use_plain_attention
+from locus_fast.model.packing import VisionLayout
+from locus_fast.model.policy import encode_images
 from locus_fast.tiny.branches import DIGITS, REPLY_LENGTH, SPEC, Branches, Task, draw_branches
 from locus_fast.tiny.model import EXTENT, build_model
 from locus_fast.tiny.scenes import OBJECTS
@@ -55,7 +56,7 @@ def recording_attention(module, q, k, v, attention_mask=None, scaling=None, drop
 def forward(model: Any, batch: Branches, record: dict) -> Tensor:
     """Logits of the reply tokens, [S, K * REPLY_LENGTH, vocabulary]; attention probabilities and the third layer's states go into `record`."""
     core = model.model
-    features = see(model, batch.patches, batch.grids, VisionLayout.of(batch.grids, model.config.vision_config, "cpu"))
+    features = encode_images(model, batch.patches, batch.grids, VisionLayout.of(batch.grids, model.config.vision_config, "cpu"))
     embeds = core.language_model.embed_tokens(batch.ids).masked_scatter(batch.is_image[..., None], features.image)
     hook = core.language_model.layers[READ_LAYER].register_forward_hook(lambda _module, _inputs, out: record.__setitem__("read", out))
     hidden = core.language_model(
@@ -145,7 +146,7 @@ def train_phase(model: Any, task: Task, steps: int, loosen: float) -> None:
 
 def write_base(model: Any, task: Task, folder: Path) -> None:
     """The checkpoint in Hugging Face layout."""
-    use_attention(model, "sdpa")
+    use_plain_attention(model, "sdpa")
     model.generation_config.eos_token_id = task.stop
     model.save_pretrained(folder)
     task.tokenizer.save_pretrained(folder)

@@ -13,9 +13,10 @@ import torch
 from locus_kernels.patchify import patchify
 from torch import Tensor
 
-from locus_fast.families import Frame, interleave
-from locus_fast.preprocess import PatchSpec, resize
-from locus_fast.prompts import question_pieces
+from locus_fast.data.resize import resize
+from locus_fast.model.families import Frame, interleave
+from locus_fast.model.preprocess import PatchSpec
+from locus_fast.model.prompts import PROMPT_STYLES, question_pieces
 from locus_fast.tiny.model import CELL, EXTENT, MERGE, PATCH
 from locus_fast.tiny.scenes import IMAGE_SIZES, Box, cut_cue, draw_scene
 
@@ -37,7 +38,7 @@ class Task:
     @staticmethod
     def of(tokenizer: Any) -> Task:
         placeholder, stop = (tokenizer.convert_tokens_to_ids(token) for token in ("<|image_pad|>", "<|im_end|>"))
-        return Task(question_pieces(tokenizer, "direct", Frame(EXTENT), placeholder), placeholder, stop, tokenizer)
+        return Task(question_pieces(tokenizer, PROMPT_STYLES["direct"], Frame(EXTENT), placeholder), placeholder, stop, tokenizer)
 
     def reply(self, box: tuple[float, ...], size: tuple[int, int]) -> list[int]:
         """The tokens of a box: two digits a number."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from locus_fast.cutting import size_class_of
-from locus_fast.types import Example
+from locus_fast.data.cutting import size_class_of
+from locus_fast.data.example import Example
 
 IMAGE_SIZES = ((128, 128), (160, 112), (112, 160), (144, 128))  # (width, height) in pixels
 SHAPES = ("rectangle", "ellipse", "triangle", "diamond", "cross", "ring")

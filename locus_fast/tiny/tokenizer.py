@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from locus_fast.families import Frame
-from locus_fast.prompts import QUESTIONS
+from locus_fast.model.families import Frame
+from locus_fast.model.prompts import PROMPT_STYLES
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 VOCABULARY = 512
@@ -33,7 +33,7 @@ def build_tokenizer() -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIAL), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), min_frequency=2, show_progress=False
     )
-    texts = [question.format(units=Frame(extent).units) for question in QUESTIONS.values() for extent in (None, 99)]
+    texts = [style.text.format(units=Frame(extent).units) for style in PROMPT_STYLES.values() for extent in (None, 99)]
     replies = ["user\n", "assistant\n", "system\n", "[10, 20, 30, 40]", "<think>the cue is here</think><answer>[10, 20, 30, 40]</answer>"]
     tokenizer.train_from_iterator((texts[:2] * 20 + texts + replies) * 50, trainer)
     tokenizer.add_special_tokens(SPECIAL)

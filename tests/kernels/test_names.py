@@ -17,7 +17,7 @@ def test_models_import_from_the_repository_root_beside_the_package_kernels() -> 
         importlib.metadata.version("kernels")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("Hugging Face's package `kernels` is not installed")
-    script = "import kernels; assert kernels.__file__; from transformers import Qwen2_5_VLForConditionalGeneration; import locus_fast.policy"
+    script = "import kernels; assert kernels.__file__; from transformers import Qwen2_5_VLForConditionalGeneration; import locus_fast.model.policy"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 

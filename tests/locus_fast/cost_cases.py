@@ -7,9 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from locus_fast import cost
 from locus_fast.cost.shapes import Group
-from locus_fast.packing import PromptBatch, Replies
-from locus_fast.rollout import Vocabulary
-from locus_fast.types import Prompt, Rollout
+from locus_fast.model.packing import PromptBatch, Replies
+from locus_fast.model.prompts import Prompt
+from locus_fast.step.rollout import Vocabulary
 from tests.small_models import CLASSES, VOCABULARY, small_model, small_prompt
 
 FAMILIES = sorted(CLASSES)
@@ -34,7 +34,7 @@ def answers(batch: PromptBatch, groups: list[Group]) -> Replies:
     """Replies of the groups' lengths; what the tokens are does not matter here."""
     lengths = [list(group.replies) for group in groups]
     ids = torch.arange(max(map(max, lengths)), device=batch.ids.device).expand(sum(map(len, lengths)), -1)
-    return Replies.of(batch, Rollout(ids, ids[:, 0], ids.float()), lengths, range(len(groups)))
+    return Replies.of(batch, ids, lengths, range(len(groups)))
 
 
 def attention_forward(q, k, v, *_, out_shape=None, **__) -> int:

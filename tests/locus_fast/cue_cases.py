@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from locus_fast.cues import CueRecipe, FileCues
 from locus_fast.data import read_boxes
-from locus_fast.types import Example
+from locus_fast.data.cues import CueRecipe, FileCues
+from locus_fast.data.example import Example
 
 RECIPE = CueRecipe(mix=(0.7, 0.3, 0.0), min_side=16, padding=(0.0, 0.1), scale=(0.8, 2.0))
 WIDTH, HEIGHT = 100, 80

@@ -13,10 +13,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from locus_fast.fused import fuse, unfuse
-from locus_fast.packing import PromptBatch, Replies
-from locus_fast.policy import checkpoint_activations, prefill, reply_logprob, use_attention
-from locus_fast.rollout import Decoder, Rollout, Sampling, Vocabulary
+from locus_fast.model.attention import use_attention
+from locus_fast.model.fused import fuse, unfuse
+from locus_fast.model.packing import PromptBatch, Replies
+from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
+from locus_fast.step.rollout import Decoder, Rollout, Sampling, Vocabulary
 from tests.kernels.interpreter import device
 from tests.small_models import IMAGE, VOCABULARY, small_model, small_prompt
 
@@ -55,7 +56,7 @@ def task(family: str, dtype: torch.dtype = torch.float32):
 
 def trained(model, batch: PromptBatch, played: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
-    replies = Replies.of(batch, played, [[3, 1], [2, 2]], range(2))
+    replies = Replies.of(batch, played.ids, [[3, 1], [2, 2]], range(2))
     logprob, _ = reply_logprob(model, prefill(model, batch), replies, 1.0)
     logprob.sum().backward()
     return logprob.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

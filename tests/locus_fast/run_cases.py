@@ -15,7 +15,7 @@ from typing import Any
 
 from locus_fast import train
 
-SHORT = ["--prompts", "4", "--eval-cues", "8", "--tokens", "1500", "--device", "cpu", "--workers", "1"]
+SHORT = ["--prompts", "4", "--eval-cues", "8", "--microbatch-tokens", "1500", "--device", "cpu", "--workers", "1"]
 PATIENCE = 240.0  # seconds that a line of a child process is waited for: the machine may be busy
 
 

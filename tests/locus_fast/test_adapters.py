@@ -13,24 +13,26 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from locus_fast import evaluate, train
-from locus_fast.adapter_reader import read_adapters
-from locus_fast.adapters import adapter_tensors, adapters_off, add_adapters, merge_adapters, merged_state
-from locus_fast.checkpoint import TINY_BASE, load_model, save_adapters, save_model
 from locus_fast.config import parse
 from locus_fast.errors import UserError
-from locus_fast.families import interleave
-from locus_fast.optim import PARTS, make_optimizer, parameter_groups
-from locus_fast.packing import PromptBatch, Replies
-from locus_fast.policy import checkpoint_activations, prefill, reply_logprob
-from locus_fast.preprocess import PatchSpec
-from locus_fast.quantize import quantize
-from locus_fast.source import read_source
-from locus_fast.types import Prompt, Rollout
+from locus_fast.model.adapters import adapter_tensors, adapters_off, add_adapters, merge_adapters, merged_state
+from locus_fast.model.families import interleave
+from locus_fast.model.packing import PromptBatch, Replies
+from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
+from locus_fast.model.preprocess import PatchSpec
+from locus_fast.model.prompts import Prompt
+from locus_fast.model.quantize import quantize
+from locus_fast.step.optim import PARTS, parameter_groups
+from locus_fast.step.optimizers import make_optimizer
+from locus_fast.step.rollout import Rollout
+from locus_fast.weights.adapter_reader import read_adapters
+from locus_fast.weights.checkpoint import TINY_BASE, load_model, save_adapters, save_model
+from locus_fast.weights.source import read_source
 from tests.published import FAMILIES, write_checkpoint
 
 CPU = torch.device("cpu")
 GROUP, REPLY = 3, 7
-SHORT = ["--steps", "3", "--prompts", "6", "--eval-cues", "12", "--tokens", "1500", "--device", "cpu", "--lora", "8", "--lr", "1e-2"]
+SHORT = ["--steps", "3", "--prompts", "6", "--eval-cues", "12", "--microbatch-tokens", "1500", "--device", "cpu", "--lora", "8", "--lr", "1e-2"]
 
 try:
     import peft
@@ -64,7 +66,7 @@ def drawn(config, seed: int = 0, device: torch.device = CPU) -> tuple[list[Promp
     batch = PromptBatch.of(prompts, config, device)
     ids = torch.randint(3, 200, (2 * GROUP, REPLY), generator=rng).to(device)
     rollout = Rollout(ids, torch.full((2 * GROUP,), REPLY, device=device), torch.zeros(2 * GROUP, REPLY, device=device))
-    return prompts, batch, Replies.of(batch, rollout, [[REPLY] * GROUP] * 2, [0, 1])
+    return prompts, batch, Replies.of(batch, rollout.ids, [[REPLY] * GROUP] * 2, [0, 1])
 
 
 def logprobs(model, seed: int = 0) -> torch.Tensor:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from locus_fast import evaluate, train
-from locus_fast.adapters import adapters_off
-from locus_fast.checkpoint import TINY_BASE, save_adapters, save_model
 from locus_fast.config import parse
+from locus_fast.model.adapters import adapters_off
+from locus_fast.weights.checkpoint import TINY_BASE, save_adapters, save_model
 from tests.locus_fast.test_adapters import CPU, SHORT, last_logits, logits_by_transformers, logprobs, rows, scatter
 from tests.published import write_checkpoint
 

@@ -18,14 +18,15 @@ import torch
 from locus_kernels.box_reward import build_token_table, read_boxes, reference
 
 from locus_fast import evaluate, train
-from locus_fast.budget import planned
-from locus_fast.checkpoint import TINY_BASE
 from locus_fast.config import RULES, Config, parse
+from locus_fast.config.settings import MAX_PIXELS
 from locus_fast.cost.shapes import PUBLISHED
-from locus_fast.disk import checkpoints_due
+from locus_fast.data.images import ImageError, image_size, load_rgb
 from locus_fast.errors import UserError
-from locus_fast.images import MAX_PIXELS, ImageError, image_size, load_rgb
+from locus_fast.run.disk import checkpoints_due
+from locus_fast.run.plan import planned
 from locus_fast.tiny.tokenizer import build_tokenizer
+from locus_fast.weights.checkpoint import TINY_BASE
 
 HINTS = typing.get_type_hints(Config)
 PARTS = {f.name: typing.get_args(HINTS[f.name]) or (HINTS[f.name],) for f in dataclasses.fields(Config)}

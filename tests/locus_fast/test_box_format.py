@@ -13,7 +13,8 @@ from PIL import Image
 
 from locus_fast import evaluate, train
 from locus_fast.config import parse
-from locus_fast.data import BOX_FORMATS, read_boxes
+from locus_fast.config.settings import BOX_FORMATS
+from locus_fast.data import read_boxes
 from locus_fast.data.box_format import check_standard
 from locus_fast.errors import UserError
 from tests.locus_fast.box_cases import COCO, LARGE, MEANING, SIZES, STANDARD, anywhere, drops, named, refusal, write, written

@@ -11,16 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from locus_fast import budget, evaluate, optim, runtime, train
-from locus_fast.budget import planned, remedy
-from locus_fast.checkpoint import TINY_BASE
+from locus_fast import evaluate, train
 from locus_fast.config import PRESETS, Config, parse
 from locus_fast.cost import peak_memory, plan
 from locus_fast.cost.plan import GIB, TOKENS, Room, unplanned
 from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, Group, Trained, group_of
 from locus_fast.errors import UserError
-from locus_fast.prompts import QUESTIONS
-from locus_fast.runtime import set_up
+from locus_fast.run import setup as runtime
+from locus_fast.run.plan import planned, remedy
+from locus_fast.run.setup import set_up
+from locus_fast.step import budget, optim
+from locus_fast.weights.checkpoint import TINY_BASE
 from tests.locus_fast.test_adapters import needs_peft
 
 SHAPE = PUBLISHED["qwen2.5-vl-7b"]
@@ -96,13 +97,13 @@ def card(config: Config, gib: float) -> str:
 @pytest.mark.parametrize(
     ("gib", "arguments", "mend"),
     [
-        (68, ["--replies", "32", "--checkpointing", "0"], ["--checkpointing", "1", "--max-tokens"]),
+        (68, ["--group-size", "32", "--checkpointing", "0"], ["--checkpointing", "1", "--max-new-tokens"]),
         (66, [], ["--reference", "int8"]),
-        (60, ["--max-tokens", "64"], ["--reference", "nf4"]),
-        (52, [], ["--kl", "0"]),
+        (60, ["--max-new-tokens", "64"], ["--reference", "nf4"]),
+        (52, [], ["--kl-coef", "0"]),
         (40, ["--reference", "host", "--optimizer", "adamw-master"], ["--lora", "16"]),
         (17, [], ["--lora", "16", "--quantize", "nf4"]),
-        (11, ["--lora", "64"], ["--quantize", "nf4", "--max-tokens"]),
+        (11, ["--lora", "64"], ["--quantize", "nf4", "--max-new-tokens"]),
     ],
 )
 def test_the_largest_setting_that_fits_is_named_and_fits(gib: float, arguments: list[str], mend: list[str]) -> None:
@@ -113,13 +114,13 @@ def test_the_largest_setting_that_fits_is_named_and_fits(gib: float, arguments: 
     assert all(word in named for word in mend), said
     config = parse([*base, *([] if "--lora" in named else arguments), *named])  # adapters have an optimizer and a reference of their own
     assert not card(config, gib)
-    if "--max-tokens" in named:
-        assert card(replace(config, max_tokens=config.max_tokens + 1), gib)
+    if "--max-new-tokens" in named:
+        assert card(replace(config, max_tokens=config.max_new_tokens + 1), gib)
 
 
 def test_where_nothing_fits_it_says_so() -> None:
     assert card(parse(["--preset", "qwen2.5-vl-7b"]), 2).endswith(
-        "; take a larger device, a smaller --model, fewer --replies or smaller --image-pixels"
+        "; take a larger device, a smaller --model, fewer --group-size or smaller --image-pixels"
     )
 
 
@@ -141,14 +142,14 @@ def test_parts_that_are_not_trained_take_less() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_big_models_are_planned(preset: str) -> None:
     config = parse(["--preset", preset])
-    assert (config.tokens, config.checkpointing) == ((12288, 0) if preset == "tiny" else (0, -1))
+    assert (config.microbatch_tokens, config.checkpointing) == ((12288, 0) if preset == "tiny" else (0, -1))
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_questions_text_is_no_longer_than_planned(question: str) -> None:
-    setup = set_up(parse(["--question", question, "--eval-cues", "1"]))
-    prompt = setup.prompter(setup.cues.train(0))
-    words = len(setup.tokenizer.decode(prompt.ids[prompt.ids != setup.model.config.image_token_id]).split())
+    setup = set_up(parse(["--prompt-style", question, "--eval-cues", "1"]))
+    prompt = setup.inputs.prompter(setup.inputs.cues.train(0))
+    words = len(setup.origin.source.tokenizer.decode(prompt.ids[prompt.ids != setup.engine.model.config.image_token_id]).split())
     assert words < budget.TEXT_TOKENS / 1.2  # a published tokenizer's tokens of these words
 
 
@@ -156,7 +157,7 @@ def test_a_questions_text_is_no_longer_than_planned(question: str) -> None:
 def test_a_run_takes_the_devices_memory(more: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
     """And says in one line what it chose and why; refused where it does not fit, before anything is loaded."""
     monkeypatch.setattr(budget, "free_memory", lambda device: GIB)
-    arguments = [*SHORT, "--steps", "1", "--tokens", "0", "--checkpointing", "-1", *more, "--out", str(tmp_path / "run")]
+    arguments = [*SHORT, "--steps", "1", "--microbatch-tokens", "0", "--checkpointing", "-1", *more, "--out", str(tmp_path / "run")]
     assert train.main(arguments) == 0
     planned = json.loads((tmp_path / "run" / "summary.json").read_text())["plan"]
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("microbatches of ")]
@@ -178,7 +179,7 @@ def test_a_run_takes_the_devices_memory(more: list[str], tmp_path: Path, monkeyp
 
 
 def test_without_a_device_to_ask_the_choice_is_said_too(tmp_path: Path, capsys) -> None:
-    assert train.main([*SHORT, "--steps", "1", "--tokens", "0", "--checkpointing", "-1", "--out", str(tmp_path / "run")]) == 0
+    assert train.main([*SHORT, "--steps", "1", "--microbatch-tokens", "0", "--checkpointing", "-1", "--out", str(tmp_path / "run")]) == 0
     said = "microbatches of 32,768 tokens, every layer recomputed: not chosen by memory, there is no device to ask\n"
     assert said in capsys.readouterr().err
 
@@ -205,9 +206,9 @@ def numbers(out: Path) -> list[dict]:
 
 
 def test_out_of_memory_halves_the_budget_and_loses_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
-    assert train.main([*SHORT, "--steps", "2", "--tokens", "700", "--out", str(tmp_path / "narrow")]) == 0
+    assert train.main([*SHORT, "--steps", "2", "--microbatch-tokens", "700", "--out", str(tmp_path / "narrow")]) == 0
     monkeypatch.setattr(train, "backward", OutOfMemory(2))
-    assert train.main([*SHORT, "--steps", "2", "--tokens", "1400", "--out", str(tmp_path / "halved")]) == 0
+    assert train.main([*SHORT, "--steps", "2", "--microbatch-tokens", "1400", "--out", str(tmp_path / "halved")]) == 0
     assert "out of memory: the step is done again in microbatches of 700 tokens" in capsys.readouterr().err
     assert json.loads((tmp_path / "halved" / "summary.json").read_text())["plan"]["halved"]
     for narrow, halved in zip(numbers(tmp_path / "narrow"), numbers(tmp_path / "halved"), strict=True):
@@ -223,20 +224,20 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(tmp_path: Path, monke
 def test_out_of_memory_that_halving_does_not_mend(tmp_path: Path, monkeypatch, capsys) -> None:
     """A second error: saved, and one sentence."""
     monkeypatch.setattr(train, "backward", OutOfMemory(2, 4))
-    assert train.main([*SHORT, "--steps", "2", "--tokens", "1400", "--out", str(tmp_path / "run")]) == 2
+    assert train.main([*SHORT, "--steps", "2", "--microbatch-tokens", "1400", "--out", str(tmp_path / "run")]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1
     assert "the device ran out of memory" in error[0]
-    assert "lower --tokens (now" in error[0]
+    assert "lower --microbatch-tokens (now" in error[0]
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
     assert list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("rollout_tokens", ["0", "900"])
 def test_a_prompt_larger_than_the_halved_budget_rides_alone(rollout_tokens: str, tmp_path: Path, monkeypatch) -> None:
-    assert train.main([*SHORT, "--steps", "1", "--tokens", "450", "--out", str(tmp_path / "whole")]) == 0
+    assert train.main([*SHORT, "--steps", "1", "--microbatch-tokens", "450", "--out", str(tmp_path / "whole")]) == 0
     monkeypatch.setattr(train, "backward", OutOfMemory(1))
-    arguments = [*SHORT, "--steps", "1", "--tokens", "450", "--rollout-tokens", rollout_tokens]
+    arguments = [*SHORT, "--steps", "1", "--microbatch-tokens", "450", "--rollout-tokens", rollout_tokens]
     assert train.main([*arguments, "--out", str(tmp_path / "halved")]) == 0
     assert json.loads((tmp_path / "halved" / "summary.json").read_text())["plan"]["halved"]
     (whole,), (halved,) = numbers(tmp_path / "whole"), numbers(tmp_path / "halved")
@@ -246,15 +247,15 @@ def test_a_prompt_larger_than_the_halved_budget_rides_alone(rollout_tokens: str,
 
 def test_a_further_update_is_halved_too(tmp_path: Path, monkeypatch, capsys) -> None:
     """Against the stored log-probs, which go with their groups: the run is the one with narrow microbatches."""
-    arguments = [*SHORT, "--steps", "1", "--updates", "3", "--lr", "1e-3", "--kl", "0.1"]
-    assert train.main([*arguments, "--tokens", "1400", "--out", str(tmp_path / "whole")]) == 0
+    arguments = [*SHORT, "--steps", "1", "--updates-per-batch", "3", "--lr", "1e-3", "--kl-coef", "0.1"]
+    assert train.main([*arguments, "--microbatch-tokens", "1400", "--out", str(tmp_path / "whole")]) == 0
     calls = OutOfMemory()
     monkeypatch.setattr(train, "backward", calls)
-    assert train.main([*arguments, "--tokens", "1400", "--out", str(tmp_path / "counted")]) == 0
+    assert train.main([*arguments, "--microbatch-tokens", "1400", "--out", str(tmp_path / "counted")]) == 0
     first = calls.count // 3  # microbatches an update
     capsys.readouterr()
     monkeypatch.setattr(train, "backward", OutOfMemory(first + 2))
-    assert train.main([*arguments, "--tokens", "1400", "--out", str(tmp_path / "halved")]) == 0
+    assert train.main([*arguments, "--microbatch-tokens", "1400", "--out", str(tmp_path / "halved")]) == 0
     assert "out of memory: the step is done again in microbatches of 700 tokens" in capsys.readouterr().err
     (whole,), (halved,) = numbers(tmp_path / "whole"), numbers(tmp_path / "halved")
     for name in ("reward", "loss", "kl", "grad_norm", "ratio_max", "clip_low", "clip_high", "flops"):
@@ -267,9 +268,9 @@ def test_a_further_update_is_halved_too(tmp_path: Path, monkeypatch, capsys) -> 
 @pytest.mark.parametrize("failures", [1, 2])
 def test_the_optimizers_step_without_memory(failures: int, tmp_path: Path, monkeypatch, capsys) -> None:
     """Nothing has moved when it is found out: once more without the decoder's buffers, which changes nothing; else the steps before it are saved."""
-    assert train.main([*SHORT, "--steps", "2", "--tokens", "1400", "--out", str(tmp_path / "plain")]) == 0
+    assert train.main([*SHORT, "--steps", "2", "--microbatch-tokens", "1400", "--out", str(tmp_path / "plain")]) == 0
     monkeypatch.setattr(optim, "reserve", OutOfMemory(*range(2, 2 + failures), of=optim.reserve))
-    code = train.main([*SHORT, "--steps", "2", "--tokens", "1400", "--out", str(tmp_path / "short")])
+    code = train.main([*SHORT, "--steps", "2", "--microbatch-tokens", "1400", "--out", str(tmp_path / "short")])
     ours, theirs = numbers(tmp_path / "short"), numbers(tmp_path / "plain")
     assert ours[0]["grad_norm"] == theirs[0]["grad_norm"]
     weights = load_file(tmp_path / "short" / "final" / "model.safetensors")
@@ -289,10 +290,10 @@ def test_the_optimizers_step_without_memory(failures: int, tmp_path: Path, monke
 @pytest.mark.parametrize(("calls", "code"), [((1,), 0), ((1, 2), 2)])
 def test_answering_without_memory(calls: tuple[int, ...], code: int, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(evaluate, "prefill", OutOfMemory(*calls, of=evaluate.prefill))
-    assert train.main([*SHORT, "--steps", "1", "--tokens", "1400", "--out", str(tmp_path / "run")]) == code
+    assert train.main([*SHORT, "--steps", "1", "--microbatch-tokens", "1400", "--out", str(tmp_path / "run")]) == code
     error = capsys.readouterr().err
     assert "out of memory: answering is done again in microbatches of 700 tokens" in error
-    assert ("error: the device ran out of memory again, after the budget of a microbatch was halved: lower --tokens" in error) == (code == 2)
+    assert ("error: the device ran out of memory again, after the budget of a microbatch was halved: lower --microbatch-tokens" in error) == (code == 2)
     assert (tmp_path / "run").exists() == (code == 0)
 
 

@@ -12,16 +12,18 @@ from locus_kernels.box_reward import box_reward, group_advantage
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from locus_fast import checkpoint, shards, train
-from locus_fast.checkpoint import load_checkpoint, load_model, save_checkpoint, save_model
+from locus_fast import train
 from locus_fast.errors import UserError
-from locus_fast.families import interleave
-from locus_fast.optim import PARTS, make_optimizer, parameter_groups
-from locus_fast.packing import PromptBatch
-from locus_fast.policy import prefill
-from locus_fast.preprocess import PatchSpec
-from locus_fast.rollout import Vocabulary
-from locus_fast.types import Prompt
+from locus_fast.model.families import interleave
+from locus_fast.model.packing import PromptBatch
+from locus_fast.model.policy import prefill
+from locus_fast.model.preprocess import PatchSpec
+from locus_fast.model.prompts import Prompt
+from locus_fast.step.optim import PARTS, parameter_groups
+from locus_fast.step.optimizers import make_optimizer
+from locus_fast.step.rollout import Vocabulary
+from locus_fast.weights import checkpoint, shards
+from locus_fast.weights.checkpoint import load_checkpoint, load_model, save_checkpoint, save_model
 from tests.published import FAMILIES, PHOTOGRAPHS, write_checkpoint, write_shards
 
 CPU = torch.device("cpu")
@@ -73,8 +75,8 @@ def test_training_and_export(source: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(train, "box_reward", scattered)
     frozen = source.name == "mimo-vl"  # its vision tower
     recipe = ["--mix", "1", "1", "1", "--image-pixels", "4096", "12544", "--cue-pixels", "1024", "3136", "--eval-cues", "2", "--device", "cpu"]
-    sizes = ["--steps", "3", "--prompts", "2", "--replies", "3", "--max-tokens", "5", "--tokens", "4000", "--warmup", "0", "--lr", "1e-2"]
-    rates = ["--rates", "0" if frozen else "1", "1", "1"]
+    sizes = ["--steps", "3", "--prompts", "2", "--group-size", "3", "--max-new-tokens", "5", "--microbatch-tokens", "4000", "--warmup-ratio", "0", "--lr", "1e-2"]
+    rates = ["--lr-scale", "0" if frozen else "1", "1", "1"]
     data = ["--data", str(PHOTOGRAPHS / "instances.json")]
     assert train.main(["--model", str(source), *data, "--out", str(tmp_path / "run"), *recipe, *sizes, *rates]) == 0
     assert not any(json.loads(line)["dropped_step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from locus_fast import train
-from locus_fast.shards import write_tensors
+from locus_fast.weights.shards import write_tensors
 from tests.locus_fast.run_cases import files_of, finished_run, rows_of, the_error
 
 LAST = Path("checkpoints", "step-000003")
@@ -51,7 +51,7 @@ def refused(run: Path, capsys, *options: str) -> str:
     ("options", "was", "asked"),
     [
         (["--optimizer", "adamw-master"], "--optimizer adamw", "--optimizer adamw-master"),
-        (["--rates", "0", "1", "1"], "--rates 1.0 1.0 1.0", "--rates 0.0 1.0 1.0"),
+        (["--lr-scale", "0", "1", "1"], "--lr-scale 1.0 1.0 1.0", "--lr-scale 0.0 1.0 1.0"),
     ],
 )
 def test_another_optimizer_is_named_with_what_can_be_done(options: list[str], was: str, asked: str, with_options: bool, run: Path, capsys) -> None:
@@ -76,12 +76,12 @@ def test_a_state_that_does_not_say_whose_it_is(run: Path, capsys) -> None:
     (run / "config.json").write_text(json.dumps({**settings, "optimizer": "adamw-master"}))
     error = refused(run, capsys)
     assert "the optimizer's state is of another optimizer or other parameters" in error
-    assert f"resume with the --optimizer, --rates and --dtype that it was trained with, or start a new run with --model {run / LAST}" in error
+    assert f"resume with the --optimizer, --lr-scale and --dtype that it was trained with, or start a new run with --model {run / LAST}" in error
     assert "remove" not in error
 
 
 def test_rates_that_freeze_the_same_parts_are_no_other_layout(run: Path) -> None:
-    assert train.main(["--resume", str(run), "--steps", "4", "--rates", "0.5", "1", "2"]) == 0
+    assert train.main(["--resume", str(run), "--steps", "4", "--lr-scale", "0.5", "1", "2"]) == 0
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer/state.safetensors", "tokenizer.json", "config.json"])

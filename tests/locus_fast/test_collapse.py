@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from locus_fast import train
-from locus_fast.collapse import refuse_collapsed
 from locus_fast.config import parse
-from locus_fast.cutting import CueRecipe
 from locus_fast.data import read_boxes
+from locus_fast.data.collapse import refuse_collapsed
+from locus_fast.data.cutting import CueRecipe
 from locus_fast.errors import UserError
-from locus_fast.runtime import cue_source
+from locus_fast.run.setup import cue_source
 from tests.locus_fast.cue_cases import recipe
 
 SIZES = [(640, 480), (480, 640), (500, 375), (600, 600)]

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from locus_fast.cues import FileCues
 from locus_fast.data import copies, read_boxes
 from locus_fast.data.copies import first_copies
+from locus_fast.data.cues import FileCues
 from locus_fast.errors import UserError
 from tests.locus_fast.cue_cases import HEIGHT, SMALL, TINY, WIDTH, all_held_out, cues, noise
 

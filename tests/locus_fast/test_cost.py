@@ -14,17 +14,20 @@ import torch
 from locus_kernels.shared_prefix_attention import backends, layout
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from locus_fast import cost, packing, rollout
-from locus_fast.checkpoint import TINY_BASE
+from locus_fast import cost
 from locus_fast.config import Config
-from locus_fast.cost.__main__ import main, shape_of
+from locus_fast.cost.__main__ import main
 from locus_fast.cost.plan import TEXT_TOKENS
-from locus_fast.cost.shapes import PUBLISHED, Group, ModelShape, group_of
+from locus_fast.cost.shapes import PUBLISHED, Group, group_of
 from locus_fast.cost.traffic import step_launches
-from locus_fast.fused import fuse
-from locus_fast.packing import PromptBatch
-from locus_fast.policy import checkpoint_activations, prefill, reply_hidden
-from locus_fast.rollout import Decoder, Sampling, Vocabulary
+from locus_fast.model import packing
+from locus_fast.model.families import shape_of
+from locus_fast.model.fused import fuse
+from locus_fast.model.packing import PromptBatch
+from locus_fast.model.policy import checkpoint_activations, prefill, reply_hidden
+from locus_fast.step import rollout
+from locus_fast.step.rollout import Decoder, Sampling, Vocabulary
+from locus_fast.weights.checkpoint import TINY_BASE
 from tests.locus_fast.cost_cases import ENDLESS, FAMILIES, GRIDS, REPLIES, answers, counted, group_like, spent, work
 from tests.locus_fast.liger_cases import leave_kernels_out
 from tests.small_models import CLASSES, small_model, small_prompt
@@ -38,7 +41,7 @@ def test_decoding_flops_are_the_counted_ones(family: str) -> None:
         prefix = prefill(model, PromptBatch.of([prompt], model.config, "cpu"))
     decoder = Decoder(model, ENDLESS)
     flops, _ = counted(lambda: decoder.generate(prefix, Sampling(3, 6, 1.0, 1.0), seed=0, groups=[0]))
-    shape = ModelShape.of(model.config)
+    shape = shape_of(model.config)
     table = cost.step_flops(shape, [group_like(prompt, [6] * 3)], checkpointing=0, reference=False)
     uncounted = 2 * 3 * shape.text.queries * shape.text.layers  # the first step's product with a single own value is an outer one
     assert spent(table, ("decode", "decode attention", "decode head"), "rollout") == flops + uncounted
@@ -56,7 +59,7 @@ def test_rows_that_have_ended_are_moved_out() -> None:
 
 def test_causal_attention_is_half_the_square_and_the_diagonal() -> None:
     model, _, groups = work("qwen3_vl")
-    shape = ModelShape.of(model.config)
+    shape = shape_of(model.config)
     exact, square = (cost.step_flops(shape, groups, checkpointing=1, reference=True, causal=c) for c in ("exact", "square"))
     a_pair = 4 * shape.text.queries * shape.text.layers
     assert exact["prompt attention"]["forward"] == a_pair * sum(n * (n + 1) / 2 for n in (group.prompt for group in groups))
@@ -68,8 +71,8 @@ def test_causal_attention_is_half_the_square_and_the_diagonal() -> None:
 def test_flat_groups_stop_after_decoding() -> None:
     """At the floor; what is spent takes their prompts along through the packed backward of the others'."""
     model, _, groups = work("qwen2_5_vl")
-    shape, ways = ModelShape.of(model.config), {"checkpointing": 1, "reference": True}
-    mixed, through = [groups[0], replace(groups[1], live=False)], ("vision", "prompt", "prompt attention")
+    shape, ways = shape_of(model.config), {"checkpointing": 1, "reference": True}
+    mixed, through = [groups[0], replace(groups[1], active=False)], ("vision", "prompt", "prompt attention")
     both = cost.step_flops(shape, mixed, **ways, executed=False)
     alone, flat = (cost.step_flops(shape, chosen, **ways, executed=False) for chosen in (groups[:1], groups[1:]))
     assert both["prompt"]["forward"] == alone["prompt"]["forward"] + flat["prompt"]["forward"]
@@ -80,7 +83,7 @@ def test_flat_groups_stop_after_decoding() -> None:
     for part in through:
         assert spent[part]["backward"] == all_live[part]["backward"]
     assert spent["replies"]["backward"] == cost.step_flops(shape, groups[:1], **ways, executed=True)["replies"]["backward"]
-    none = [replace(group, live=False) for group in groups]
+    none = [replace(group, active=False) for group in groups]
     assert cost.total(cost.step_flops(shape, none, **ways, executed=True), ["backward", "recompute", "reference"]) == 0
 
 
@@ -118,7 +121,7 @@ def test_parameters_of_the_published_shapes(preset: str, parameters: int) -> Non
     with torch.device("meta"):
         model = model_class(config)
     model.tie_weights()
-    assert ModelShape.of(config) == shape
+    assert shape_of(config) == shape
     assert sum(p.numel() for p in model.parameters()) == shape.parameters == parameters
     assert sum(p.numel() for p in model.model.visual.parameters()) == vision.parameters
 
@@ -126,7 +129,7 @@ def test_parameters_of_the_published_shapes(preset: str, parameters: int) -> Non
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_of_small_models(family: str) -> None:
     model = small_model(family)
-    assert ModelShape.of(model.config).parameters == sum(p.numel() for p in model.parameters())
+    assert shape_of(model.config).parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_images_take_their_familys_grid() -> None:
@@ -218,7 +221,7 @@ def test_launches_of_a_step(family: str, checkpointing: int, fused: bool, monkey
         hidden = reply_hidden(model, prefill(model, batch), scored)
     with Operators(kernels) as backward:
         hidden.sum().backward()
-    table = step_launches(ModelShape.of(model.config), [groups], checkpointing=checkpointing, reference=False, fused=fused)
+    table = step_launches(shape_of(model.config), [groups], checkpointing=checkpointing, reference=False, fused=fused)
     assert forward.launches == pytest.approx(table["forward"], rel=0.05)
     assert backward.launches == pytest.approx(table["backward"] + table["recompute"], rel=0.05)
 
@@ -229,7 +232,7 @@ def test_launches_of_a_step(family: str, checkpointing: int, fused: bool, monkey
         prefix = prefill(model.eval(), batch)
         few, more = (decoding(model, words, prefix, tokens, kernels) for tokens in (2, 7))
     a_step = [replace(group, replies=(6,) * 3) for group in groups]
-    table = step_launches(ModelShape.of(model.config), [a_step], checkpointing=0, reference=False, fused=fused)
+    table = step_launches(shape_of(model.config), [a_step], checkpointing=0, reference=False, fused=fused)
     assert more - few == pytest.approx(table["decode"], rel=0.05)
 
 
@@ -246,7 +249,7 @@ def test_syncs_of_a_step() -> None:
 
 @pytest.mark.parametrize("preset", ["tiny", *PUBLISHED])
 def test_the_command_prints_every_part(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--preset", preset, "--image", "640x480", "--replies", "8", "--reply-tokens", "100"]) == 0
+    assert main(["--preset", preset, "--image", "640x480", "--group-size", "8", "--reply-tokens", "100"]) == 0
     printed = capsys.readouterr().out
     flops = ("vision", "vision attention", "prompt", "replies", "reply attention", "head", "decode", "over the floor", "repeats the prompt")
     rest = ("decode: prompt keys", "kernel launches", "host syncs", "gradients", "optimizer states", "reference", "kept keys and values", "workspace")
@@ -272,9 +275,9 @@ def test_the_tiny_preset_is_the_embedded_base() -> None:
     [
         (["--image", "640"], "expected WIDTHxHEIGHT in pixels, such as 640x480, not '640'"),
         (["--cue", "0x10"], "expected WIDTHxHEIGHT"),
-        (["--replies", "0"], "expected a whole number of at least 1, not '0'"),
+        (["--group-size", "0"], "expected a whole number of at least 1, not '0'"),
         (["--reply-tokens", "many"], "expected a whole number"),
-        (["--replies", "1000000000"], "expected a whole number of at most 4096, not '1000000000'"),
+        (["--group-size", "1000000000"], "expected a whole number of at most 4096, not '1000000000'"),
         (["--image=-640x480"], "expected WIDTHxHEIGHT"),
         (["--preset", "gpt"], "--preset must be one of tiny, qwen2.5-vl-7b"),
         (["--model", "nowhere/at/all"], "there is no such folder"),
@@ -292,7 +295,7 @@ def test_bad_arguments_get_one_sentence(arguments: list[str], words: str, capsys
 
 
 @pytest.mark.parametrize(
-    ("more", "sentence"), [([], "it costs the same, for its KL; with --skip-zero-variance"), (["--kl", "0"], "no gradient without a KL")]
+    ("more", "sentence"), [([], "it costs the same, for its KL; with --skip-zero-variance"), (["--kl-coef", "0"], "no gradient without a KL")]
 )
 def test_what_a_group_of_equal_rewards_costs(more: list[str], sentence: str, capsys) -> None:
     """The ledger says it: everything with a KL; its prefill and its decoding where it is left out."""
@@ -302,5 +305,5 @@ def test_what_a_group_of_equal_rewards_costs(more: list[str], sentence: str, cap
     shape, preset = PUBLISHED["qwen2.5-vl-7b"], Config()
     bounds = (preset.image_pixels, preset.cue_pixels)
     group = group_of(shape, ((640, 480), (64, 64)), bounds, text_tokens=TEXT_TOKENS, replies=8, reply_tokens=100)
-    spent = cost.total(cost.step_flops(shape, [replace(group, live=False)], checkpointing=1, reference=not more, executed=True))
+    spent = cost.total(cost.step_flops(shape, [replace(group, active=False)], checkpointing=1, reference=not more, executed=True))
     assert f"{spent / 1e12:,.2f} TFLOP" in line

@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from locus_fast import budget
-from locus_fast.budget import plan_for
-from locus_fast.checkpoint import TINY_BASE
 from locus_fast.config import parse
 from locus_fast.cost.__main__ import case_of, main, settings_of
 from locus_fast.cost.__main__ import parse as parse_cost
@@ -19,6 +16,9 @@ from locus_fast.cost.plan import GIB
 from locus_fast.cost.shapes import PUBLISHED, Trained
 from locus_fast.cost.traffic import step_bytes
 from locus_fast.errors import UserError
+from locus_fast.run.plan import plan_for
+from locus_fast.step import budget
+from locus_fast.weights.checkpoint import TINY_BASE
 
 SHAPE = PUBLISHED["qwen2.5-vl-7b"]
 
@@ -31,7 +31,7 @@ def cost(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int,
 def trainers(arguments: list[str], gib: int, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the trainer says of the 7B model on a card with so many GiB free: its plan, or its refusal."""
     monkeypatch.setattr(budget, "free_memory", lambda device: gib * GIB)
-    monkeypatch.setattr("locus_fast.fused.can_fuse", lambda device: True)
+    monkeypatch.setattr("locus_fast.model.fused.can_fuse", lambda device: True)
     config = parse(["--preset", "qwen2.5-vl-7b", *arguments])
     try:
         return plan_for(config, SHAPE, torch.bfloat16, torch.device("cuda")).reason
@@ -42,14 +42,14 @@ def trainers(arguments: list[str], gib: int, monkeypatch: pytest.MonkeyPatch) ->
 CARDS = [
     (78, []),
     (66, []),
-    (60, ["--rates", "0", "0", "1"]),
+    (60, ["--lr-scale", "0", "0", "1"]),
     (52, []),
     (40, ["--reference", "host", "--optimizer", "adamw-master"]),
     (40, ["--lora", "16"]),
     (24, []),
     (17, ["--lora", "16"]),
     (11, ["--lora", "64", "--quantize", "nf4"]),
-    (70, ["--kl", "0", "--replies", "16"]),
+    (70, ["--kl-coef", "0", "--group-size", "16"]),
     (2, []),
 ]
 
@@ -82,10 +82,10 @@ def test_what_it_proposes_fits(gib: int, arguments: list[str], capsys) -> None:
 
 
 def test_a_budget_that_is_too_large_is_answered_with_one_that_fits(capsys) -> None:
-    code, printed = cost(["--memory", "78", "--tokens", "900000"], capsys)
+    code, printed = cost(["--memory", "78", "--microbatch-tokens", "900000"], capsys)
     assert code == 1
     proposed = printed.splitlines()[-1].split("this fits: ")[1].split(" ")
-    assert proposed[0] == "--tokens"
+    assert proposed[0] == "--microbatch-tokens"
     assert cost(["--memory", "78", *proposed], capsys)[0] == 0
 
 
@@ -99,7 +99,7 @@ def test_it_says_what_is_trained_and_counts_that_alone(capsys) -> None:
     assert float(memory["gradients"]) == pytest.approx(4 * adapters / GIB, abs=0.006)
     assert float(memory["optimizer states"]) == pytest.approx(8 * adapters / GIB, abs=0.006)
     assert memory["reference"] == "-"
-    code, printed = cost(["--rates", "0", "1", "0"], capsys)
+    code, printed = cost(["--lr-scale", "0", "1", "0"], capsys)
     assert "vision tower and language model frozen, bfloat16 weights and gradients, adamw8bit" in printed
 
 
@@ -130,11 +130,11 @@ def test_it_takes_the_trainers_words(capsys) -> None:
         (["--lora", "8", "--reference", "copy"], "the reference is the policy without its adapters"),
         (["--lora", "3585"], "--lora 3585: the language model is 3,584 wide"),
         (["--lora", "1" + "0" * 30], "--lora must be 0 or more and at most 65,536"),
-        (["--rates", "0", "0", "0"], "--rates must be three shares"),
+        (["--lr-scale", "0", "0", "0"], "--lr-scale must be three shares"),
         (["--preset", "paper"], "--preset must be one of tiny, qwen2.5-vl-7b"),
         (["--image", "2010x10"], "200 times as long as wide"),
         (["--image", "20000x20000"], "at most 178,956,970 pixels"),
-        (["--replies", "9" * 5000], "expected a whole number of at"),
+        (["--group-size", "9" * 5000], "expected a whole number of at"),
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err

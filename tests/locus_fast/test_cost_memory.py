@@ -9,18 +9,19 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from locus_fast import cost
-from locus_fast.adapters import add_adapters
 from locus_fast.cost.memory import decoder_bytes, reference_bytes
-from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, Group, ModelShape, Trained
+from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, Group, Trained
 from locus_fast.errors import UserError
-from locus_fast.fused import fuse
-from locus_fast.optim import parameter_groups
-from locus_fast.packing import PromptBatch, Replies
-from locus_fast.policy import checkpoint_activations, cut, prefill, reply_logprob
-from locus_fast.quantize import quantize
-from locus_fast.reference import Reference, make_reference
-from locus_fast.rollout import Decoder, Sampling, Vocabulary
-from locus_fast.types import Prompt
+from locus_fast.model.adapters import add_adapters
+from locus_fast.model.families import shape_of
+from locus_fast.model.fused import fuse
+from locus_fast.model.packing import PromptBatch, Replies
+from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
+from locus_fast.model.prompts import Prompt
+from locus_fast.model.quantize import quantize
+from locus_fast.model.reference import Reference, make_reference
+from locus_fast.step.optim import parameter_groups
+from locus_fast.step.rollout import Decoder, Sampling, Vocabulary
 from tests.locus_fast.cost_cases import ENDLESS, FAMILIES, group_like, work
 from tests.locus_fast.liger_cases import leave_kernels_out
 from tests.locus_fast.test_adapters import needs_peft
@@ -47,7 +48,7 @@ def engine_step(model, reference: Reference | None, prompts: list[Prompt], group
     prefix, decoder = prefill(model, batch), Decoder(model, Vocabulary(torch.arange(model.lm_head.out_features) < 3, torch.arange(3)))
     longest = max(max(group.replies) for group in groups)
     played = decoder.generate(prefix, Sampling(len(groups[0].replies), longest, 1.0, 1.0), seed=0, groups=range(len(groups)))
-    replies = Replies.of(batch, played, [list(group.replies) for group in groups], range(len(groups)))
+    replies = Replies.of(batch, played.ids, [list(group.replies) for group in groups], range(len(groups)))
     prefix, onward = (prefix, lambda: None) if whole else cut(prefix)
     logprob, _ = reply_logprob(model, prefix, replies, 1.0)
     del prefix
@@ -70,7 +71,7 @@ def predicted_over_measured(
     engine_step(model, reference, prompts, groups)  # so that the gradients are there, as from the second microbatch on
     measured = measured_peak(lambda: engine_step(model, reference, prompts, groups))
     measured += sum(prompt.patches.nbytes for prompt in prompts)  # NumPy's memory, held through the step: the profiler does not see it
-    shape = ModelShape.of(model.config)
+    shape = shape_of(model.config)
     logits = 4 * sum(map(sum, (group.replies for group in groups))) * shape.text.vocabulary
     tile = (2 + trained.language) * logits  # the CPU's head: logits, gradient and their sum's
     ways = {"weight_bytes": 4, "gradient_bytes": 4, "state_bytes": 0, "width": 4, "static": False, "reference": "copy" if kl else "none"}
@@ -155,7 +156,7 @@ def test_backward_in_two_is_backward(family: str, replies: list[int], checkpoint
             measured_peak(lambda: engine_step(two, None, prompts, groups)),
         )
     if max(replies) > 1:
-        assert whole - halves > 0.5 * 4 * ModelShape.of(one.config).text.layer_parameters * 6
+        assert whole - halves > 0.5 * 4 * shape_of(one.config).text.layer_parameters * 6
     for p, q in zip(one.parameters(), two.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None)
         if p.grad is not None:
@@ -179,7 +180,7 @@ def test_the_reference_takes_what_is_said(family: str, kind: str, trained: Train
     own = {t.data_ptr(): t.nbytes for t in (*reference.held.parameters(), *reference.held.buffers()) if t.data_ptr() not in shared | paged}
     scales = [p.quant_state for p in reference.held.parameters() if getattr(p, "quant_state", None) is not None]
     held = sum(own.values()) + sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in scales)
-    assert reference_bytes(ModelShape.of(model.config), kind, 4, trained) == pytest.approx(held, rel=0.05)
+    assert reference_bytes(shape_of(model.config), kind, 4, trained) == pytest.approx(held, rel=0.05)
 
 
 def test_the_decoders_buffers_are_counted_as_they_are() -> None:
@@ -192,7 +193,7 @@ def test_the_decoders_buffers_are_counted_as_they_are() -> None:
         slots = decoder.slots
         assert slots is not None
         held = [t for pairs in (*slots.own.values(), *decoder.prompt_kv.values()) for t in pairs] + [slots.ids[1:], slots.logprob[1:]]
-        expected = decoder_bytes(ModelShape.of(model.config), groups, 20, 4, static)
+        expected = decoder_bytes(shape_of(model.config), groups, 20, 4, static)
         assert sum(t.numel() * t.element_size() for t in held) == expected
         decoder.release()
         assert decoder.slots is None

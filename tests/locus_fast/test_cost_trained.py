@@ -10,15 +10,17 @@ from locus_kernels.linear_logprob import linear_logprob
 from torch.utils.flop_counter import FlopCounterMode
 
 from locus_fast import cost, train
-from locus_fast.adapters import add_adapters
-from locus_fast.budget import trained_by
 from locus_fast.config import parse
-from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, ModelShape, Trained
-from locus_fast.optim import PARTS, make_optimizer, parameter_groups
-from locus_fast.policy import checkpoint_activations, prefill, reply_hidden, see
-from locus_fast.quantize import quantize
-from locus_fast.reference import make_reference
-from locus_fast.runtime import set_up
+from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, Trained
+from locus_fast.model.adapters import add_adapters
+from locus_fast.model.families import shape_of
+from locus_fast.model.policy import checkpoint_activations, prefill, reply_hidden
+from locus_fast.model.quantize import quantize
+from locus_fast.model.reference import make_reference
+from locus_fast.run.plan import trained_by
+from locus_fast.run.setup import set_up
+from locus_fast.step.optim import PARTS, parameter_groups
+from locus_fast.step.optimizers import make_optimizer
 from tests.locus_fast.cost_cases import FAMILIES, FORMULAS, answers, counted, spent, work
 from tests.locus_fast.test_adapters import needs_peft
 
@@ -44,7 +46,7 @@ def check_flops(model, batch, groups, checkpointing: int, trained: Trained) -> N
     if checkpointing:
         checkpoint_activations(model, checkpointing)
     ways = {"checkpointing": checkpointing, "reference": True, "trained": trained, "executed": True, "causal": "square"}
-    table = cost.step_flops(ModelShape.of(model.config), groups, **ways)
+    table = cost.step_flops(shape_of(model.config), groups, **ways)
     scored = answers(batch, groups)
 
     vision, features = counted(lambda: see(model, batch.patches, batch.grids, batch.vision))
@@ -99,11 +101,11 @@ def test_the_reference_has_no_adapters() -> None:
     "options",
     [
         [],
-        ["--rates", "0", "0", "1", "--checkpointing", "1"],
-        ["--rates", "1", "1", "0", "--updates", "2"],
-        ["--rates", "0", "1", "0", "--rollout-tokens", "9000"],
-        pytest.param(["--lora", "4", "--updates", "2"], marks=needs_peft),
-        pytest.param(["--lora", "4", "--checkpointing", "2", "--kl", "0"], marks=needs_peft),
+        ["--lr-scale", "0", "0", "1", "--checkpointing", "1"],
+        ["--lr-scale", "1", "1", "0", "--updates-per-batch", "2"],
+        ["--lr-scale", "0", "1", "0", "--rollout-tokens", "9000"],
+        pytest.param(["--lora", "4", "--updates-per-batch", "2"], marks=needs_peft),
+        pytest.param(["--lora", "4", "--checkpointing", "2", "--kl-coef", "0"], marks=needs_peft),
     ],
 )
 def test_the_trainers_metric_is_what_is_counted(options: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -114,22 +116,22 @@ def test_the_trainers_metric_is_what_is_counted(options: list[str], monkeypatch:
         return {part: {column: n for column, n in passes.items() if column != "rollout"} for part, passes in table.items()}
 
     monkeypatch.setattr(train, "step_flops", square)
-    config = parse(["--prompts", "5", "--replies", "2", "--eval-cues", "1", "--tokens", "1500", "--device", "cpu", *options])
+    config = parse(["--prompts", "5", "--group-size", "2", "--eval-cues", "1", "--microbatch-tokens", "1500", "--device", "cpu", *options])
     setup = set_up(config)
-    model, sampling = setup.model, []
+    model, sampling = setup.engine.model, []
     if config.checkpointing:
         checkpoint_activations(model, config.checkpointing)
-    optimizer = make_optimizer("adamw", parameter_groups(model, dict(zip(PARTS, config.rates, strict=True))), 0.0)
-    reference = make_reference(model) if config.kl else None
-    generate = setup.decoder.generate
+    optimizer = make_optimizer("adamw", parameter_groups(model, dict(zip(PARTS, config.lr_scale, strict=True))), 0.0)
+    reference = make_reference(model) if config.kl_coef else None
+    generate = setup.engine.decoder.generate
 
     def sampled(*arguments, **ways):
         flops, rollout = counted(lambda: generate(*arguments, **ways))
         sampling.append(flops)
         return rollout
 
-    setup.decoder.generate = sampled
-    prompts = iter([setup.prompter(setup.cues.train(i)) for i in range(5)])
+    setup.engine.decoder.generate = sampled
+    prompts = iter([setup.inputs.prompter(setup.inputs.cues.train(i)) for i in range(5)])
     model.train()
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         numbers = train.train_step(setup, reference, optimizer, prompts, 0, lambda: False)

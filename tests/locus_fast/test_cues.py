@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from locus_fast.data.example import CueSource
 from locus_fast.errors import UserError
-from locus_fast.types import CueSource
 from tests.locus_fast.cue_cases import HEIGHT, LARGE, SMALL, TINY, WIDTH, all_held_out, cues, dataset, noise, same, truncate
 
 # ---- the source

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from locus_fast.cues import cut_cue, size_class_of
+from locus_fast.data.cues import cut_cue, size_class_of
 from locus_fast.errors import UserError
 from tests.locus_fast.cue_cases import RECIPE, noise, recipe
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from locus_fast import rollout
-from locus_fast.packing import PromptBatch, Replies
-from locus_fast.policy import checkpoint_activations, prefill, reply_logprob, use_attention
-from locus_fast.rollout import Decoder, Sampling, Vocabulary
+from locus_fast.model.attention import use_attention
+from locus_fast.model.packing import PromptBatch, Replies
+from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
+from locus_fast.step import rollout
+from locus_fast.step.rollout import Decoder, Sampling, Vocabulary
 from tests.small_models import IMAGE, VOCABULARY, small_model, small_prompt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-SAMPLING = Sampling(replies=7, max_tokens=12, temperature=0.8, top_p=1.0)
+SAMPLING = Sampling(group_size=7, max_new_tokens=12, temperature=0.8, top_p=1.0)
 
 
 def task(family: str, device: str, dtype: torch.dtype):
@@ -24,7 +25,7 @@ def task(family: str, device: str, dtype: torch.dtype):
 
 
 def trained(model, batch, played) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    replies = Replies.of(batch, played, played.lengths.view(3, 7).tolist(), range(3))
+    replies = Replies.of(batch, played.ids, played.lengths.view(3, 7).tolist(), range(3))
     logprob, _ = reply_logprob(model, prefill(model, batch), replies, SAMPLING.temperature)
     logprob.sum().backward()
     return logprob.detach().cpu(), {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
@@ -79,7 +80,7 @@ def test_nothing_waits_but_the_count_of_running_replies() -> None:
     try:
         again = PromptBatch.of(batch.prompts, model.config, "cuda")
         played = decoder.generate(prefill(model, again), SAMPLING, seed=4, groups=[3, 0, 9])
-        replies = Replies.of(again, played, [[3] * 7] * 3, range(3))
+        replies = Replies.of(again, played.ids, [[3] * 7] * 3, range(3))
         reply_logprob(model, prefill(model, again), replies, 1.0)[0].sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

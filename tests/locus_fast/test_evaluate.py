@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from locus_fast.config import parse
-from locus_fast.evaluate import evaluate
-from locus_fast.runtime import set_up
+from locus_fast.run.evaluation import evaluate
+from locus_fast.run.setup import set_up
 
 
 def test_answers_are_in_the_order_of_their_cues() -> None:
     """Microbatches are packed by cost, so their cues are out of order; pictures are drawn by a cue's number."""
     one, many = (
-        evaluate(set_up(parse(["--eval-cues", "70", "--device", "cpu", "--tokens", tokens])), "", lambda: False) for tokens in ("99999", "700")
+        evaluate(set_up(parse(["--eval-cues", "70", "--device", "cpu", "--microbatch-tokens", tokens])), "", lambda: False) for tokens in ("99999", "700")
     )
     assert one is not None
     assert many is not None

@@ -17,14 +17,15 @@ from PIL import Image
 from transformers import Qwen2_5_VLProcessor, Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from locus_fast import families
-from locus_fast.checkpoint import load_model
 from locus_fast.config import PRESETS, parse
-from locus_fast.families import FAMILIES as RECORDS
-from locus_fast.families import Frame, family_of
-from locus_fast.preprocess import PatchSpec, grid_size, patches_of
-from locus_fast.prompts import QUESTIONS, WHICH_BOX, Prompter, template_pieces
-from locus_fast.types import Example
+from locus_fast.data.example import Example
+from locus_fast.data.resize import grid_size
+from locus_fast.model import families
+from locus_fast.model.families import FAMILIES as RECORDS
+from locus_fast.model.families import Frame, family_of
+from locus_fast.model.preprocess import PatchSpec, patches_of
+from locus_fast.model.prompts import WHICH_BOX, Prompter, template_pieces
+from locus_fast.weights.checkpoint import load_model
 from tests.published import FAMILIES, TEMPLATES, write_checkpoint
 
 REPLY = "it is in the corner\n</think>\n\n<answer>[1, 2, 30, 40]</answer><|im_end|>"

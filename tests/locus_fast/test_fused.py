@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from locus_fast import policy
-from locus_fast.fused import FORWARDS, can_fuse
+from locus_fast.model import policy
+from locus_fast.model.fused import FORWARDS, can_fuse
 from tests.kernels.interpreter import run_cases
 from tests.small_models import small_model
 
@@ -25,12 +25,12 @@ def fused(model) -> list[str]:
 def test_only_models_on_cuda_are_fused_and_only_for_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not can_fuse(torch.device("cpu"))
     assert can_fuse(torch.device("cuda"))
-    monkeypatch.setattr("locus_fast.fused.find_spec", lambda name: None)
+    monkeypatch.setattr("locus_fast.model.fused.find_spec", lambda name: None)
     assert not can_fuse(torch.device("cuda"))
     model = small_model("qwen3_vl")
     assert not fused(model)
     monkeypatch.setattr(policy, "can_fuse", lambda device: True)
     policy.use_attention(model)
     assert len(fused(model)) == 3 * (2 + 2 + 1 + 1) + 1 + 3  # language layers: norms, norms of queries and keys, MLP, attention; last norm; vision
-    policy.use_attention(model, "sdpa")
+    policy.use_plain_attention(model, "sdpa")
     assert not fused(model)

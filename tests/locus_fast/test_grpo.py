@@ -8,7 +8,7 @@ import pytest
 import torch
 from locus_kernels.box_reward import group_advantage
 
-from locus_fast.grpo import MEANS, clipped_surrogate, grpo_loss, k3
+from locus_fast.step.losses import AGGREGATIONS, clipped_surrogate, grpo_loss, k3
 
 
 def test_k3_by_hand() -> None:
@@ -148,8 +148,8 @@ def test_no_tokens() -> None:
 
 def test_means() -> None:
     lengths = torch.tensor([4, 1, 5])
-    weight, denominator = MEANS["token"](lengths, [4, 1, 5])
+    weight, denominator = AGGREGATIONS["token"](lengths, [4, 1, 5])
     assert (weight.tolist(), denominator) == ([1.0, 1.0, 1.0], 10)
-    weight, denominator = MEANS["sequence"](lengths, [4, 1, 5])
+    weight, denominator = AGGREGATIONS["sequence"](lengths, [4, 1, 5])
     torch.testing.assert_close(weight, torch.tensor([0.25, 1.0, 0.2]))
     assert denominator == 3

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from locus_fast import cues as cue_source
-from locus_fast.cues import FileCues
+from locus_fast.data import cues as cue_source
+from locus_fast.data.cues import FileCues
 from locus_fast.errors import UserError
 from tests.locus_fast.cue_cases import SMALL, TINY, all_held_out, cues, dataset, noise, truncate
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
-from locus_fast.images import ImageError, image_size, load_rgb
+from locus_fast.data.images import ImageError, image_size, load_rgb
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

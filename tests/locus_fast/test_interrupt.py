@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from locus_fast import train
-from locus_fast.interrupt import Interrupt
+from locus_fast.run.interrupt import Interrupt
 from tests.locus_fast.run_cases import SHORT, Child, rows_of
 
 ENDLESS = [*SHORT, "--steps", "100000", "--save-every", "0"]

@@ -10,7 +10,7 @@ import pytest
 
 from locus_fast import evaluate, train
 from locus_fast.errors import UserError
-from locus_fast.lock import holder_of, locked
+from locus_fast.run.lock import holder_of, locked
 from tests.locus_fast.run_cases import SHORT, Child, files_of, finished_run, rows_of, the_error
 
 

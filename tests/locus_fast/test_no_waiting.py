@@ -8,11 +8,12 @@ import pytest
 import torch
 from locus_kernels.shared_prefix_attention import backends, layout
 
-from locus_fast import packing, rollout
-from locus_fast.fused import fuse
-from locus_fast.packing import PromptBatch, Replies
-from locus_fast.policy import checkpoint_activations, prefill, reply_logprob
-from locus_fast.types import Rollout
+from locus_fast.model import packing
+from locus_fast.model.fused import fuse
+from locus_fast.model.packing import PromptBatch, Replies
+from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
+from locus_fast.step import rollout
+from locus_fast.step.rollout import Rollout
 from tests.locus_fast.liger_cases import leave_kernels_out
 from tests.small_models import VOCABULARY, small_model, small_prompt
 
@@ -49,7 +50,7 @@ def test_training(task, checkpointing: int) -> None:
         checkpoint_activations(model, checkpointing)
     prefix = prefill(model, batch)
     played = Rollout(*(torch.zeros(6, 5, device="meta", dtype=dtype) for dtype in (torch.int64, torch.int64, torch.float32)))
-    replies = Replies.of(batch, played, LENGTHS, [0, 1])
+    replies = Replies.of(batch, played.ids, LENGTHS, [0, 1])
     logprob, entropy = reply_logprob(model, prefix, replies, 1.0)
     assert logprob.shape == entropy.shape == (22,)
     logprob.sum().backward()

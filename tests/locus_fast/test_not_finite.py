@@ -12,10 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from locus_fast import evaluate, saving, train
-from locus_fast.checkpoint import TINY_BASE
-from locus_fast.finite import first_not_finite
-from locus_fast.pictures import draw_curve
+from locus_fast import evaluate, train
+from locus_fast.run import saving
+from locus_fast.run.pictures import draw_curve
+from locus_fast.weights.checkpoint import TINY_BASE
+from locus_fast.weights.finite import first_not_finite
 from tests.locus_fast.run_cases import SHORT, rows_of, the_error
 
 
@@ -109,7 +110,7 @@ def test_final_of_a_run_that_diverged_later_is_its_last_good_checkpoint(tmp_path
         numbers = step(setup, reference, optimizer, prompts, index, stop)
         if index == 2:
             with torch.no_grad():
-                for p in setup.model.parameters():
+                for p in setup.engine.model.parameters():
                     p.mul_(1e30)
         return numbers
 
@@ -137,7 +138,7 @@ def test_a_stopped_run_writes_no_weights_that_are_not_finite(tmp_path: Path, mon
             raise train.UserError("the disk went away.")
         numbers = step(setup, reference, optimizer, prompts, index, stop)
         with torch.no_grad():
-            setup.model.model.language_model.layers[0].mlp.up_proj.weight[3, 4] = float("nan")
+            setup.engine.model.model.language_model.layers[0].mlp.up_proj.weight[3, 4] = float("nan")
         return numbers
 
     monkeypatch.setattr(train, "train_step", spoiling)

@@ -12,9 +12,10 @@ import torch
 
 from locus_fast import train
 from locus_fast.config import parse
-from locus_fast.optim import make_optimizer, parameter_groups
-from locus_fast.reference import make_reference
-from locus_fast.runtime import set_up
+from locus_fast.model.reference import make_reference
+from locus_fast.run.setup import set_up
+from locus_fast.step.optim import parameter_groups
+from locus_fast.step.optimizers import make_optimizer
 from tests.small_models import naive_logprob
 
 KL, PROMPTS, GROUP = 0.05, 5, 4
@@ -24,19 +25,19 @@ EQUAL = {"some": [True, False, True, True, False], "none": [False] * 5, "all": [
 def step(options: list[str], equal: list[bool], monkeypatch: pytest.MonkeyPatch):
     """(metrics, gradients, rollouts by prompt, advantages [prompts, group], policy and base as they were): one step of
     a policy that is off its base, with given advantages."""
-    sizes = ["--prompts", str(PROMPTS), "--replies", str(GROUP), "--tokens", "1500", "--kl", str(KL)]
-    setup = set_up(parse([*sizes, "--grad-clip", "1e9", "--lr", "1e-9", "--device", "cpu", *options]))
-    base = copy.deepcopy(setup.model)
-    reference = make_reference(setup.model)
+    sizes = ["--prompts", str(PROMPTS), "--group-size", str(GROUP), "--microbatch-tokens", "1500", "--kl-coef", str(KL)]
+    setup = set_up(parse([*sizes, "--max-grad-norm", "1e9", "--lr", "1e-9", "--device", "cpu", *options]))
+    base = copy.deepcopy(setup.engine.model)
+    reference = make_reference(setup.engine.model)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in setup.model.parameters():
+        for p in setup.engine.model.parameters():
             p.mul_(1 + 0.03 * torch.randn(p.shape, generator=rng))
-    policy = copy.deepcopy(setup.model)
+    policy = copy.deepcopy(setup.engine.model)
     advantage = torch.randn(PROMPTS, GROUP, generator=rng) * ~torch.tensor(equal)[:, None]
     places: list[list[int]] = []
     rollouts: dict[int, tuple[torch.Tensor, list[int]]] = {}
-    generate, score = setup.decoder.generate, train.score
+    generate, score = setup.engine.decoder.generate, train.score
 
     def recorded(prefix, sampling, *, seed, groups):
         rollout = generate(prefix, sampling, seed=seed, groups=groups)
@@ -51,12 +52,12 @@ def step(options: list[str], equal: list[bool], monkeypatch: pytest.MonkeyPatch)
         zero_variance = torch.tensor(equal)[chosen]
         return score(*arguments)._replace(advantage=advantage[chosen].flatten(), zero_variance=zero_variance)
 
-    setup.decoder.generate = recorded
+    setup.engine.decoder.generate = recorded
     monkeypatch.setattr(train, "score", given)
-    optimizer = make_optimizer("adamw", parameter_groups(setup.model, dict.fromkeys(train.PARTS, 1e-9)), 0.0)
-    prompts = [setup.prompter(setup.cues.train(i)) for i in range(PROMPTS)]
+    optimizer = make_optimizer("adamw", parameter_groups(setup.engine.model, dict.fromkeys(train.PARTS, 1e-9)), 0.0)
+    prompts = [setup.inputs.prompter(setup.inputs.cues.train(i)) for i in range(PROMPTS)]
     numbers = train.train_step(setup, reference, optimizer, iter(prompts), 0, lambda: False)
-    gradients = {name: p.grad for name, p in setup.model.named_parameters()}
+    gradients = {name: p.grad for name, p in setup.engine.model.named_parameters()}
     replies = [[ids[:n] for ids, n in zip(*rollouts[group], strict=True)] for group in range(PROMPTS)]
     return numbers, gradients, prompts, replies, advantage, policy, base
 
@@ -67,7 +68,7 @@ def step(options: list[str], equal: list[bool], monkeypatch: pytest.MonkeyPatch)
 def test_a_step_is_the_objective(which: str, skip: bool, mean: str, monkeypatch, tmp_path: Path) -> None:
     """The KL holds every group's tokens; with --skip-zero-variance only those of groups whose rewards differ. The loss
     is the weighted sum over the whole batch's denominator in either case."""
-    options = ["--mean", mean, "--skip-zero-variance", str(skip).lower()]
+    options = ["--loss-agg", mean, "--skip-zero-variance", str(skip).lower()]
     numbers, gradients, prompts, replies, advantage, policy, base = step(options, EQUAL[which], monkeypatch)
     assert numbers is not None
     logprob = naive_logprob(policy, prompts, replies)
@@ -103,9 +104,9 @@ def test_a_step_is_the_objective(which: str, skip: bool, mean: str, monkeypatch,
 def test_rewards_that_are_all_equal_are_said_once(tmp_path: Path, monkeypatch, capsys) -> None:
     """A run whose replies are never a box: what is wrong, once, though it goes on."""
     monkeypatch.setattr(train, "EQUAL_STEPS", 2)
-    sizes = ["--steps", "5", "--prompts", "2", "--replies", "2", "--eval-cues", "4", "--max-tokens", "3"]
+    sizes = ["--steps", "5", "--prompts", "2", "--group-size", "2", "--eval-cues", "4", "--max-new-tokens", "3"]
     assert train.main([*sizes, "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().err
     assert said.count("for 2 steps all replies of a group have earned the same reward") == 1
     assert "no reply holds a box that can be read" in said
-    assert "--max-tokens" in said
+    assert "--max-new-tokens" in said

@@ -13,9 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from locus_fast.evaluate import Evaluation
-from locus_fast.pictures import COLOURS, draw_curve, draw_samples
-from locus_fast.types import Example
+from locus_fast.data.example import Example
+from locus_fast.run.evaluation import Evaluation
+from locus_fast.run.pictures import COLOURS, draw_curve, draw_samples
 
 
 @pytest.fixture

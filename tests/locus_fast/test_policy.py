@@ -7,10 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3VLForConditionalGeneration
 
-from locus_fast.packing import PromptBatch, Replies
-from locus_fast.policy import checkpoint_activations, prefill, reply_logprob, use_attention
-from locus_fast.rollout import Decoder, Sampling, Vocabulary
-from locus_fast.types import Rollout
+from locus_fast.model.attention import use_attention, use_plain_attention
+from locus_fast.model.packing import PromptBatch, Replies
+from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
+from locus_fast.step.rollout import Decoder, Rollout, Sampling, Vocabulary
 from tests.small_models import IMAGE, VOCABULARY, naive_logprob, small_model, small_prompt
 
 GRIDS = [[(8, 12), (4, 4)], [(4, 4), (6, 4)], [(10, 4), (4, 8)]]  # patches of image and cue: three prompts of different sizes
@@ -64,7 +64,7 @@ def test_one_prefill_equals_the_naive_loop(name: str, family: str, checkpointing
     if checkpointing:
         checkpoint_activations(model, checkpointing)
     prefix = prefill(model, PromptBatch.of(prompts, model.config, "cpu"))
-    replies_T = Replies.of(prefix.batch, rollout_of(replies), lengths, range(len(lengths)))
+    replies_T = Replies.of(prefix.batch, rollout_of(replies).ids, lengths, range(len(lengths)))
     logprob, entropy = reply_logprob(model, prefix, replies_T, temperature=1.0)
     gradient = gradients(model, (logprob * weight).sum())
 
@@ -86,7 +86,7 @@ def test_some_groups(family: str, groups: list[int]) -> None:
     with torch.no_grad():
         expected = naive_logprob(model, prompts, replies)
         prefix = prefill(model, PromptBatch.of(prompts, model.config, "cpu"))
-        logprob, _ = reply_logprob(model, prefix, Replies.of(prefix.batch, rollout_of(replies), LENGTHS, groups), temperature=1.0)
+        logprob, _ = reply_logprob(model, prefix, Replies.of(prefix.batch, rollout_of(replies).ids, LENGTHS, groups), temperature=1.0)
     torch.testing.assert_close(logprob, torch.cat([expected[r] for b in groups for r in range(b * 3, b * 3 + 3)]), rtol=0, atol=1e-5)
 
 
@@ -112,7 +112,7 @@ def test_sampler_logprob_equals_the_training_forward(family: str) -> None:
     rollout = Decoder(model, vocabulary).generate(prefix, Sampling(6, 12, 0.7, 1.0), seed=3, groups=[0, 1, 2])
     lengths = rollout.lengths.tolist()
     assert len(set(lengths)) > 2
-    replies = Replies.of(batch, rollout, rollout.lengths.view(3, 6).tolist(), range(3))
+    replies = Replies.of(batch, rollout.ids, rollout.lengths.view(3, 6).tolist(), range(3))
     logprob, _ = reply_logprob(model, prefix, replies, temperature=0.7)
     sampled = torch.cat([rollout.logprob[r, :n] for r, n in enumerate(lengths)])
     torch.testing.assert_close(logprob, sampled, rtol=0, atol=1e-5)
@@ -144,7 +144,7 @@ def test_greedy_equals_transformers_generate() -> None:
         rollout = Decoder(model, vocabulary).generate(
             prefill(model, PromptBatch.of(prompts, model.config, "cpu")), Sampling(1, 8, 0.0, 1.0), seed=0, groups=range(3)
         )
-    use_attention(model, "sdpa")
+    use_plain_attention(model, "sdpa")
     for prompt, row, length in zip(prompts, rollout.ids, rollout.lengths.tolist(), strict=True):
         expected = model.generate(
             input_ids=prompt.ids[None],

@@ -12,11 +12,13 @@ import pytest
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from locus_fast import runtime, train
+from locus_fast import train
+from locus_fast.data.resize import resize
 from locus_fast.errors import UserError
-from locus_fast.preprocess import describe_limits, resize
-from locus_fast.processor import own_limits, write_limits
-from locus_fast.source import read_source
+from locus_fast.model.preprocess import describe_limits
+from locus_fast.model.processor import own_limits, write_limits
+from locus_fast.run import setup as runtime
+from locus_fast.weights.source import read_source
 from tests.locus_fast.test_source import DATA, RECIPE, SIZES, fields
 from tests.published import write_checkpoint
 

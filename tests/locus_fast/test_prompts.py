@@ -10,16 +10,17 @@ import torch
 from locus_kernels.patchify import patchify_images, reference
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from locus_fast import packing, preprocess
+from locus_fast.data.example import Example
+from locus_fast.data.resize import grid_size
 from locus_fast.errors import UserError
-from locus_fast.families import Frame, frame_of
-from locus_fast.packing import PromptBatch
-from locus_fast.preprocess import PatchSpec, grid_size, patches_of
-from locus_fast.prompts import DIRECT, THINK, Prompter
-from locus_fast.runtime import prefetch
+from locus_fast.model import packing, preprocess
+from locus_fast.model.families import Frame, frame_of
+from locus_fast.model.packing import PromptBatch
+from locus_fast.model.preprocess import PatchSpec, patches_of
+from locus_fast.model.prompts import DIRECT, THINK, Prompter
+from locus_fast.run.inputs import prefetch
 from locus_fast.tiny.model import build_model
 from locus_fast.tiny.tokenizer import SPECIAL, build_tokenizer
-from locus_fast.types import Example
 from tests.small_models import small_model, small_prompt
 
 SPEC = PatchSpec(14, 2, 2, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

@@ -18,11 +18,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from locus_fast.checkpoint import load_model
-from locus_fast.packing import PromptBatch, Replies
-from locus_fast.policy import checkpoint_activations, prefill, reply_logprob
-from locus_fast.shards import held_name
-from locus_fast.types import Rollout
+from locus_fast.model.packing import PromptBatch, Replies
+from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
+from locus_fast.step.rollout import Rollout
+from locus_fast.weights.checkpoint import load_model
+from locus_fast.weights.shards import held_name
 from tests.full_sizes import SIZES, full_config
 from tests.published import write_checkpoint
 from tests.small_models import small_prompt
@@ -129,7 +129,7 @@ def test_training_reaches_every_parameter(full, tmp_path: Path) -> None:
     prefix = prefill(model, PromptBatch.of([prompt], model.config, "cpu"))
     ids = torch.randint(3, 200, (3, 6), generator=torch.Generator().manual_seed(1))
     rollout = Rollout(ids, torch.tensor([6, 4, 5]), torch.zeros(3, 6))
-    logprob, _ = reply_logprob(model, prefix, Replies.of(prefix.batch, rollout, [[6, 4, 5]], [0]), 1.0)
+    logprob, _ = reply_logprob(model, prefix, Replies.of(prefix.batch, rollout.ids, [[6, 4, 5]], [0]), 1.0)
     (logprob * torch.linspace(-1, 1, len(logprob))).sum().backward()
     small = dict(model.named_parameters())
     assert [name for name, p in small.items() if p.grad is None or not p.grad.any()] == []

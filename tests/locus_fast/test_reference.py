@@ -10,14 +10,14 @@ import torch
 
 from locus_fast import train
 from locus_fast.errors import UserError
-from locus_fast.optim import parameter_groups
-from locus_fast.policy import use_attention
-from locus_fast.quantize import PROJECTIONS, Int8Linear, language_linears, quantize, weight_of
-from locus_fast.reference import make_reference
+from locus_fast.model.attention import use_attention
+from locus_fast.model.quantize import PROJECTIONS, Int8Linear, language_linears, quantize, weight_of
+from locus_fast.model.reference import make_reference
+from locus_fast.step.optim import parameter_groups
 from tests.locus_fast.test_adapters import CPU, logprobs, needs_peft, tiny
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-SHORT = ["--steps", "2", "--prompts", "4", "--eval-cues", "6", "--tokens", "1500", "--device", "cpu"]
+SHORT = ["--steps", "2", "--prompts", "4", "--eval-cues", "6", "--microbatch-tokens", "1500", "--device", "cpu"]
 EXACT = ("auto", "copy", "host")
 
 
@@ -128,7 +128,7 @@ def test_hooks_are_gone_after_the_pass() -> None:
 
 @needs_peft
 def test_with_adapters_it_is_the_policy_without_them() -> None:
-    from locus_fast.adapters import add_adapters
+    from locus_fast.model.adapters import add_adapters
     from tests.locus_fast.test_adapters import scatter
 
     model = tiny()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from locus_fast import train
-from locus_fast.resume import read_metrics
+from locus_fast.run.resume import read_metrics
 from tests.locus_fast.run_cases import SHORT, files_of, finished_run, rows_of, the_error
 
 PICTURES = ("curve.png", "samples.png")
@@ -258,7 +258,7 @@ def test_checkpoints_of_more_than_six_digits_are_found(run: Path, capsys) -> Non
 
 def test_a_full_disk_under_the_metrics_is_one_sentence(tmp_path: Path, monkeypatch, capsys) -> None:
     """What was done before is saved all the same."""
-    from locus_fast.report import Metrics
+    from locus_fast.run.report import Metrics
 
     write = Metrics.write
 

@@ -6,17 +6,17 @@ import pytest
 import torch
 from locus_kernels.box_reward import build_token_table, closing_table
 
-from locus_fast import rollout
 from locus_fast.config import parse
 from locus_fast.errors import UserError
-from locus_fast.packing import PromptBatch, best_fit, pack
-from locus_fast.policy import next_logits, prefill
-from locus_fast.rollout import Decoder, Sampling, Vocabulary
-from locus_fast.runtime import set_up
+from locus_fast.model.packing import PromptBatch, best_fit, pack
+from locus_fast.model.policy import next_logits, prefill
+from locus_fast.run.setup import set_up
+from locus_fast.step import rollout
+from locus_fast.step.rollout import Decoder, Sampling, Vocabulary
 from tests.small_models import IMAGE, VOCABULARY, small_model, small_prompt
 
 WORDS = Vocabulary(torch.arange(VOCABULARY) < IMAGE, torch.arange(2, 40))  # many stop tokens, so that replies end at different times
-SAMPLING = Sampling(replies=7, max_tokens=12, temperature=0.8, top_p=0.95)
+SAMPLING = Sampling(group_size=7, max_new_tokens=12, temperature=0.8, top_p=0.95)
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
@@ -81,12 +81,12 @@ def test_a_late_count_ends_the_rollout_all_the_same(prefix, monkeypatch) -> None
 
 def test_replies_end_with_their_box() -> None:
     """Nothing is sampled after the box that counts; the reader finds it in what was sampled."""
-    setup = set_up(parse(["--max-tokens", "16", "--eval-cues", "1"]))
-    batch = PromptBatch.of([setup.prompter(setup.cues.train(i)) for i in range(4)], setup.model.config, "cpu")
+    setup = set_up(parse(["--max-new-tokens", "16", "--eval-cues", "1"]))
+    batch = PromptBatch.of([setup.inputs.prompter(setup.inputs.cues.train(i)) for i in range(4)], setup.engine.model.config, "cpu")
     with torch.no_grad():
-        out = setup.decoder.generate(prefill(setup.model, batch), Sampling(8, 16, 1.0, 1.0), seed=0, groups=range(4))
-    closing = closing_table(build_token_table(setup.tokenizer, setup.model.lm_head.weight.shape[0]), "first")
-    texts = [setup.tokenizer.decode(row[:n]) for row, n in zip(out.ids.tolist(), out.lengths.tolist(), strict=True)]
+        out = setup.engine.decoder.generate(prefill(setup.engine.model, batch), Sampling(8, 16, 1.0, 1.0), seed=0, groups=range(4))
+    closing = closing_table(build_token_table(setup.origin.source.tokenizer, setup.engine.model.lm_head.weight.shape[0]), "first")
+    texts = [setup.origin.source.tokenizer.decode(row[:n]) for row, n in zip(out.ids.tolist(), out.lengths.tolist(), strict=True)]
     boxes = [text for text in texts if "]" in text]
     assert len(boxes) > 24
     assert all(text.endswith("]") for text in boxes)
@@ -95,15 +95,15 @@ def test_replies_end_with_their_box() -> None:
 
 def test_a_forced_prefix_is_given_and_read(tmp_path) -> None:
     """`[` stands in the prompt: it is not sampled, the reply starts with the first number, and the box is read whole."""
-    setup = set_up(parse(["--answer-prefix", "[", "--max-tokens", "16", "--eval-cues", "1"]))
+    setup = set_up(parse(["--answer-prefix", "[", "--max-new-tokens", "16", "--eval-cues", "1"]))
     plain = set_up(parse(["--eval-cues", "1"]))
     prompt, without = (s.prompter(s.cues.train(0)) for s in (setup, plain))
-    assert setup.tokenizer.decode(setup.prompter.opening) == "["
-    assert prompt.ids.tolist() == without.ids.tolist() + setup.prompter.opening
+    assert setup.origin.source.tokenizer.decode(setup.inputs.prompter.opening) == "["
+    assert prompt.ids.tolist() == without.ids.tolist() + setup.inputs.prompter.opening
     assert prompt.position[:, -1].tolist() == (without.position[:, -1] + 1).tolist()
     with torch.no_grad():
-        prefix = prefill(setup.model, PromptBatch.of([prompt], setup.model.config, "cpu"))
-        out = setup.decoder.generate(prefix, Sampling(1, 16, 0.0, 1.0), seed=0, groups=[0])
+        prefix = prefill(setup.engine.model, PromptBatch.of([prompt], setup.engine.model.config, "cpu"))
+        out = setup.engine.decoder.generate(prefix, Sampling(1, 16, 0.0, 1.0), seed=0, groups=[0])
         plain_prefix = prefill(plain.model, PromptBatch.of([without], plain.model.config, "cpu"))
         expected = plain.decoder.generate(plain_prefix, Sampling(1, 16, 0.0, 1.0), seed=0, groups=[0])
     ids, lengths = setup.whole(out)
@@ -125,11 +125,11 @@ def test_best_fit() -> None:
 
 def test_packing_weighs_images_and_names_what_does_not_fit() -> None:
     setup = set_up(parse(["--eval-cues", "1"]))
-    prompts = [setup.prompter(setup.cues.train(i)) for i in range(6)]
+    prompts = [setup.inputs.prompter(setup.inputs.cues.train(i)) for i in range(6)]
     costs = [setup.most(prompt, 8) for prompt in prompts]
     assert all(cost > len(prompt.ids) + 8 * 16 for cost, prompt in zip(costs, prompts, strict=True))
     assert len(pack(prompts, costs, 2 * max(costs))) == 3
-    with pytest.raises(UserError, match=r"scene 0: its prompt of .* more than a microbatch of 100; raise --tokens"):
+    with pytest.raises(UserError, match=r"scene 0: its prompt of .* more than a microbatch of 100; raise --microbatch-tokens"):
         pack(prompts, costs, 100)
 
 
@@ -143,7 +143,7 @@ def test_logits_of_a_bfloat16_model_stay_in_float32(family: str) -> None:
         prefix = prefill(model, PromptBatch.of([small_prompt(model, [(4, 8)], words=5, seed=0)], model.config, "cpu"))
         states.append(prefix.last_hidden.expand(7, -1))
         hook = model.model.language_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state[:, 0]))
-        sampling = Sampling(replies=7, max_tokens=6, temperature=0.8, top_p=0.95)
+        sampling = Sampling(group_size=7, max_new_tokens=6, temperature=0.8, top_p=0.95)
         played = Decoder(model, Vocabulary(torch.arange(VOCABULARY) < IMAGE, torch.tensor([2]))).generate(prefix, sampling, seed=4, groups=[3])
         hook.remove()
     assert played.lengths.tolist() == [6] * 7  # no row was moved

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import stat
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from locus_fast import evaluate, train
-from locus_fast.checkpoint import TINY_BASE
 from locus_fast.config import ASKED, Config, parse
+from locus_fast.config.folders import run_around
 from locus_fast.errors import UserError
 from locus_fast.files import save_tensors
-from locus_fast.runs import run_around
+from locus_fast.weights.checkpoint import TINY_BASE
 
-SHORT = ["--steps", "2", "--prompts", "2", "--replies", "2", "--eval-cues", "3", "--save-every", "1", "--device", "cpu"]
+SHORT = ["--steps", "2", "--prompts", "2", "--group-size", "2", "--eval-cues", "3", "--save-every", "1", "--device", "cpu"]
 
 
 def scenes(folder: Path) -> None:
@@ -137,7 +139,8 @@ def test_options_with_a_meaning_are_those_that_are_read(run: Path, monkeypatch) 
     look = Config.__getattribute__
 
     def seen(config: Config, name: str):
-        read.add(name)
+        if sys._getframe(1).f_code.co_filename != dataclasses.__file__:  # `replace` copies every field
+            read.add(name)
         return look(config, name)
 
     config, _ = evaluate.parse([str(run / "final"), "--device", "cpu"])

@@ -16,16 +16,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from locus_fast import budget, checkpoint, disk, runtime, shards, train
-from locus_fast.checkpoint import load_model
+from locus_fast import train
 from locus_fast.errors import UserError
-from locus_fast.source import read_source
+from locus_fast.run import disk
+from locus_fast.run import setup as runtime
+from locus_fast.step import budget
+from locus_fast.weights import checkpoint, shards
+from locus_fast.weights.checkpoint import load_model
+from locus_fast.weights.source import read_source
 from tests.published import PHOTOGRAPHS, write_checkpoint, write_shards
 
 FIRST, SECOND, INDEX = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model.safetensors.index.json"
 DATA = str(PHOTOGRAPHS / "instances.json")
 RECIPE = ["--image-pixels", "4096", "12544", "--cue-pixels", "1024", "3136", "--eval-cues", "1", "--device", "cpu", "--mix", "1", "1", "1"]
-SIZES = ["--steps", "1", "--prompts", "2", "--replies", "2", "--max-tokens", "3", "--tokens", "4000"]
+SIZES = ["--steps", "1", "--prompts", "2", "--group-size", "2", "--max-new-tokens", "3", "--microbatch-tokens", "4000"]
 Spoil = Callable[[Path], Any]
 
 
@@ -229,7 +233,7 @@ def test_a_card_too_small(tmp_path: Path, monkeypatch, capsys) -> None:
     """Said before loading, with settings that the card does hold: with them the run gets as far as loading."""
     folder = write_checkpoint(tmp_path / "model", "qwen3-vl")
     monkeypatch.setattr(runtime, "load_source", None)
-    recipe = [*RECIPE, "--steps", "1", "--prompts", "2", "--replies", "8", "--max-tokens", "64"]
+    recipe = [*RECIPE, "--steps", "1", "--prompts", "2", "--group-size", "8", "--max-new-tokens", "64"]
     arguments = ["--model", str(folder), "--data", DATA, *recipe]
     advised = set()
     for memory in range(2**20, 12 * 2**20, 2**20):
@@ -242,7 +246,7 @@ def test_a_card_too_small(tmp_path: Path, monkeypatch, capsys) -> None:
         assert "free on the device" in sentence
         assert sentence.count(".\n") == 1
         if "; this fits: " not in sentence:
-            assert "take a larger device, a smaller --model, fewer --replies or smaller --image-pixels" in sentence
+            assert "take a larger device, a smaller --model, fewer --group-size or smaller --image-pixels" in sentence
             continue
         advice = sentence.split("; this fits: ")[1].removesuffix(".\n").split()
         advised.add(advice[0])

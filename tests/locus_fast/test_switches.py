@@ -14,15 +14,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
 
-from locus_fast import runtime, train
-from locus_fast.checkpoint import load_model
+from locus_fast import train
 from locus_fast.errors import UserError
-from locus_fast.fused import fuse
-from locus_fast.packing import Replies
-from locus_fast.policy import prefill, reply_logprob, use_attention
-from locus_fast.rollout import Decoder, Sampling, Vocabulary
-from locus_fast.source import read_source
-from locus_fast.switches import GENERAL, TEXT, VISION, check_switches
+from locus_fast.model.attention import use_attention, use_plain_attention
+from locus_fast.model.fused import fuse
+from locus_fast.model.packing import Replies
+from locus_fast.model.policy import prefill, reply_logprob
+from locus_fast.model.switches import GENERAL, TEXT, VISION, check_switches
+from locus_fast.run import setup as runtime
+from locus_fast.step.rollout import Decoder, Sampling, Vocabulary
+from locus_fast.weights.checkpoint import load_model
+from locus_fast.weights.source import read_source
 from tests.locus_fast.test_adapters import CPU, GROUP, drawn
 from tests.locus_fast.test_source import DATA, RECIPE, SIZES, fields
 from tests.published import config_of, write_checkpoint, write_shards
@@ -110,7 +112,7 @@ def read_config(folder: Path, family: str, change: Change) -> Any:
 
 def eager_logprobs(model: Any, prompts: list, replies: torch.Tensor) -> torch.Tensor:
     """Of every reply token, by transformers' eager attention over one prompt and one reply at a time."""
-    use_attention(model, "eager")
+    use_plain_attention(model, "eager")
     out = []
     for row, reply in enumerate(replies):
         prompt = prompts[row // GROUP]
@@ -139,7 +141,7 @@ def test_settings_that_are_honoured(name: str, family: str, tmp_path: Path) -> N
     vocabulary = Vocabulary(torch.arange(model.lm_head.weight.shape[0]) < 200, torch.tensor([2]))
     rollout = Decoder(model, vocabulary).generate(prefix, Sampling(GROUP, 6, 1.0, 1.0), seed=0, groups=[0, 1])
     lengths = rollout.lengths.tolist()
-    again = Replies.of(batch, rollout, [lengths[:GROUP], lengths[GROUP:]], [0, 1])
+    again = Replies.of(batch, rollout.ids, [lengths[:GROUP], lengths[GROUP:]], [0, 1])
     sampled = torch.cat([rollout.logprob[r, :n] for r, n in enumerate(lengths)])
     torch.testing.assert_close(reply_logprob(model, prefix, again, 1.0)[0], sampled, rtol=0, atol=2e-5)
 
@@ -230,7 +232,7 @@ def test_a_setting_that_a_newer_transformers_adds_is_refused_unless_it_is_at_its
     monkeypatch.delitem(TEXT, "attention_bias")
     read_source(folder)
     fields("config.json", text_config={**json.loads((folder / "config.json").read_text())["text_config"], "attention_bias": True})(folder)
-    monkeypatch.setattr("locus_fast.source._check_tensors", lambda *_: None)
+    monkeypatch.setattr("locus_fast.weights.source._check_tensors", lambda *_: None)
     with pytest.raises(UserError, match=r"attention_bias is true, and must be false, no other value is known here"):
         read_source(folder)
 

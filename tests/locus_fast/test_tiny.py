@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from locus_fast import train
-from locus_fast.checkpoint import TINY_BASE, load_model
 from locus_fast.tiny import base
 from locus_fast.tiny.branches import REPLY_LENGTH, Task, box_cells, branch_mask, draw_branches, loosened
 from locus_fast.tiny.scenes import IMAGE_SIZES, OBJECTS, SceneCues, draw_scene
 from locus_fast.tiny.tokenizer import build_tokenizer
+from locus_fast.weights.checkpoint import TINY_BASE, load_model
 
 
 @pytest.mark.parametrize("seed", range(20))

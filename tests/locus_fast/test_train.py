@@ -20,15 +20,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from locus_fast import evaluate, train
-from locus_fast.checkpoint import TINY_BASE
 from locus_fast.config import PRESETS, Config, parse
 from locus_fast.errors import UserError
-from locus_fast.packing import PromptBatch
-from locus_fast.policy import prefill
-from locus_fast.runtime import set_up
-from locus_fast.types import Rollout
+from locus_fast.model.packing import PromptBatch
+from locus_fast.model.policy import prefill
+from locus_fast.run.setup import set_up
+from locus_fast.step.rollout import Rollout
+from locus_fast.weights.checkpoint import TINY_BASE
 
-SHORT = ["--steps", "3", "--prompts", "6", "--eval-cues", "12", "--tokens", "1500", "--device", "cpu"]
+SHORT = ["--steps", "3", "--prompts", "6", "--eval-cues", "12", "--microbatch-tokens", "1500", "--device", "cpu"]
 
 
 def timeless(path: Path) -> list[dict]:
@@ -57,7 +57,7 @@ def test_the_run_folder(run: Path) -> None:
     assert Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads((run / "config.json").read_text()).items()}).steps == 3
     rows = timeless(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert all(row["sampler_gap_max"] < 1e-4 for row in rows)
+    assert all(row["logprob_mismatch_max"] < 1e-4 for row in rows)
     assert all(row["ratio_max"] == 1 for row in rows)
     with Image.open(run / "samples.png") as picture:
         assert picture.width > 500
@@ -74,9 +74,9 @@ def test_weights_moved_and_the_layout_stayed(run: Path) -> None:
 def test_final_loads_with_transformers_alone(run: Path, tmp_path: Path) -> None:
     """A script that imports transformers and nothing of ours gives the same logits."""
     setup = set_up(parse(["--model", str(run / "final")]))
-    prompts = [setup.prompter(setup.cues.held_out(i)) for i in range(3)]
+    prompts = [setup.inputs.prompter(setup.inputs.cues.held_out(i)) for i in range(3)]
     with torch.no_grad():
-        mine = setup.model.lm_head(prefill(setup.model, PromptBatch.of(prompts, setup.model.config, "cpu")).last_hidden)
+        mine = setup.engine.model.lm_head(prefill(setup.engine.model, PromptBatch.of(prompts, setup.engine.model.config, "cpu")).last_hidden)
     given = {f"{name}{i}": getattr(prompt, name).numpy() for i, prompt in enumerate(prompts) for name in ("ids", "patches", "grids")}
     np.savez(tmp_path / "in.npz", **given)
     script = f"""
@@ -109,7 +109,7 @@ def test_same_seed_and_any_workers_give_the_same_metrics(run: Path, tmp_path: Pa
 
 def test_microbatches_do_not_change_the_step(run: Path, tmp_path: Path) -> None:
     """Global denominators: one prompt a microbatch gives the same update as several, up to the order of sums."""
-    assert train.main([*SHORT, "--out", str(tmp_path / "one"), "--tokens", "450", "--steps", "1"]) == 0
+    assert train.main([*SHORT, "--out", str(tmp_path / "one"), "--microbatch-tokens", "450", "--steps", "1"]) == 0
     one, several = timeless(tmp_path / "one" / "metrics.jsonl")[0], timeless(run / "metrics.jsonl")[0]
     for name in ("reward", "iou", "grad_norm", "loss", "kl", "zero_variance_groups"):
         assert one[name] == pytest.approx(several[name], rel=1e-3, abs=1e-6), name
@@ -136,7 +136,7 @@ def test_a_few_live_groups_are_prefilled_again(live: int, tmp_path: Path, monkey
         return scored._replace(zero_variance=flat, advantage=torch.randn(len(flat), 8, generator=torch.Generator().manual_seed(0)).flatten())
 
     monkeypatch.setattr(train, "score", mostly_flat)
-    more = ["--tokens", "90000", "--steps", "1", "--skip-zero-variance", "true"]
+    more = ["--microbatch-tokens", "90000", "--steps", "1", "--skip-zero-variance", "true"]
     for pays in (train.pays, lambda *_: True):
         monkeypatch.setattr(train, "pays", pays)
         out = tmp_path / str(len(rows))
@@ -144,7 +144,7 @@ def test_a_few_live_groups_are_prefilled_again(live: int, tmp_path: Path, monkey
         rows += timeless(out / "metrics.jsonl")
     ours, through = rows
     assert ours["zero_variance_groups"] == 6 - live
-    for name in ("reward", "grad_norm", "loss", "kl", "sampler_gap") if live else ("reward", "grad_norm"):
+    for name in ("reward", "grad_norm", "loss", "kl", "logprob_mismatch") if live else ("reward", "grad_norm"):
         assert ours[name] == pytest.approx(through[name], rel=1e-3, abs=1e-6), name
     assert ours["flops_over_floor"] < 1.12
     assert (through["flops_over_floor"] > 1.5) == (live == 1)
@@ -169,7 +169,7 @@ def test_what_cannot_be_resumed(tmp_path: Path, capsys) -> None:
         ("[]", "no checkpoint"),
         ("{}", "no checkpoint"),
         ('{"steps": "x"}', "--steps cannot be 'x'"),
-        ('{"question": "why"}', "--question must be"),
+        ('{"question": "why"}', "--prompt-style must be"),
     ):
         (tmp_path / "config.json").write_text(text)
         assert train.main(["--resume", str(tmp_path)]) == 2
@@ -193,7 +193,7 @@ def test_a_run_that_is_done_is_not_resumed(run: Path, tmp_path: Path, capsys) ->
 
 def test_a_failed_start_leaves_no_folder(tmp_path: Path, capsys) -> None:
     out = tmp_path / "run"
-    assert train.main([*SHORT, "--tokens", "10", "--out", str(out)]) == 2
+    assert train.main([*SHORT, "--microbatch-tokens", "10", "--out", str(out)]) == 2
     assert not out.exists()
     (tmp_path / "file").write_text("")
     assert train.main([*SHORT, "--out", str(tmp_path / "file" / "run")]) == 2
@@ -211,11 +211,11 @@ def test_a_template_that_begins_the_thinking(tmp_path: Path) -> None:
     shutil.copytree(TINY_BASE, folder)
     template = (folder / "chat_template.jinja").read_text().replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     (folder / "chat_template.jinja").write_text(template)
-    setup = set_up(parse(["--model", str(folder), "--question", "think"]))
-    reply = setup.tokenizer.encode("the cue</think><answer>[10, 20, 30, 40]</answer>", add_special_tokens=False)
+    setup = set_up(parse(["--model", str(folder), "--prompt-style", "think"]))
+    reply = setup.origin.source.tokenizer.encode("the cue</think><answer>[10, 20, 30, 40]</answer>", add_special_tokens=False)
     rollout = Rollout(torch.tensor([reply]), torch.tensor([len(reply)]), torch.zeros(1, len(reply)))
-    assert read_boxes(*setup.whole(rollout), setup.table, **setup.reading).format_ok.tolist() == [True]
-    plain = set_up(parse(["--question", "think"]))
+    assert setup.scoring.read(rollout.ids, rollout.lengths).format_ok.tolist() == [True]
+    plain = set_up(parse(["--prompt-style", "think"]))
     assert read_boxes(*plain.whole(rollout), plain.table, **plain.reading).format_ok.tolist() == [False]
 
 
@@ -253,10 +253,10 @@ def test_steps_that_are_not_finite_are_dropped_and_end_the_run(tmp_path: Path, m
 @pytest.mark.parametrize(
     "options",
     [
-        ["--kl", "0", "--mean", "sequence", "--normalize-std", "false", "--reward", "giou_plus_one"],
-        ["--updates", "3", "--checkpointing", "2", "--lr", "1e-3", "--reward", "rising"],
-        ["--question", "think", "--max-tokens", "24", "--temperature", "0.8", "--top-p", "0.9"],
-        ["--answer-prefix", "[", "--schedule", "cosine", "--attention", "plain", "--updates", "2", "--rollout-tokens", "9999"],
+        ["--kl-coef", "0", "--loss-agg", "sequence", "--normalize-std", "false", "--reward", "giou_plus_one"],
+        ["--updates-per-batch", "3", "--checkpointing", "2", "--lr", "1e-3", "--reward", "rising"],
+        ["--prompt-style", "think", "--max-new-tokens", "24", "--temperature", "0.8", "--top-p", "0.9"],
+        ["--answer-prefix", "[", "--lr-schedule", "cosine", "--attention", "plain", "--updates-per-batch", "2", "--rollout-tokens", "9999"],
     ],
 )
 def test_variants_run(options: list[str], tmp_path: Path) -> None:
@@ -264,12 +264,12 @@ def test_variants_run(options: list[str], tmp_path: Path) -> None:
     rows = timeless(tmp_path / "run" / "metrics.jsonl")
     assert len(rows) == 3
     assert not any(row["dropped_step"] for row in rows)
-    if "--updates" in options and any(row["zero_variance_groups"] < 6 for row in rows):
+    if "--updates-per-batch" in options and any(row["zero_variance_groups"] < 6 for row in rows):
         assert any(row["ratio_max"] > 1 for row in rows)
 
 
 def test_a_frozen_vision_tower_stays_as_it_was(tmp_path: Path) -> None:
-    assert train.main([*SHORT, "--out", str(tmp_path / "run"), "--rates", "0", "1", "0.5", "--steps", "2"]) == 0
+    assert train.main([*SHORT, "--out", str(tmp_path / "run"), "--lr-scale", "0", "1", "0.5", "--steps", "2"]) == 0
     before, after = (load_file(folder / "model.safetensors") for folder in (TINY_BASE, tmp_path / "run" / "final"))
     frozen = [name for name in before if ".visual." in name and "merger" not in name]
     assert len(frozen) > 20

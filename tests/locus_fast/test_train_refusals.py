@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from locus_fast import train
-from locus_fast.checkpoint import TINY_BASE
+from locus_fast.weights.checkpoint import TINY_BASE
 from tests.locus_fast.test_train import SHORT
 
 
@@ -20,11 +20,11 @@ from tests.locus_fast.test_train import SHORT
         (["--steps", "three"], "three"),
         (["--preset", "huge"], "--preset must be one of tiny"),
         (["--reward", "magic"], "magic"),
-        (["--replies", "1"], "--replies must be at least 2"),
+        (["--group-size", "1"], "--group-size must be at least 2"),
         (["--data", "nowhere.json"], "nowhere.json"),
         (["--images", "photos"], "--images was given without --data"),
         (["--model", "./nowhere"], "--model ./nowhere: there is no such folder"),
-        (["--tokens", "100"], "raise --tokens"),
+        (["--microbatch-tokens", "100"], "raise --microbatch-tokens"),
         (["--preset", "paper", "--model", str(TINY_BASE)], "--data is missing"),
         (["--seed", "9" * 30], "--seed must be"),
         (["--lr", "inf"], "--lr cannot be inf"),
@@ -34,7 +34,7 @@ from tests.locus_fast.test_train import SHORT
         (["--normalize-std", "maybe"], "true or false"),
         (["--attention", "flash_attn_2"], "--attention flash_attn_2: attention backend 'flash_attn_2' cannot be used"),
         (["--attention", "magic"], "magic"),
-        (["--rates", "0", "0", "0"], "--rates must be three shares"),
+        (["--lr-scale", "0", "0", "0"], "--lr-scale must be three shares"),
         (["--dtype", "bfloat16", "--optimizer", "adamw"], "rounds small steps of bfloat16 weights away"),
     ],
 )

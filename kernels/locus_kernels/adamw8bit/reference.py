@@ -9,7 +9,9 @@ Moments are kept in blocks of 256 consecutive elements. With r = sqrt(exp_avg_sq
   less than a code's spacing of 1 to 7%, and rounding to nearest would stand still.
 - exp_avg is kept as its quotient by r, linear codes from -127 to 127 with one scale a block. That quotient is
   bounded (by (1 - beta1) / sqrt(1 - beta2), 3.2, in exact arithmetic), so an element's step is precise to
-  about a hundredth of the rate however small its gradient is beside its block's largest.
+  about a hundredth of the rate however small its gradient is beside its block's largest. It is rounded
+  stochastically as well: to nearest, codes up to 5 would not decay, and a weight whose gradients have stopped
+  would go on for ever.
 
 A step is taken from moments in float32, before they are rounded. Random bits are a hash of (seed, stream of
 the parameter, element): neither other parameters nor the order of the work change them.
@@ -83,18 +85,26 @@ def random_bits(words: tuple[int, int], first: int, count: int, device: torch.de
 
 
 def round_to_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
-    """float32 to one of its two bfloat16 neighbours, the nearer the likelier, so that it is right on average.
+    """float32 to one of its two bfloat16 neighbours, the nearer the likelier, so that it is right on average. NaN
+    stays NaN: added to the pattern of a GPU's, 0x7fffffff, the bits would make it -0.
 
     bits: int64 in [0, 2**16), of the value's shape.
     """
     raised = value.view(torch.int32) + bits.to(torch.int32)
-    return (raised & -65536).view(torch.float32).to(torch.bfloat16)
+    rounded = (raised & -65536).view(torch.float32)
+    return torch.where(value.isnan(), value, rounded).to(torch.bfloat16)
+
+
+def second_draw(bits: Tensor) -> Tensor:
+    """int64 in [0, 2**16) of random bits, int64 in [0, 2**32): uniform given either half of them."""
+    return ((bits ^ (bits >> 15)) * HASH_A & WORD) >> 16
 
 
 def quantize(
-    exp_avg: Tensor, root: Tensor, draw: Tensor
+    exp_avg: Tensor, root: Tensor, draws: tuple[Tensor, Tensor]
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Both moments in 8 bits. exp_avg, root = sqrt(exp_avg_sq): float32 [b, 256]; draw in [0, 1), [b, 256].
+    """Both moments in 8 bits. exp_avg, root = sqrt(exp_avg_sq): float32 [b, 256]; draws: of each, [b, 256]
+    in [0, 1).
 
     Returns ((codes int8 [b, 256], scale float32 [b]), (codes uint8 [b, 256], low and high float32 [b])).
     """
@@ -104,13 +114,13 @@ def quantize(
     spacing = _spacing(low, high)
     below = ((root / torch.where(low > 0, low, 1)).clamp(min=1).log2() / spacing).floor().clamp(max=STEPS - 1)
     under, over = low * (below * spacing).exp2(), low * ((below + 1) * spacing).exp2()
-    up = draw * (over - under) < root - under
+    up = draws[1] * (over - under) < root - under
     codes = torch.where(root > 0, below + 1 + up, 0)
     kept = _root(codes, low, high)
     quotient = torch.where(kept > 0, exp_avg / torch.where(kept > 0, kept, 1), 0)
     scale = quotient.abs().amax(1, keepdim=True)
     share = quotient.abs() * (LARGEST / scale.clamp(min=torch.finfo(torch.float32).tiny))
-    parts = (quotient.sign() * (share + 0.5).floor()).to(torch.int8)
+    parts = (quotient.sign() * (share + draws[0]).floor().clamp(max=LARGEST)).to(torch.int8)
     return (parts, scale[:, 0]), (codes.to(torch.uint8), low[:, 0], high[:, 0])
 
 
@@ -177,11 +187,12 @@ def step(
             state["exp_avg"].view(-1)[chosen] = exp_avg
             state["exp_avg_sq"].view(-1)[chosen] = exp_avg_sq
         else:
-            _store(state, blocks, exp_avg.view(-1, BLOCK), root.view(-1, BLOCK), bits.view(-1, BLOCK) >> 16)
+            _store(state, blocks, exp_avg.view(-1, BLOCK), root.view(-1, BLOCK), bits.view(-1, BLOCK))
 
 
 def _store(state: State, blocks: slice, exp_avg: Tensor, root: Tensor, bits: Tensor) -> None:
-    (parts, scale), (codes, low, high) = quantize(exp_avg, root, bits.float() / 65536)
+    draws = second_draw(bits).float() / 65536, (bits >> 16).float() / 65536
+    (parts, scale), (codes, low, high) = quantize(exp_avg, root, draws)
     state["exp_avg_codes"].view(-1, BLOCK)[blocks] = parts
     state["exp_avg_sq_codes"].view(-1, BLOCK)[blocks] = codes
     for name, value in (("exp_avg_scale", scale), ("exp_avg_sq_low", low), ("exp_avg_sq_high", high)):
@@ -234,7 +245,7 @@ def from_dynamic_codes(
         (dynamic_codes(False)[1].item() / 2 * exp_avg_sq[1])[:, None].expand(-1, block).reshape(-1, BLOCK)
     )
     second = torch.where((second == 0) & (first != 0), smallest, second)
-    (parts, scale), (codes, low, high) = quantize(first, second.sqrt(), torch.full_like(first, 0.5))
+    (parts, scale), (codes, low, high) = quantize(first, second.sqrt(), (torch.full_like(first, 0.5),) * 2)
     return {
         "exp_avg_codes": parts.view(shape),
         "exp_avg_scale": scale,

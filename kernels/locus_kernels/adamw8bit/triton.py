@@ -106,7 +106,7 @@ def _read_blocks(parts, codes, scales, lows, highs, inside, there):
 
 @triton.jit
 def _write_blocks(parts, codes, scales, lows, highs, inside, there, exp_avg, root, bits):
-    """`reference.quantize`, whose draws are the upper halves of `bits`."""
+    """`reference.quantize` with the draws of `reference._store`."""
     top = tl.max(root, 1)
     bottom = tl.min(tl.where(root == 0, float("inf"), root), 1)
     bottom = tl.maximum(tl.minimum(bottom, top), top * NARROW)
@@ -122,7 +122,9 @@ def _write_blocks(parts, codes, scales, lows, highs, inside, there, exp_avg, roo
     quotient = tl.where(kept > 0, exp_avg / tl.where(kept > 0, kept, 1.0), 0.0)
     scale = tl.max(tl.abs(quotient), 1)
     largest = tl.maximum(scale, TINY)
-    size = tl.floor(tl.abs(quotient) * (LARGEST / largest[:, None]) + 0.5)
+    stirred = (bits ^ ((bits >> 15) & 0x1FFFF)) * HASH_A  # reference.second_draw
+    draw = ((stirred >> 16) & 0xFFFF).to(tl.float32) / 65536
+    size = tl.minimum(tl.floor(tl.abs(quotient) * (LARGEST / largest[:, None]) + draw), LARGEST)
     part = tl.where(quotient < 0, -size, size)
     tl.store(codes, code.to(tl.int32).to(tl.uint8), mask=inside)
     tl.store(parts, part.to(tl.int32).to(tl.int8), mask=inside)
@@ -170,7 +172,8 @@ def adamw8bit_kernel(
     bits = _random_bits(element, tl.load(job + WORD_A).to(tl.int32), tl.load(job + WORD_B).to(tl.int32))
     if values.dtype.element_ty == tl.bfloat16:  # the nearer of two neighbours the likelier
         raised = (value.to(tl.int32, bitcast=True) + (bits & 0xFFFF)) & -65536
-        tl.store(values, raised.to(tl.float32, bitcast=True).to(tl.bfloat16), mask=inside)
+        rounded = tl.where(value == value, raised.to(tl.float32, bitcast=True), value)  # NaN stays NaN
+        tl.store(values, rounded.to(tl.bfloat16), mask=inside)
     else:
         tl.store(values, value, mask=inside)
     if EIGHT_BIT:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from locus_kernels.adamw8bit import adamw8bit_, dequantize, from_dynamic_codes, new_state
-from locus_kernels.adamw8bit.reference import key, quantize, random_bits, round_to_bfloat16
+from locus_kernels.adamw8bit.reference import key, quantize, random_bits, round_to_bfloat16, second_draw
 from torch import Tensor
 
 from tests.kernels.interpreter import run_cases
@@ -135,6 +135,23 @@ def test_a_second_moment_follows_gradients_that_shrink() -> None:
         assert half.std() < 0.25
 
 
+def test_a_weight_whose_gradients_stop_stops() -> None:
+    """Half of each block's gradients are 0 after 50 steps. In float32 the way that is left from step 150 on is
+    under 0.9**100 of a rate a step; a first moment rounded to nearest would go on at one pace, in one
+    direction, for ever."""
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.zeros(SHAPE)
+    state, one = new_state(weight), torch.ones(())
+    stopped = torch.arange(SHAPE[1]) % 2 == 0
+    for step in range(1000):
+        if step == 150:
+            then = weight.clone()
+        gradient = torch.randn(SHAPE, generator=rng).masked_fill(stopped & (step >= 50), 0)
+        adamw8bit_([weight], [gradient], [state], lr=[one], gradient_scale=one, seed=step, streams=[0])
+    assert (weight - then).abs()[:, stopped].max() < 0.5
+    assert (weight - then).abs()[:, ~stopped].mean() > 5
+
+
 # ------------------------------------------------------------------------------------------------------ codes
 @pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
 def test_codes_by_their_definition(spread: float) -> None:
@@ -145,7 +162,7 @@ def test_codes_by_their_definition(spread: float) -> None:
     root[:, 7] = 0
     exp_avg = root * (torch.rand(8, 256, generator=rng) * 2 - 1)
     draw = torch.rand(8, 256, generator=rng)
-    (parts, scale), (codes, low, high) = quantize(exp_avg, root, draw)
+    (parts, scale), (codes, low, high) = quantize(exp_avg, root, (torch.full_like(draw, 0.5), draw))
     state = {"exp_avg_codes": parts, "exp_avg_scale": scale, "exp_avg_sq_codes": codes}
     kept, square = dequantize(state | {"exp_avg_sq_low": low, "exp_avg_sq_high": high})
     positive = root > 0
@@ -161,9 +178,8 @@ def test_second_moments_are_rounded_right_on_average() -> None:
     """20,000 roundings of 254 values between the ends of a block: the mean's error is within 4 standard
     errors."""
     root = torch.cat([torch.tensor([1e-3, 1.0]), torch.logspace(-2.9, -0.1, 254)]).expand(20_000, 256)
-    _, (codes, low, high) = quantize(
-        root, root, torch.rand(root.shape, generator=torch.Generator().manual_seed(2))
-    )
+    draw = torch.rand(root.shape, generator=torch.Generator().manual_seed(2))
+    _, (codes, low, high) = quantize(root, root, (draw, draw))
     zeros = torch.zeros(root.shape, dtype=torch.int8)
     state = {"exp_avg_codes": zeros, "exp_avg_scale": low, "exp_avg_sq_codes": codes}
     kept = dequantize(state | {"exp_avg_sq_low": low, "exp_avg_sq_high": high})[1].sqrt().double()
@@ -171,10 +187,25 @@ def test_second_moments_are_rounded_right_on_average() -> None:
     assert (error.abs() <= 4 * deviation / math.sqrt(20_000) + 1e-5).all()
 
 
+def test_first_moments_are_rounded_right_on_average() -> None:
+    """20,000 roundings of 256 shares of the largest quotient: each to one of its two codes, the mean's error within 5
+    standard errors; the largest is never past its code."""
+    root = torch.ones(20_000, 256)
+    share = torch.linspace(-1, 1, 256).expand(20_000, 256)
+    draw = torch.rand(root.shape, generator=torch.Generator().manual_seed(3))
+    (parts, _), _ = quantize(share * 0.3, root, (draw, draw))
+    code = share[0].double() * 127
+    assert ((parts.double() - code).abs() < 1 + 1e-4).all()
+    assert ((parts.double().mean(0) - code).abs() <= 5 * 0.5 / math.sqrt(20_000)).all()
+    (parts, _), _ = quantize(share * 0.3, root, (torch.full_like(draw, 65535 / 65536), draw))
+    assert parts[:, -1].eq(127).all()
+    assert parts[:, 0].eq(-127).all()
+
+
 def test_a_root_far_below_its_blocks_largest_is_raised_and_never_0() -> None:
     root = torch.ones(1, 256)
     root[0, :3] = torch.tensor([1e-30, 1e-12, 0.0])
-    _, (codes, low, _) = quantize(root, root, torch.zeros(1, 256))
+    _, (codes, low, _) = quantize(root, root, (torch.zeros(1, 256),) * 2)
     assert codes[0, :4].tolist() == [1, 1, 0, 255]
     assert low.item() == pytest.approx(1e-8)
 
@@ -244,6 +275,29 @@ def test_random_bits_are_uniform_and_tell_everything_apart() -> None:
             assert abs(torch.corrcoef(torch.stack([one.double(), other.double()]))[0, 1]) < 0.02
     later = random_bits(key(0, 0), 1000, 24, torch.device("cpu"))
     assert torch.equal(later, streams[0][1000:1024])
+
+
+def test_the_three_draws_of_an_element_are_uniform_and_unrelated() -> None:
+    """Those of the weight, of the second moment and of the first: 16 x 16 cells of each pair."""
+    bits = random_bits(key(3, 4), 0, 2**18, torch.device("cpu"))
+    draws = bits & 0xFFFF, bits >> 16, second_draw(bits)
+    for i, one in enumerate(draws):
+        assert ((one >= 0) & (one < 2**16)).all()
+        for other in draws[:i]:
+            counts = torch.bincount((one >> 12) * 16 + (other >> 12), minlength=256).double()
+            assert (
+                (counts - 1024).square() / 1024
+            ).sum() < 360  # 99.999% of uniform ones, 255 degrees of freedom
+            assert abs(torch.corrcoef(torch.stack([one.double(), other.double()]))[0, 1]) < 0.01
+
+
+@pytest.mark.parametrize("pattern", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001])
+def test_bfloat16_rounding_keeps_what_is_not_a_number(pattern: int) -> None:
+    """Whatever its pattern: a GPU's own is 0x7fffffff."""
+    value = torch.full((2**16,), pattern, dtype=torch.int32).view(torch.float32)
+    assert round_to_bfloat16(value, torch.arange(2**16)).isnan().all()
+    endless = torch.tensor([math.inf, -math.inf]).repeat_interleave(2**16)
+    assert torch.equal(round_to_bfloat16(endless, torch.arange(2**16).repeat(2)).float(), endless)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -11,7 +11,7 @@ from locus_kernels.grpo_loss import grpo_loss
 from locus_kernels.linear_logprob.reference import dense
 from torch import Tensor
 
-from locus_fast import grpo as trainer
+from locus_fast.step import losses as trainer
 from tests.kernels.head_cases import assert_errors, head_inputs
 
 NUMBERS = {

@@ -1,0 +1,142 @@
+"""What a run may use of its device: planned from the model's shape and the free memory before any weight is loaded, and
+what to say where it does not fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from locus_fast.config import Config
+from locus_fast.cost.plan import AUTO_CHECKPOINTING, TEXT_TOKENS, Plan, plan, unplanned
+from locus_fast.cost.shapes import Group, ModelShape, Trained, group_of
+from locus_fast.cost.traffic import STATE_BYTES
+from locus_fast.errors import UserError
+from locus_fast.step.optimizers import default_optimizer
+
+LARGER = "take a larger device, a smaller --model, a smaller --group-size or smaller --image-pixels"
+RANK = 16  # of the adapters that are proposed where nothing else fits
+SHORTEST = 40  # tokens that a proposal leaves a reply: a box, said without thinking
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a CUDA device; None for a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def trained_by(config: Config) -> Trained:
+    """What a run trains."""
+    return Trained.adapters(config.lora) if config.lora else Trained(*(rate > 0 for rate in config.lr_scale))
+
+
+def state_bytes(config: Config, kind: torch.dtype) -> float:
+    """Bytes of optimizer state of a parameter of this type."""
+    return {"adamw": 8, "adamw-master": 12}.get(default_optimizer(config.optimizer, kind), STATE_BYTES)
+
+
+def plan_for(config: Config, shape: ModelShape, kind: torch.dtype, device: torch.device) -> Plan:
+    """The plan of a training run of a model of this shape and type of weights, from the device's free memory.
+
+    Prompts are taken to be between the fewest and the most pixels that an image and its cue may have, and replies as long as they may be. Raises
+    UserError if one does not fit, which names the largest setting that does.
+    """
+    memory = free_memory(device)
+    if memory is None:
+        return unplanned(config.microbatch_tokens, config.checkpointing)
+    try:
+        return planned(config, shape, kind, memory)
+    except UserError as error:
+        raise UserError(f"{error}; {remedy(config, shape, kind, memory)}.") from None
+
+
+def check_rank(config: Config, shape: ModelShape) -> None:
+    """Raises UserError for adapters that are wider than the model: they would hold no more than the weights do."""
+    if config.lora > (width := shape.text.hidden):
+        raise UserError(f"--lora {config.lora}: the language model is {width:,} wide; give a rank of at most that, such as {RANK}.")
+
+
+def planned(config: Config, shape: ModelShape, kind: torch.dtype, memory: int, fused: bool | None = None) -> Plan:
+    """The plan of a run of a model of this shape and type of weights in so many bytes. fused: with liger-kernel's
+    operators; None: as a CUDA device has them here."""
+    return plan(
+        shape,
+        extremes(config, shape),
+        memory_bytes=memory,
+        prompts=config.prompts,
+        tokens=config.microbatch_tokens,
+        checkpointing=config.checkpointing,
+        rollout_tokens=config.rollout_tokens,
+        **ways_of(config, kind, fused),
+    )
+
+
+def extremes(config: Config, shape: ModelShape) -> list[Group]:
+    """The largest and the smallest prompt of a run, with the longest replies."""
+    pixels = config.image_pixels, config.cue_pixels
+    return [
+        group_of(
+            shape,
+            [(round(math.sqrt(bounds[end])),) * 2 for bounds in pixels],
+            pixels,
+            text_tokens=TEXT_TOKENS,
+            replies=config.group_size,
+            reply_tokens=config.max_new_tokens,
+        )
+        for end in (1, 0)
+    ]
+
+
+def ways_of(config: Config, kind: torch.dtype, fused: bool | None = None) -> dict[str, Any]:
+    """What a run's settings are to `peak_memory`. fused: as in `planned`."""
+    if fused is None:
+        from locus_fast.model.fused import can_fuse  # with transformers
+
+        fused = can_fuse(torch.device("cuda"))
+    moved = torch.float32 if config.lora else kind  # the type of what is trained
+    return {
+        "reference": "none" if config.kl_coef == 0 else "copy" if config.reference == "auto" else config.reference,
+        "trained": trained_by(config),
+        "quantised": config.quantize != "off",
+        "max_tokens": config.max_new_tokens,
+        "fused": fused,
+        "weight_bytes": kind.itemsize,
+        "gradient_bytes": moved.itemsize,
+        "state_bytes": state_bytes(config, moved),
+        "width": kind.itemsize,
+    }
+
+
+def remedy(config: Config, shape: ModelShape, kind: torch.dtype, memory: int, fused: bool | None = None) -> str:
+    """Words that name the largest setting that fits, where a run as asked for does not. fused: as in `planned`."""
+    for words, changed in remedies(config):
+        low, high = 0, changed.max_new_tokens + 1
+        while high - low > 1:  # replies may be `low` tokens long, and not `high`
+            middle = changed.max_new_tokens if high > changed.max_new_tokens else (low + high) // 2
+            try:
+                planned(replace(changed, max_new_tokens=middle), shape, kind, memory, fused)
+                low = middle
+            except UserError:
+                high = middle
+        if low >= min(SHORTEST, config.max_new_tokens):
+            return f"this fits: {' '.join([*words, *([f'--max-new-tokens {low}'] if low < config.max_new_tokens else [])])}"
+    return LARGER
+
+
+def remedies(config: Config) -> Iterator[tuple[list[str], Config]]:
+    """(options, configuration with them) that take less and less memory: recomputation, references in fewer bytes and none, adapters."""
+    words: list[str] = []
+    if config.checkpointing not in (AUTO_CHECKPOINTING, 1):
+        words, config = ["--checkpointing 1"], replace(config, checkpointing=1)
+    yield words, config
+    if not config.lora:
+        for kind in ("int8", "nf4", "host") if config.kl_coef > 0 else ():
+            yield [*words, f"--reference {kind}"], replace(config, reference=kind)
+        config = replace(config, reference="auto")
+        yield [*words, "--kl-coef 0"], replace(config, kl_coef=0.0)
+        words, config = [*words, f"--lora {RANK}"], replace(config, lora=RANK, optimizer="auto")
+        yield words, config
+    if config.quantize == "off":
+        yield [*words, "--quantize nf4"], replace(config, quantize="nf4")
