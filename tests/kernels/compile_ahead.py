@@ -1,13 +1,17 @@
 """Compile Triton kernels for chips that are not here, and count what a program needs there. Import it with
-TRITON_INTERPRET unset."""
+TRITON_INTERPRET unset.
+
+An operator's compile.py lists its kernels at their real tile sizes; `compiled.py` runs it in its own process.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -22,16 +26,37 @@ TARGETS = {
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def figures(
-    kernel: Any, arguments: dict[str, Any], target: str, divisible: tuple[str, ...] = (), **options: Any
-) -> dict[str, int]:
-    """Registers and spilled bytes a thread, and shared memory a program in bytes, of `kernel` on `target`.
+class Variant(NamedTuple):
+    """A kernel as a launcher starts it.
 
     arguments: a type such as "*fp32" or "i64" for each run-time parameter, the value itself (not a string)
     for each constexpr. Pointers are taken to be aligned to 16 bytes, as PyTorch's allocations are;
-    `divisible` names the integers that are multiples of 16. The table also counts the wgmma instructions,
-    Hopper's asynchronous matrix products, and the mma instructions of every NVIDIA chip.
+    `divisible` names the integers that are multiples of 16. options: the launch's warps, stages and so on.
     """
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    divisible: tuple[str, ...] = ()
+
+
+Cases = dict[str, dict[str, Variant]]  # name -> target -> how the kernel is started there
+
+
+def on(variant: Variant, *targets: str) -> dict[str, Variant]:
+    """The same on these targets, by default on all."""
+    return dict.fromkeys(targets or TARGETS, variant)
+
+
+def report(cases: Cases) -> None:
+    """Print a JSON table: name -> target -> figures."""
+    print(json.dumps({name: {t: figures(v, t) for t, v in each.items()} for name, each in cases.items()}))
+
+
+def figures(variant: Variant, target: str) -> dict[str, int]:
+    """Registers and spilled bytes a thread, and shared memory a program in bytes, on `target`; also the wgmma
+    instructions, Hopper's asynchronous matrix products, and the mma instructions of every NVIDIA chip."""
+    kernel, arguments, options, divisible = variant
     signature = {name: a if isinstance(a, str) else "constexpr" for name, a in arguments.items()}
     constants = {name: a for name, a in arguments.items() if not isinstance(a, str)}
     aligned: Any = {
@@ -40,8 +65,6 @@ def figures(
         if kind.startswith("*") or name in divisible
     }
     backend, chip, warp = TARGETS[target]
-    if backend == "hip":
-        options.pop("maxnreg", None)
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget(backend, chip, warp),

@@ -1,5 +1,5 @@
 """The examples of `kernels/README.md` run as printed, one after another; the one that needs TRL is
-test_grpo_loss_peers.py's."""
+grpo_loss/test_peers.py's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import torch
 
 from locus_fast.tiny.tokenizer import build_tokenizer
-from tests.kernels.interpreter import ROOT
+from tests.kernels.readme import examples
 
 OPERATORS = (
     "box_reward",
@@ -19,10 +19,6 @@ OPERATORS = (
     "shared_prefix_attention",
     "shared_prefix_decode",
 )
-
-
-def examples() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "kernels" / "README.md").read_text(), re.DOTALL)
 
 
 def test_every_operator_has_an_example() -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from locus_kernels.adamw8bit import new_state, reference
-from locus_kernels.adamw8bit.triton import adamw8bit_triton
+from locus_kernels.adamw8bit import triton as kernels
+from locus_kernels.adamw8bit.reference import Scalars, Settings
 from torch import Tensor
 
 from tests.kernels.interpreter import device, poisoned_empty
 
 DEVICE = device()
 SHAPES = [(32, 128), (33,), (0, 7), (3, 1367), (5, 1024), (4097,)]
-SETTINGS = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+SETTINGS = Settings(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -36,19 +37,15 @@ def steps(
         states = [new_state(weight) for weight in weights]
         rates = [torch.tensor(rate, device=DEVICE) for rate in [1e-2, 1e-3, 1e-4] * 2]
         for count in (1, 2, 3):
-            where = {
-                "lr": rates,
-                "gradient_scale": torch.tensor(0.0 if count == 2 else 0.3, device=DEVICE),
-                "corrections": torch.tensor(
-                    [[1 - 0.9**count, 1 - 0.999**count]] * len(SHAPES), device=DEVICE
-                ),
-                "words": [reference.key(count, number) for number in range(len(SHAPES))],
-            }
+            corrections = [[1 - 0.9**count, 1 - 0.999**count]] * len(SHAPES)
+            scale = torch.tensor(0.0 if count == 2 else 0.3, device=DEVICE)
+            scalars = Scalars(rates, scale, torch.tensor(corrections, device=DEVICE))
+            words = [reference.key(count, number) for number in range(len(SHAPES))]
             gradients = [some(shape, rng, spread, slopes) for shape in SHAPES]
             if count == 2:
                 gradients[0][3] = float("nan")  # a scale of 0 hides it
-            extra = {"rows": rows} if side is adamw8bit_triton else {}
-            side(weights, gradients, states, **where, **SETTINGS, **extra)
+            extra = {"rows": rows} if side is kernels.adamw8bit_ else {}
+            side(weights, gradients, states, scalars, SETTINGS, words, **extra)
         ends.append((weights, states))
     return ends
 
@@ -65,7 +62,7 @@ def test_the_kernel_steps_as_the_reference(
     """Weights to a few roundings; codes equal but where a value lies on the border of two, which moves a
     later step of that weight by a hundredth of the rate or so."""
     (ours, states), (theirs, expected) = steps(
-        dtype, slopes, rows, spread, (adamw8bit_triton, reference.adamw8bit_)
+        dtype, slopes, rows, spread, (kernels.adamw8bit_, reference.adamw8bit_)
     )
     for weight, other, state, truth in zip(ours, theirs, states, expected, strict=True):
         assert weight.isfinite().all()
@@ -84,7 +81,7 @@ def test_the_kernel_steps_as_the_reference(
 
 
 def test_equal_bits_every_time() -> None:
-    (ours, states), (again, others) = steps(torch.bfloat16, torch.bfloat16, 4, 1.0, (adamw8bit_triton,) * 2)
+    (ours, states), (again, others) = steps(torch.bfloat16, torch.bfloat16, 4, 1.0, (kernels.adamw8bit_,) * 2)
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
     for state, other in zip(states, others, strict=True):
         assert all(torch.equal(value, other[name]) for name, value in state.items())
@@ -102,16 +99,13 @@ def test_a_strided_gradient_and_a_view_as_weight() -> None:
         some((64, 128), rng, 1.0, torch.float32)[:, ::2],
     ]
     ends = []
-    for side in (adamw8bit_triton, reference.adamw8bit_):
+    for side in (kernels.adamw8bit_, reference.adamw8bit_):
         storage.zero_()
         states = [new_state(weight) for weight in weights]
-        where = {
-            "lr": [torch.tensor(1e-2, device=DEVICE)] * 2,
-            "gradient_scale": torch.ones((), device=DEVICE),
-        }
-        corrections = torch.tensor([[0.1, 0.001]] * 2, device=DEVICE)
+        rates, corrections = [torch.tensor(1e-2, device=DEVICE)] * 2, torch.tensor([[0.1, 0.001]] * 2)
+        scalars = Scalars(rates, torch.ones((), device=DEVICE), corrections.to(DEVICE))
         words = [reference.key(0, 0), reference.key(0, 1)]
-        side(weights, gradients, states, **where, corrections=corrections, words=words, **SETTINGS)
+        side(weights, gradients, states, scalars, SETTINGS, words)
         ends.append(storage.clone())
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-8)
     assert ends[0][:5].eq(0).all()

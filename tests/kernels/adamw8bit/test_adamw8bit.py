@@ -1,4 +1,4 @@
-"""8-bit AdamW held to float32 AdamW, torch's own. The kernel's cases are in interpret_adamw8bit.py."""
+"""8-bit AdamW held to float32 AdamW, torch's own. The kernel's cases are in interpret.py."""
 
 from __future__ import annotations
 
@@ -11,20 +11,15 @@ from locus_kernels.adamw8bit import adamw8bit_, dequantize, from_dynamic_codes, 
 from locus_kernels.adamw8bit.reference import key, quantize, random_bits, round_to_bfloat16, second_draw
 from torch import Tensor
 
-from tests.kernels.interpreter import run_cases
+from tests.kernels.interpreter import WAYS, run_cases
 
 STEPS = 200
 SHAPE = (16, 256)
 
 
-def test_the_kernel_under_the_interpreter() -> None:
-    run_cases("interpret_adamw8bit.py", interpret=True)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_kernel_on_the_gpu() -> None:
-    run_cases("interpret_adamw8bit.py", interpret=False)
+@pytest.mark.parametrize("interpret", WAYS)
+def test_kernels(interpret: bool, subtests: pytest.Subtests) -> None:
+    run_cases("adamw8bit/interpret.py", interpret, subtests=subtests)
 
 
 # --------------------------------------------------------------------------------------- beside float32 AdamW

@@ -1,5 +1,5 @@
-"""The fused GRPO loss against float64 truth and the trainer's objective. Its kernels: interpret_head.py;
-Liger and TRL: test_grpo_loss_peers.py."""
+"""The fused GRPO loss against float64 truth and the trainer's objective. Its kernels' cases: interpret.py;
+Liger and TRL: test_peers.py."""
 
 from __future__ import annotations
 
@@ -8,76 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from locus_kernels.grpo_loss import grpo_loss
-from locus_kernels.linear_logprob.reference import dense
-from torch import Tensor
 
-from locus_fast.step import losses as trainer
-from tests.kernels.head_cases import assert_errors, head_inputs
-
-NUMBERS = {
-    "clip_low": 0.2,
-    "clip_high": 0.28,
-    "kl_coefficient": 0.05,
-    "log_ratio_clamp": 0.9,
-    "kl_clamp": 0.5,
-}
-
-
-def case(
-    T: int,
-    D: int,
-    V: int,
-    dtype: torch.dtype = torch.float32,
-    optional: bool = True,
-    seed: int = 0,
-    device: str = "cpu",
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """([hidden, weight, ids], [advantages, old, reference, token weight]): ratios on both sides of both
-    bounds, zero advantages and zero weights."""
-    hidden, weight, ids = head_inputs(T, D, V, dtype, device, seed)
-    draw = torch.randn(4, T, generator=torch.Generator().manual_seed(T + D + V + 1000 * seed)).to(device)
-    logprob = dense(hidden.float(), weight.float(), ids)[0]
-    keep = (torch.arange(T, device=device) % 5 != 4).float()
-    advantages, share = draw[0] * keep, draw[3].abs() * keep.flip(0)
-    return [hidden, weight, ids], [
-        advantages,
-        *([logprob + 0.4 * draw[1], logprob + 0.5 * draw[2], share] if optional else [None, None, None]),
-    ]
-
-
-def by_trainer(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    advantages: Tensor,
-    old,
-    reference,
-    share,
-    *,
-    temperature: float = 1.0,
-    softcap=None,
-    **numbers,
-):
-    """The same through the trainer's pure objective on dense log-probs; in the dtype of the arguments."""
-    logprob, entropy = dense(hidden, weight, ids, temperature, softcap)
-    old = logprob.detach() if old is None else old
-    share = torch.ones_like(logprob) if share is None else share
-    loss, metrics = trainer.grpo_loss(
-        logprob, old=old, reference=reference, advantage=advantages, weight=share, **numbers
-    )
-    return loss, logprob, metrics | {"entropy": entropy.detach().sum()}
-
-
-def results(
-    function, head: list[Tensor], vectors: list[Tensor | None], **numbers
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """([loss, log-prob, d/d hidden, d/d weight], metrics) in float64."""
-    leaves = [t.detach().requires_grad_() for t in head[:2]]
-    loss, logprob, metrics = function(*leaves, head[2], *vectors, **NUMBERS | numbers)
-    (3 * loss).backward()
-    return [t.detach().double() for t in (loss, logprob, *(leaf.grad for leaf in leaves))], {
-        k: v.double() for k, v in metrics.items()
-    }
+from tests.kernels.grpo_loss.cases import NUMBERS, assert_grpo_as_good_as_eager, by_trainer, case, results
+from tests.kernels.interpreter import WAYS, run_cases
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 7), (1, 1, 7), (37, 40, 523), (131, 24, 257)], ids=str)
@@ -114,27 +47,6 @@ def test_equals_the_trainers_objective(shape, optional, dtype) -> None:
 )
 def test_as_good_as_eager(T, D, V, dtype, optional) -> None:
     assert_grpo_as_good_as_eager(T, D, V, dtype, optional, draws=6)
-
-
-def assert_grpo_as_good_as_eager(
-    T: int, D: int, V: int, dtype: torch.dtype, optional: bool, draws: int, device: str = "cpu"
-) -> None:
-    """Loss, log-prob and both gradients against the trainer's objective on dense log-probs; see
-    `assert_errors`."""
-
-    def draw(seed: int) -> list[list[Tensor]]:
-        head, vectors = case(T, D, V, dtype, optional, seed, device)
-        exact = (
-            [head[0].double(), head[1].double(), head[2]],
-            [t if t is None else t.double() for t in vectors],
-        )
-        return [
-            results(grpo_loss, head, vectors)[0],
-            results(by_trainer, head, vectors)[0],
-            results(by_trainer, *exact)[0],
-        ]
-
-    assert_errors(draw, draws)
 
 
 @pytest.mark.parametrize("V", [32_001, 151_669, 151_936])
@@ -183,3 +95,8 @@ def test_bad_input(change, message) -> None:
     arguments = dict(zip(("hidden", "weight", "ids", "advantages"), [*head, vectors[0]], strict=True))
     with pytest.raises(ValueError, match=message):
         grpo_loss(**arguments | NUMBERS | change)
+
+
+@pytest.mark.parametrize("interpret", WAYS)
+def test_kernels(interpret: bool, subtests: pytest.Subtests) -> None:
+    run_cases("grpo_loss/interpret.py", interpret, subtests=subtests)

@@ -15,8 +15,8 @@ import torch
 from locus_kernels.grpo_loss import grpo_loss
 from torch import Tensor, nn
 
-from tests.kernels.test_grpo_loss import case
-from tests.kernels.test_readme import examples
+from tests.kernels.grpo_loss.cases import case
+from tests.kernels.readme import examples
 
 ROWS, L, D, V = 3, 7, 24, 131
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from locus_kernels.linear_logprob.records import Saved
 from locus_kernels.linear_logprob.reference import dense
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 SHAPES = [
     (0, 5, 7),
@@ -18,6 +18,9 @@ SHAPES = [
     (2, 0, 11),
     (5, 8, 1),
 ]  # (T, D, V)
+
+
+FULL = 2048, 2048, 151_936  # T, D, V of a real step
 
 
 def head_inputs(
@@ -37,6 +40,15 @@ def _strided(matrix: Tensor, dtype: torch.dtype, device: str) -> Tensor:
     wide = torch.zeros(matrix.shape[0], matrix.shape[1] + 8, dtype=dtype, device=device)
     wide[:, : matrix.shape[1]] = matrix.to(dtype)
     return wide[:, : matrix.shape[1]]
+
+
+def full_size() -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Saved]:
+    """((hidden, weight, ids), a vector [T], what the forward pass leaves) of `FULL`, without values."""
+    T, D, V = FULL
+    hidden, weight = (torch.empty(n, D, device="meta", dtype=torch.bfloat16) for n in (T, V))
+    vector = torch.empty(T, device="meta")
+    ids = torch.empty(T, dtype=torch.int64, device="meta")
+    return (hidden, weight, ids), vector, Saved(vector.double(), vector)
 
 
 def loss_gradients(function, hidden: Tensor, weight: Tensor, ids: Tensor, *options) -> list[Tensor]:
@@ -88,18 +100,3 @@ def assert_errors(draw: Callable[[int], list[list[Tensor]]], draws: int) -> None
             (found[0], found[1]) if seed == 0 else (ours.maximum(found[0]), theirs.maximum(found[1]))
         )  # maximum keeps a NaN
     assert (ours <= 2 * theirs + 1e-6).all(), (ours, theirs)
-
-
-class Allocations(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returned, those of shape `spared` left out."""
-
-    def __init__(self, spared: tuple[int, ...] = ()) -> None:
-        super().__init__()
-        self.largest, self.spared = 0, spared
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(t, Tensor) and tuple(t.shape) != self.spared and not t._is_view():
-                self.largest = max(self.largest, t.numel())
-        return out

@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from locus_kernels.linear_logprob import linear_logprob, reference
+from locus_kernels.linear_logprob.records import Saved, Scale, Slope, Wanted
 
-from tests.kernels.head_cases import SHAPES, Allocations, assert_as_good_as_eager, head_inputs
-from tests.kernels.interpreter import run_cases
+from tests.kernels.interpreter import WAYS, run_cases
+from tests.kernels.linear_logprob.cases import SHAPES, assert_as_good_as_eager, head_inputs
+from tests.kernels.probes import Allocations
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -69,7 +71,7 @@ def test_same_bits_twice_and_transposed_inputs() -> None:
 def test_frozen_weight_gets_no_gradient(monkeypatch) -> None:
     seen = []
     plain = reference.backward
-    monkeypatch.setattr(reference, "backward", lambda *a: seen.append(a[-2:]) or plain(*a))
+    monkeypatch.setattr(reference, "backward", lambda *a: seen.append(a[-1]) or plain(*a))
     hidden, weight, ids = head_inputs(3, 16, 31, torch.float32)
     linear_logprob(hidden.requires_grad_(), weight, ids)[0].sum().backward()
     assert seen == [(True, False)]
@@ -99,8 +101,9 @@ def test_no_large_tensor() -> None:
         torch.empty(T, dtype=torch.int64, device="meta"),
     )
     with Allocations(spared=(V, D)) as seen:
-        reference.forward(hidden, weight, ids, 1.0, None)
-        reference.backward(vector, vector, hidden, weight, ids, vector, vector, 1.0, 30.0, True, True)
+        reference.forward(hidden, weight, ids, Scale(1.0, None))
+        matrices, saved = (hidden, weight, ids), Saved(vector, vector)
+        reference.backward(Slope(vector, vector), *matrices, saved, Scale(1.0, 30.0), Wanted(True, True))
     assert 0 < seen.largest < T * V // 8
 
 
@@ -133,8 +136,6 @@ def test_bad_input(change, message) -> None:
         linear_logprob(**{"hidden": hidden, "weight": weight, "ids": ids} | change)
 
 
-@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
-def test_kernels(interpret) -> None:
-    if not interpret and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    run_cases("interpret_head.py", interpret)
+@pytest.mark.parametrize("interpret", WAYS)
+def test_kernels(interpret: bool, subtests: pytest.Subtests) -> None:
+    run_cases("linear_logprob/interpret.py", interpret, subtests=subtests)

@@ -7,17 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from locus_kernels.patchify import reference
-from locus_kernels.patchify.triton import COLUMNS, ROWS, VALUES, patchify_images_triton
+from locus_kernels.patchify.reference import Layout
+from locus_kernels.patchify.triton import TILE, Tile, patchify_images
 from torch import Tensor
 
 from tests.kernels.interpreter import device, poisoned_empty
 
 DEVICE = device()
-QWEN25 = {"patch": 14, "frames": 2, "merge": 2, "mean": (0.48, 0.45, 0.40), "std": (0.26, 0.27, 0.28)}
-QWEN3 = {"patch": 16, "frames": 2, "merge": 2, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-BIG = (
-    (64, 512, 8192) if DEVICE == "cpu" else (ROWS, COLUMNS, VALUES)
-)  # the interpreter's time is in the programs
+QWEN25 = Layout(patch=14, frames=2, merge=2, mean=(0.48, 0.45, 0.40), std=(0.26, 0.27, 0.28))
+QWEN3 = Layout(patch=16, frames=2, merge=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+BIG = Tile(64, 512, 8192) if DEVICE == "cpu" else TILE  # the interpreter's time is in the programs
 
 
 @pytest.fixture(autouse=True)
@@ -32,36 +31,33 @@ def picture(height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def assert_same(
-    images: list[Tensor], sizes, boxes=None, tile=BIG, dtype: torch.dtype = torch.float32, **constants
+    images: list[Tensor],
+    sizes: list[tuple[int, int]],
+    boxes: list[tuple[int, int, int, int]] | None = None,
+    *,
+    layout: Layout = QWEN25,
+    tile: Tile = BIG,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """The kernels give the reference's bits, twice."""
     taken = boxes or [(0, 0, image.shape[1], image.shape[0]) for image in images]
-    got, again = (
-        patchify_images_triton(images, sizes, taken, **constants, dtype=dtype, tile=tile) for _ in range(2)
-    )
+    got, again = (patchify_images(images, sizes, taken, layout, dtype, tile=tile) for _ in range(2))
     assert torch.equal(got, again)
-    expected = reference.patchify_images(images, sizes, taken, **constants, dtype=torch.float32)
+    expected = reference.patchify_images(images, sizes, taken, layout, torch.float32)
     if dtype == torch.float32:
         assert torch.equal(got, expected)
-    else:
-        torch.testing.assert_close(
-            got.float(), expected, rtol=2**-7, atol=1e-6
-        )  # the interpreter truncates to bfloat16
+    else:  # the interpreter truncates to bfloat16
+        torch.testing.assert_close(got.float(), expected, rtol=2**-7, atol=1e-6)
 
 
 def test_images_of_different_sizes_and_crops_of_them() -> None:
     images = [picture(97, 131), picture(30, 21, 1), picture(300, 40, 2), picture(1, 1, 3)]
     sizes = [(56, 84), (84, 28), (28, 56), (28, 28)]
-    assert_same(images, sizes, **QWEN25)
-    boxes = [(10, 20, 47, 90), (0, 0, 21, 30), (39, 0, 40, 300), (0, 0, 1, 1)]
-    assert_same(images, sizes, boxes, **QWEN25)
-    assert_same(
-        [images[0]] * 4,
-        sizes,
-        [(0, 0, 131, 97), (130, 96, 131, 97), (5, 5, 33, 61), (0, 50, 131, 51)],
-        **QWEN25,
-    )
-    assert_same([images[0]], [(32, 64)], **QWEN3)
+    assert_same(images, sizes)
+    assert_same(images, sizes, [(10, 20, 47, 90), (0, 0, 21, 30), (39, 0, 40, 300), (0, 0, 1, 1)])
+    crops = [(0, 0, 131, 97), (130, 96, 131, 97), (5, 5, 33, 61), (0, 50, 131, 51)]
+    assert_same([images[0]] * 4, sizes, crops)
+    assert_same([images[0]], [(32, 64)], layout=QWEN3)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -70,25 +66,17 @@ def test_images_of_different_sizes_and_crops_of_them() -> None:
     width=st.integers(1, 140),
     rows=st.integers(1, 4),
     columns=st.integers(1, 4),
-    constants=st.sampled_from(
-        [
-            {"patch": 4, "frames": 1, "merge": 1},
-            {"patch": 3, "frames": 2, "merge": 2},
-            {"patch": 2, "frames": 3, "merge": 3},
-        ]
-    ),
+    layout=st.sampled_from([(4, 1, 1), (3, 2, 2), (2, 3, 3)]),  # patch, frames, merge
 )
-def test_any_size(height: int, width: int, rows: int, columns: int, constants: dict) -> None:
-    block = constants["patch"] * constants["merge"]
-    kept = {"mean": QWEN25["mean"], "std": QWEN25["std"]}
-    assert_same([picture(height, width, height)], [(rows * block, columns * block)], **constants, **kept)
+def test_any_size(height: int, width: int, rows: int, columns: int, layout: tuple[int, int, int]) -> None:
+    block = layout[0] * layout[2]
+    size = (rows * block, columns * block)
+    assert_same([picture(height, width, height)], [size], layout=Layout(*layout, QWEN25.mean, QWEN25.std))
 
 
 def test_the_tiles_of_the_device() -> None:
     """The same at the tile sizes that are compiled, on images that need several tiles of either kernel."""
-    assert_same(
-        [picture(19, 61), picture(90, 11, 1)], [(28, 56), (28, 28)], tile=(ROWS, COLUMNS, VALUES), **QWEN25
-    )
+    assert_same([picture(19, 61), picture(90, 11, 1)], [(28, 56), (28, 28)], tile=TILE)
 
 
 def test_strides() -> None:
@@ -97,18 +85,14 @@ def test_strides() -> None:
     wide = torch.full((90, 99, 4), 255, dtype=torch.uint8, device=DEVICE)
     wide[::2, ::3, :3] = image
     for shown in (planar, wide[::2, ::3, :3], image.flip(0).flip(0)):
-        assert_same([shown], [(28, 28)], [(3, 4, 31, 45)], **QWEN25)
-        got = patchify_images_triton(
-            [shown], [(28, 28)], [(0, 0, 33, 45)], **QWEN25, dtype=torch.float32, tile=BIG
+        assert_same([shown], [(28, 28)], [(3, 4, 31, 45)])
+        got, plain = (
+            patchify_images([each], [(28, 28)], [(0, 0, 33, 45)], QWEN25, torch.float32, tile=BIG)
+            for each in (shown, image)
         )
-        assert torch.equal(
-            got,
-            patchify_images_triton(
-                [image], [(28, 28)], [(0, 0, 33, 45)], **QWEN25, dtype=torch.float32, tile=BIG
-            ),
-        )
+        assert torch.equal(got, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_outputs(dtype: torch.dtype) -> None:
-    assert_same([picture(50, 40)], [(28, 56)], dtype=dtype, **QWEN25)
+    assert_same([picture(50, 40)], [(28, 56)], dtype=dtype)

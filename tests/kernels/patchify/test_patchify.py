@@ -1,5 +1,5 @@
 """Patchify against Pillow and against transformers' Qwen2-VL processor, and its errors. The kernels' cases
-are in interpret_patchify.py."""
+are in interpret.py."""
 
 from __future__ import annotations
 
@@ -14,21 +14,16 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from tests.kernels.interpreter import run_cases
+from tests.kernels.interpreter import WAYS, run_cases
 
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 QWEN25 = {"patch": 14, "frames": 2, "merge": 2, **CLIP}
 COLUMNS_EVER_FIRST = int(PIL.__version__.split(".")[0]) >= 13
 
 
-def test_kernels_under_the_interpreter() -> None:
-    run_cases("interpret_patchify.py", interpret=True)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_kernels_on_the_gpu() -> None:
-    run_cases("interpret_patchify.py", interpret=False)
+@pytest.mark.parametrize("interpret", WAYS)
+def test_kernels(interpret: bool, subtests: pytest.Subtests) -> None:
+    run_cases("patchify/interpret.py", interpret, subtests=subtests)
 
 
 def picture(height: int, width: int, seed: int = 0) -> Tensor:

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from locus_kernels.sample import reference
-from locus_kernels.sample.triton import TILE, sample_triton
+from locus_kernels.sample import triton as kernels
+from locus_kernels.sample.reference import Distribution, Place
+from locus_kernels.sample.triton import TILE
 from torch import Tensor
 
 from tests.kernels.interpreter import device, poisoned_empty
@@ -21,16 +23,27 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     poisoned_empty(monkeypatch)
 
 
+def records(logits: Tensor, **choices) -> tuple[Place, Distribution]:
+    """The operator's arguments: `DEFAULTS`, a stream of each row's own, and these choices."""
+    given = DEFAULTS | {"row": torch.arange(len(logits), device=DEVICE)} | choices
+    place, distribution = ({name: given[name] for name in of._fields} for of in (Place, Distribution))
+    return Place(**place), Distribution(**distribution)
+
+
+def by_kernel(logits: Tensor, tile: int, **choices) -> tuple[Tensor, Tensor]:
+    return kernels.sample(logits, *records(logits, **choices), tile=tile)
+
+
 def draws(logits: Tensor, tile: int, **choices) -> tuple[Tensor, Tensor]:
     """Sampled twice by the kernel (equal bits), checked against float64 truth and the reference; returns
     (ids, log-prob)."""
-    arguments = DEFAULTS | {"row": torch.arange(len(logits), device=DEVICE)} | choices
-    ids, logprob = sample_triton(logits, **arguments, tile=tile)
-    again = sample_triton(logits, **arguments, tile=tile)
+    arguments = DEFAULTS | choices
+    ids, logprob = by_kernel(logits, tile, **choices)
+    again = by_kernel(logits, tile, **choices)
     assert torch.equal(ids, again[0])
     assert torch.equal(logprob, again[1])
     assert ((ids >= 0) & (ids < logits.shape[1])).all()
-    expected, eager = reference.sample(logits, **arguments)
+    expected, eager = reference.sample(logits, *records(logits, **choices))
     assert torch.equal(ids, expected)
     truth = (logits.double() / (arguments["temperature"] or 1)).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
     bound = 2 * (eager.double() - truth).abs().max() + 1e-6 if len(ids) else 0
@@ -131,12 +144,11 @@ def test_extremes() -> None:
     only = torch.zeros(70, dtype=torch.bool, device=DEVICE)
     only[69] = True
     for choices in ({}, {"temperature": 0.0}, {"top_k": 2, "top_p": 0.01}):
-        ids, _ = sample_triton(logits, **DEFAULTS | choices, row=torch.arange(4, device=DEVICE), tile=32)
+        ids, _ = by_kernel(logits, 32, **choices)
         assert ids[0] == 69
         assert ids[1] >= 64
         assert ids[2] == 17
-        masked = DEFAULTS | choices | {"allowed": only, "row": torch.arange(3, device=DEVICE)}
-        assert (sample_triton(logits[[0, 1, 3]], **masked, tile=32)[0] == 69).all()
+        assert (by_kernel(logits[[0, 1, 3]], 32, **choices, allowed=only)[0] == 69).all()
     far = some_logits(2, 70)
     far[:, 69] = -500.0
     ids, logprob = draws(far, 32, allowed=only)
@@ -152,5 +164,5 @@ def test_rows_without_a_distribution_stay_in_range() -> None:
     logits = some_logits(4, 40)
     logits[0], logits[1], logits[2, 3], logits[3, :] = -torch.inf, torch.nan, torch.inf, torch.inf
     for choices in ({}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.4}):
-        ids, _ = sample_triton(logits, **DEFAULTS | choices, row=torch.arange(4, device=DEVICE), tile=16)
+        ids, _ = by_kernel(logits, 16, **choices)
         assert ((ids >= 0) & (ids < 40)).all()

@@ -1,5 +1,5 @@
 """Sampling: distribution, independence, cuts and errors of the public function. The kernels' cases are in
-interpret_sample.py."""
+interpret.py."""
 
 from __future__ import annotations
 
@@ -9,17 +9,12 @@ from locus_kernels.sample import op, sample
 from locus_kernels.sample.reference import uniform
 from torch import Tensor
 
-from tests.kernels.interpreter import run_cases
+from tests.kernels.interpreter import WAYS, run_cases
 
 
-def test_kernels_under_the_interpreter() -> None:
-    run_cases("interpret_sample.py", interpret=True)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_kernels_on_the_gpu() -> None:
-    run_cases("interpret_sample.py", interpret=False)
+@pytest.mark.parametrize("interpret", WAYS)
+def test_kernels(interpret: bool, subtests: pytest.Subtests) -> None:
+    run_cases("sample/interpret.py", interpret, subtests=subtests)
 
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.0, -torch.inf, 1.0, 0.3])

@@ -20,7 +20,7 @@ from locus_kernels.shared_prefix_attention import (
 from locus_kernels.shared_prefix_attention import shared_prefix_attention as shared
 from torch import Tensor
 
-from tests.kernels.flash_attention_packages import Recorder
+from tests.kernels.shared_prefix_attention.packages import Recorder
 
 H, K, D, SCALE = 4, 2, 8, 0.3
 HERE = ["plain", "torch"]

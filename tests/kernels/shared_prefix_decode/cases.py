@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from locus_kernels.shared_prefix_decode.reference import Bounds, Inputs
 from torch import Tensor
 
 NAN = float("nan")
@@ -28,25 +29,14 @@ class Case:
     most_rows: int
     longest_own: int
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (
-            self.q,
-            self.prompt_k,
-            self.prompt_v,
-            self.cu_prompts,
-            self.own_k,
-            self.own_v,
-            self.own_lengths,
-            self.cu_rows,
-        )
+    def tensors(self) -> Inputs:
+        return Inputs._make(getattr(self, name) for name in Inputs._fields)
+
+    def bounds(self) -> Bounds:
+        return Bounds._make(getattr(self, name) for name in Bounds._fields)
 
     def options(self) -> dict:
-        return {
-            "scale": self.scale,
-            "longest_prompt": self.longest_prompt,
-            "most_rows": self.most_rows,
-            "longest_own": self.longest_own,
-        }
+        return {"scale": self.scale, **self.bounds()._asdict()}
 
 
 def offsets(sizes: list[int]) -> Tensor:
@@ -54,9 +44,21 @@ def offsets(sizes: list[int]) -> Tensor:
 
 
 def make(
-    prompts: list[int], rows: list[int], own: list[int], heads: int, key_heads: int, dimension: int, dtype: torch.dtype = torch.float32,
-    *, padding: int = 0, capacity: int | None = None, storage: str = "KND", slack: int = 0, seed: int = 0, device: str = "cpu",
-) -> Case:  # fmt: skip
+    prompts: list[int],
+    rows: list[int],
+    own: list[int],
+    heads: int,
+    key_heads: int,
+    dimension: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    padding: int = 0,
+    capacity: int | None = None,
+    storage: str = "KND",
+    slack: int = 0,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Case:
     """Prompts of these lengths, rows[b] replies to each, own[r] tokens of each row; `padding` rows of no
     group. Every slot that must not be used is NaN. storage: which of tokens and key heads the prompts'
     tensors vary slowest in; `slack`: by how much the host bounds exceed the largest."""

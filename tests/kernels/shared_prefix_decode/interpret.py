@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from locus_kernels.shared_prefix_decode.triton import choose_splits, decode_triton
+from locus_kernels.shared_prefix_decode.triton import choose_splits, shared_prefix_decode
 from torch import Tensor
 
-from tests.kernels.decode_cases import Case, check, make
 from tests.kernels.interpreter import device, poisoned_empty
+from tests.kernels.shared_prefix_decode.cases import Case, check, make
 
 DEVICE = device()
 
@@ -26,7 +26,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(case: Case, processors: int = 12) -> Tensor:
     """The kernel's output, checked against the truth."""
-    out = decode_triton(*case.tensors(), **case.options(), processors=processors)
+    out = shared_prefix_decode(case.tensors(), case.scale, case.bounds(), processors=processors)
     check(case, out)
     return out
 
@@ -133,7 +133,7 @@ def bytes_loaded(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]
 
     with monkeypatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_masked_load", counted)
-        decode_triton(*case.tensors(), **case.options(), processors=12)
+        shared_prefix_decode(case.tensors(), case.scale, case.bounds(), processors=12)
     return found[0], found[1]
 
 

@@ -1,5 +1,5 @@
 """The decoding step: the reference against float64 truth, what it reads, errors, compilation. The kernels'
-cases are in interpret_decode.py."""
+cases are in interpret.py."""
 
 from __future__ import annotations
 
@@ -15,18 +15,13 @@ from locus_kernels.shared_prefix_decode import op, reference, shared_prefix_deco
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels.decode_cases import Case, check, make, offsets
-from tests.kernels.interpreter import run_cases
+from tests.kernels.interpreter import WAYS, on_the_gpu, run_cases
+from tests.kernels.shared_prefix_decode.cases import Case, check, make, offsets
 
 
-def test_kernels_under_the_interpreter() -> None:
-    run_cases("interpret_decode.py", interpret=True)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_kernels_on_the_gpu() -> None:
-    run_cases("interpret_decode.py", interpret=False)
+@pytest.mark.parametrize("interpret", WAYS)
+def test_kernels(interpret: bool, subtests: pytest.Subtests) -> None:
+    run_cases("shared_prefix_decode/interpret.py", interpret, subtests=subtests)
 
 
 def run(case: Case) -> Tensor:
@@ -36,8 +31,7 @@ def run(case: Case) -> Tensor:
     return out
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_the_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_captured_graph_follows_its_offsets_and_lengths(dtype: torch.dtype) -> None:
     case = make([300, 17, 1000], [4, 4, 4], [9] * 12, 14, 2, 128, dtype, padding=4, device="cuda")

@@ -1,0 +1,35 @@
+"""The kernels of sample compile for chips that are not here: no spills, and registers and shared memory within a
+table that holds for every supported version of Triton."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.kernels.compiled import SHARED_MEMORY, assert_everywhere, compiled
+
+pytestmark = pytest.mark.long
+
+# Kernel -> most registers a thread on NVIDIA chips and on gfx942, most bytes of shared memory a program.
+# Compilers differ by a few registers.
+LIMITS = {
+    "sample tiles": (48, 48, 64),
+    "sample tiles, mask and cut, float32": (72, 64, 64),
+    "sample tiles, greedy": (104, 64, 64),
+    "sample draw": (128, 128, 2048),
+    "sample draw, mask and cut": (128, 128, 2048),
+    "sample draw, greedy": (40, 64, 64),
+    "sample threshold": (96, 128, 8192),
+}
+
+
+def test_every_kernel_has_limits() -> None:
+    pytest.importorskip("triton")
+    found = compiled("sample")
+    assert found.keys() == LIMITS.keys()
+    assert {target for targets in found.values() for target in targets} == SHARED_MEMORY.keys()
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_compiles_within_its_limits(name: str) -> None:
+    pytest.importorskip("triton")
+    assert_everywhere(compiled("sample")[name], LIMITS[name])
