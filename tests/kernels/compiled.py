@@ -15,7 +15,7 @@ Counts = dict[str, int]
 
 @lru_cache
 def compiled(operator: str) -> dict[str, dict[str, Counts]]:
-    """Kernel -> target -> what `compile_ahead.figures` counts, for the kernels of an operator's compile.py."""
+    """Kernel -> target -> what `compile_ahead.figures` counts, for an operator's compile.py."""
     command = [sys.executable, "-m", f"tests.kernels.{operator}.compile"]
     done = subprocess.run(command, env=environment_of_cases(), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

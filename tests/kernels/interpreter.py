@@ -1,8 +1,8 @@
-"""Run a file of kernel cases in its own process: under Triton's interpreter on CPU tensors, or as compiled code
-on the GPU.
+"""Run a file of kernel cases in its own process: under Triton's interpreter on CPU tensors, or as compiled
+code on the GPU.
 
-The interpreter is chosen when Triton is first imported and holds for the whole process, so no process can both
-interpret and compile.
+The interpreter is chosen when Triton is first imported and holds for the whole process, so no process can
+both interpret and compile.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Outcome(NamedTuple):
 def run_cases(
     file: str | Path, interpret: bool, folder: str = "kernels", subtests: pytest.Subtests | None = None
 ) -> None:
-    """Run the cases in tests/`folder`/`file`. Each is reported as a subtest of its own name; without `subtests`,
-    one failure names all that failed."""
+    """Run the cases in tests/`folder`/`file`. Each is reported as a subtest of its own name; without
+    `subtests`, one failure names all that failed."""
     outcomes = _outcomes(ROOT / "tests" / folder / file, interpret)
     if subtests is None:
         failed = {case.name: case.failure for case in outcomes if case.failure}

@@ -39,7 +39,7 @@ class Allocations(TorchDispatchMode):
 
 
 class BytesRead(TorchDispatchMode):
-    """Counts the bytes that operators, other than those that make views, read from the storage of a tensor."""
+    """Counts the bytes that operators, but for those that make views, read from a tensor's storage."""
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()

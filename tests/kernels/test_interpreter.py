@@ -61,7 +61,7 @@ def test_every_inner_case_is_a_subtest_with_its_name(tmp_path: Path) -> None:
 def test_without_subtests_one_failure_names_all(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = [Outcome("one", "it broke", ""), Outcome("two", "", ""), Outcome("three", "so did it", "")]
     monkeypatch.setattr(interpreter, "_outcomes", lambda path, interpret: ends)
-    with pytest.raises(AssertionError, match="^one, three\nit broke\nso did it"):
+    with pytest.raises(AssertionError, match=r"^one, three\nit broke\nso did it"):
         run_cases("interpret.py", interpret=True)
     ends[:] = [Outcome("two", "", "")]
     run_cases("interpret.py", interpret=True)

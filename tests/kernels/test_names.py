@@ -17,7 +17,10 @@ def test_models_import_from_the_repository_root_beside_the_package_kernels() -> 
         importlib.metadata.version("kernels")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("Hugging Face's package `kernels` is not installed")
-    script = "import kernels; assert kernels.__file__; from transformers import Qwen2_5_VLForConditionalGeneration; import locus_fast.model.policy"
+    script = (
+        "import kernels; assert kernels.__file__; import locus_fast.model.policy; "
+        "from transformers import Qwen2_5_VLForConditionalGeneration"
+    )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 

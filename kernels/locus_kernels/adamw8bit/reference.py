@@ -85,8 +85,8 @@ def random_bits(words: tuple[int, int], first: int, count: int, device: torch.de
 
 
 def round_to_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
-    """float32 to one of its two bfloat16 neighbours, the nearer the likelier, so that it is right on average. NaN
-    stays NaN: added to the pattern of a GPU's, 0x7fffffff, the bits would make it -0.
+    """float32 to one of its two bfloat16 neighbours, the nearer the likelier, so that it is right on
+    average. NaN stays NaN: added to the pattern of a GPU's, 0x7fffffff, the bits would make it -0.
 
     bits: int64 in [0, 2**16), of the value's shape.
     """

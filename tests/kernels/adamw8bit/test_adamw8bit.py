@@ -131,8 +131,8 @@ def test_a_second_moment_follows_gradients_that_shrink() -> None:
 
 
 def test_a_weight_whose_gradients_stop_stops() -> None:
-    """Half of each block's gradients are 0 after 50 steps. In float32 the way that is left from step 150 on is
-    under 0.9**100 of a rate a step; a first moment rounded to nearest would go on at one pace, in one
+    """Half of each block's gradients are 0 after 50 steps. In float32 the way that is left from step 150 on
+    is under 0.9**100 of a rate a step; a first moment rounded to nearest would go on at one pace, in one
     direction, for ever."""
     rng = torch.Generator().manual_seed(0)
     weight = torch.zeros(SHAPE)
@@ -183,8 +183,8 @@ def test_second_moments_are_rounded_right_on_average() -> None:
 
 
 def test_first_moments_are_rounded_right_on_average() -> None:
-    """20,000 roundings of 256 shares of the largest quotient: each to one of its two codes, the mean's error within 5
-    standard errors; the largest is never past its code."""
+    """20,000 roundings of 256 shares of the largest quotient: each to one of its two codes, the mean's error
+    within 5 standard errors; the largest is never past its code."""
     root = torch.ones(20_000, 256)
     share = torch.linspace(-1, 1, 256).expand(20_000, 256)
     draw = torch.rand(root.shape, generator=torch.Generator().manual_seed(3))

@@ -1,5 +1,5 @@
-"""The kernels of adamw8bit compile for chips that are not here: no spills, and registers and shared memory within a
-table that holds for every supported version of Triton."""
+"""The kernels of adamw8bit compile for chips that are not here: no spills, and registers and
+shared memory within a table that holds for every supported version of Triton."""
 
 from __future__ import annotations
 

@@ -3,12 +3,14 @@ vocabulary, D hidden size."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from locus_kernels.grpo_loss import grpo_loss
 from locus_kernels.linear_logprob.reference import dense
 from torch import Tensor
 
-from locus_fast.step import losses as trainer
+from locus_fast.step.losses import LossInputs, Objective
 from tests.kernels.linear_logprob.cases import assert_errors, head_inputs
 
 NUMBERS = {
@@ -47,21 +49,24 @@ def by_trainer(
     weight: Tensor,
     ids: Tensor,
     advantages: Tensor,
-    old,
-    reference,
-    share,
+    old: Tensor | None,
+    reference: Tensor | None,
+    share: Tensor | None,
     *,
     temperature: float = 1.0,
-    softcap=None,
-    **numbers,
-):
+    softcap: float | None = None,
+    **numbers: float,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The same through the trainer's pure objective on dense log-probs; in the dtype of the arguments."""
     logprob, entropy = dense(hidden, weight, ids, temperature, softcap)
     old = logprob.detach() if old is None else old
     share = torch.ones_like(logprob) if share is None else share
-    loss, metrics = trainer.grpo_loss(
-        logprob, old=old, reference=reference, advantage=advantages, weight=share, **numbers
-    )
+    no_rows = torch.zeros_like(ids)  # only losses of whole replies ask for them
+    inputs = LossInputs(logprob, old, reference, advantages, share, no_rows, no_rows[:1], entropy)
+    kl_coef = numbers.pop("kl_coefficient")
+    off = {"delta": math.inf, "entropy_coef": 0.0}
+    objective = Objective(loss="grpo", kl_estimator="k3", kl_coef=kl_coef, **off, **numbers)
+    loss, metrics = objective(inputs)
     return loss, logprob, metrics | {"entropy": entropy.detach().sum()}
 
 

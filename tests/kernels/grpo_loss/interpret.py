@@ -50,7 +50,8 @@ def test_ids_outside_the_vocabulary_in_the_loss(bad) -> None:
 
 def outcome(function, head: list[Tensor], vectors: list[Tensor | None]) -> list[Tensor]:
     """[loss, log-prob, metrics by name, d/d hidden, d/d weight] in float64, on the CPU; the loss and the
-    log-probs both have a gradient. The smallest ratio is left out: the trainer's objective does not tell it."""
+    log-probs both have a gradient. The smallest ratio is left out: the trainer's objective has no such
+    metric."""
     leaves = [t.detach().clone().requires_grad_() for t in head[:2]]
     loss, logprob, metrics = function(*leaves, head[2], *vectors, **NUMBERS)
     (loss + 0.1 * logprob.sum()).backward()

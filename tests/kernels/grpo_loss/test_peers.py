@@ -116,8 +116,9 @@ def test_equals_trl(beta: float, on_policy: bool, lengths: list[int]) -> None:
     trainer = SimpleNamespace(
         model=model, accelerator=accelerator, temperature=0.9,
         beta=beta, epsilon_low=0.2, epsilon_high=0.28, loss_type="bnpo", importance_sampling_level="token",
-        args=SimpleNamespace(delta=None, use_bias_correction_kl=False), top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
-        aux_loss_enabled=False, _entropy_bonus_enabled=False, current_gradient_accumulation_steps=1, _metrics={"train": defaultdict(list)},
+        args=SimpleNamespace(delta=None, use_bias_correction_kl=False), top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None, use_vllm=False, aux_loss_enabled=False, _entropy_bonus_enabled=False,
+        current_gradient_accumulation_steps=1, _metrics={"train": defaultdict(list)},
     )  # fmt: skip
     trainer._get_per_token_logps_and_entropies = MethodType(
         trl.GRPOTrainer._get_per_token_logps_and_entropies, trainer
@@ -125,8 +126,10 @@ def test_equals_trl(beta: float, on_policy: bool, lengths: list[int]) -> None:
     mask = torch.arange(L) < torch.tensor(lengths)[:, None]
     before = torch.ones(ROWS, 1, dtype=torch.int64)  # a prompt of one token
     batch = {
-        "prompt_ids": before, "prompt_mask": before, "completion_ids": head[2].view(ROWS, L), "completion_mask": mask.long(),
-        "advantages": advantages, "old_per_token_logps": None if on_policy else old.view(ROWS, L), "ref_per_token_logps": reference.view(ROWS, L),
+        "prompt_ids": before, "prompt_mask": before,
+        "completion_ids": head[2].view(ROWS, L), "completion_mask": mask.long(), "advantages": advantages,
+        "old_per_token_logps": None if on_policy else old.view(ROWS, L),
+        "ref_per_token_logps": reference.view(ROWS, L),
     }  # fmt: skip
     loss = trl.GRPOTrainer._compute_loss(trainer, model, batch)
     loss.backward()

@@ -9,26 +9,26 @@ from tests.kernels.compiled import SHARED_MEMORY, assert_within, compiled
 
 pytestmark = pytest.mark.long
 
-# (registers a thread, shared memory a program in bytes) at most, measured with Triton 3.7.1: the matrix
+# (registers a thread, shared memory a program in bytes) at most, the larger of Triton 3.6.0's and 3.7.1's: the matrix
 # kernels on bfloat16 as they run on each chip.
 CEILING = {
     "sm_80": {
         "forward pointers plain": (160, 98304),
         "backward pointers plain": (174, 98304),
         "forward pointers capped": (160, 98304),
-        "backward pointers entropy": (236, 98304),
+        "backward pointers entropy": (248, 98304),
         "backward pointers capped, entropy": (235, 98304),
     },
     "sm_90": {
         "forward descriptors plain": (184, 196640),
         "backward descriptors plain": (255, 196640),
         "forward descriptors capped": (188, 131104),
-        "backward descriptors entropy": (192, 131104),
-        "backward descriptors capped, entropy": (178, 131104),
+        "backward descriptors entropy": (236, 131104),
+        "backward descriptors capped, entropy": (182, 131104),
     },
     "sm_100": {
         "forward descriptors plain": (176, 196656),
-        "backward descriptors plain": (242, 196656),
+        "backward descriptors plain": (255, 196656),
         "forward descriptors capped": (184, 131120),
         "backward descriptors entropy": (208, 131120),
         "backward descriptors capped, entropy": (188, 131120),
@@ -36,7 +36,7 @@ CEILING = {
     "gfx942": {
         "forward pointers plain": (108, 32768),
         "backward pointers plain": (124, 32768),
-        "forward pointers capped": (144, 32768),
+        "forward pointers capped": (145, 32768),
         "backward pointers entropy": (130, 32768),
         "backward pointers capped, entropy": (144, 32768),
     },

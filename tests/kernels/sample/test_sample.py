@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from locus_kernels.sample import op, sample
-from locus_kernels.sample.reference import uniform
+from locus_kernels.sample.reference import Place, uniform
 from torch import Tensor
 
 from tests.kernels.interpreter import WAYS, run_cases
@@ -108,9 +108,9 @@ def test_no_rows() -> None:
 
 def test_operator_is_registered_soundly_and_survives_compilation_whole() -> None:
     logits, row = torch.randn(4, 30, generator=torch.Generator().manual_seed(1)), torch.arange(4)
-    torch.library.opcheck(op._operator, (logits, 1, row, None, 5, 0.9, 0.8, None, 3))
+    torch.library.opcheck(op._operator, (logits, 1, row, None, 5, 0.9, 0.8, 3, None))
     torch.library.opcheck(
-        op._operator, (logits, 1, row, row, 0, 0.0, 1.0, torch.ones(30, dtype=torch.bool), 0)
+        op._operator, (logits, 1, row, row, 0, 0.0, 1.0, 0, torch.ones(30, dtype=torch.bool))
     )
 
     def draw(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +151,7 @@ def test_errors_say_what_was_expected_and_what_came(change: dict, message: str) 
 def test_streams_of_seeds_and_positions_have_nothing_in_common() -> None:
     row = torch.arange(20_000)
     streams = [
-        uniform(seed, row, position) for seed, position in ((0, 0), (0, 1), (1, 0), (1, 1), (2**40, 0))
+        uniform(Place(seed, row, position)) for seed, position in ((0, 0), (0, 1), (1, 0), (1, 1), (2**40, 0))
     ]
     assert len(torch.cat(streams).unique()) == 100_000  # neighbouring seeds are no shifted copies
     correlation = torch.corrcoef(torch.stack(streams)).fill_diagonal_(0).abs()

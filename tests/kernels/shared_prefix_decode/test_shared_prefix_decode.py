@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from locus_kernels.shared_prefix_decode import op, reference, shared_prefix_decode
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels.interpreter import WAYS, on_the_gpu, run_cases
+from tests.kernels.interpreter import ROOT, WAYS, on_the_gpu, run_cases
+from tests.kernels.probes import BytesRead
 from tests.kernels.shared_prefix_decode.cases import Case, check, make, offsets
 
 
@@ -102,23 +101,6 @@ def test_any_lengths(data: st.DataObject) -> None:
     )
 
 
-class BytesRead(TorchDispatchMode):
-    """Counts the bytes that operators, other than those that make views, read from the storage of a
-    tensor."""
-
-    def __init__(self, tensor: Tensor):
-        super().__init__()
-        self.storage, self.bytes = tensor.untyped_storage().data_ptr(), 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not function.is_view:
-            read = [
-                a for a in args if isinstance(a, Tensor) and a.untyped_storage().data_ptr() == self.storage
-            ]
-            self.bytes += sum(a.numel() * a.element_size() for a in read)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("storage", ["KND", "NKD"])
 @pytest.mark.parametrize("prompts", [[40, 40], [40, 25], [1100, 30]])
 def test_a_prompt_is_read_once_a_group_and_not_once_a_reply(prompts: list[int], storage: str) -> None:
@@ -126,12 +108,12 @@ def test_a_prompt_is_read_once_a_group_and_not_once_a_reply(prompts: list[int], 
         case = make(prompts, rows, [3] * sum(rows), 4, 2, 16, storage=storage)
         for tensor in (case.prompt_k, case.prompt_v):
             with BytesRead(tensor) as read:
-                reference.shared_prefix_decode(*case.tensors(), **case.options())
+                reference.shared_prefix_decode(case.tensors(), case.scale, case.bounds())
             assert read.bytes == tensor.numel() * tensor.element_size()
 
 
 def test_the_example_of_the_readme_runs() -> None:
-    text = (Path(__file__).parents[2] / "kernels" / "README.md").read_text()
+    text = (ROOT / "kernels" / "README.md").read_text()
     code = re.search(r"## shared_prefix_decode\n.*?```python\n(.*?)```", text, re.DOTALL)
     assert code
     names: dict = {}
@@ -172,7 +154,8 @@ INT64 = torch.zeros(3, dtype=torch.int64)
     [
         (
             {"q": torch.zeros(4, 64)},
-            r"q: expected float32, bfloat16 or float16 \[rows, heads >= 1, 16 to 256\], got torch.float32 \[4, 64\]",
+            r"q: expected float32, bfloat16 or float16 \[rows, heads >= 1, 16 to 256\], "
+            r"got torch.float32 \[4, 64\]",
         ),
         ({"q": torch.zeros(4, 4, 8)}, r"16 to 256\], got torch.float32 \[4, 4, 8\]"),
         ({"q": torch.zeros(4, 4, 257)}, r"16 to 256\], got torch.float32 \[4, 4, 257\]"),
