@@ -43,6 +43,7 @@ def installed(names: list[str]) -> set[str]:
     return found
 
 
+@pytest.mark.long
 def test_every_operator_runs_where_only_the_kernels_are_installed(tmp_path: Path) -> None:
     for tool in ("pip", "setuptools", "torch", "triton"):
         if importlib.util.find_spec(tool) is None:

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_models_import_from_the_repository_root_beside_the_package_kernels() -> None:
     try:
         importlib.metadata.version("kernels")

@@ -81,6 +81,7 @@ def both(kind: Callable, spread: float, scale: float, seed: int = 0) -> tuple[Te
     return ours, theirs.detach(), *largest
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-8])
 @pytest.mark.parametrize("spread", [0.0, 0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize("kind", [noise, drift, turns, sparse, fading])
@@ -110,6 +111,7 @@ def test_constant_gradients_of_either_sign_move_weights_alike() -> None:
     torch.testing.assert_close(ours, -400 * gradient, rtol=1e-3, atol=0)
 
 
+@pytest.mark.long
 def test_a_second_moment_follows_gradients_that_shrink() -> None:
     """4,000 steps, the last 3,500 with half of the gradients a thousandth: on average each second moment is
     float32's.

@@ -9,8 +9,8 @@ from tests.kernels.compiled import SHARED_MEMORY, assert_within, compiled
 
 pytestmark = pytest.mark.long
 
-# (registers a thread, shared memory a program in bytes) at most, the larger of Triton 3.6.0's and 3.7.1's: the matrix
-# kernels on bfloat16 as they run on each chip.
+# (registers a thread, shared memory a program in bytes) at most, the larger of Triton 3.6.0's and
+# 3.7.1's: the matrix kernels on bfloat16 as they run on each chip.
 CEILING = {
     "sm_80": {
         "forward pointers plain": (160, 98304),

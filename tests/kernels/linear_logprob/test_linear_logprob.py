@@ -46,11 +46,14 @@ def test_property(T, D, V, dtype, temperature, chunk) -> None:
 @pytest.mark.parametrize("V", range(2, 8))
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 2.5])
 def test_few_ids(V, temperature) -> None:
-    """Where one probability is 1 or nearly so, eager's gradient is 0 to the bit, and that of recomputed logits,
-    which err by 2**-24 of their size, over the temperature, can only come near it."""
+    """Where one probability is 1 or nearly so, eager's gradient is 0 to the bit, and that of recomputed
+    logits, which err by 2**-24 of their size, over the temperature, can only come near it; the weight's
+    gradient sums such errors over T rows."""
     for T, D in ((2, 8), (3, 1), (40, 33)):
         for dtype in FLOATS:
-            assert_as_good_as_eager(linear_logprob, (T, D, V), dtype, "cpu", temperature, slack=1e-5)
+            assert_as_good_as_eager(
+                linear_logprob, (T, D, V), dtype, "cpu", temperature, slack=1e-5 + 1e-6 * T
+            )
 
 
 @pytest.mark.parametrize("V", [32_001, 151_669, 151_936])
