@@ -10,6 +10,7 @@ import re
 import pytest
 import torch
 from locus_kernels.box_reward import box_reward, build_token_table, group_advantage, iou, reference
+from locus_kernels.box_reward.records import Scoring
 
 from bench.roofline import DEVICE, timed
 from locus_fast.tiny.tokenizer import VOCABULARY, build_tokenizer
@@ -17,6 +18,7 @@ from locus_fast.tiny.tokenizer import VOCABULARY, build_tokenizer
 GROUPS, GROUP, TOKENS, SETS = (128, 8, 256, 32) if DEVICE == "cuda" else (64, 8, 24, 4)  # on CUDA all ids together fill more than a cache
 BOX = re.compile(r"\s*\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]\s*")
 READING = {"which": "first", "grammar": "direct"}
+SCORING = Scoring(GROUP, "iou", format_weight=0.1, normalize_std=True, progress=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def host_parsing(tokenizer, table, ids, lengths, target):
 
 
 def eager(tokenizer, table, ids, lengths, target):
-    earned = reference.box_reward(ids, lengths, table, target, GROUP, **READING)
+    earned = reference.box_reward(ids, lengths, table, target, SCORING, **READING)
     return earned.reward, earned.advantage
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from locus_kernels.sample import reference, sample
+from locus_kernels.sample.reference import Distribution, Place
 
 from bench.roofline import DEVICE, timed
 
@@ -44,7 +45,8 @@ def test_sample(benchmark, way: str, setting: str) -> None:
         torch.testing.assert_close(logprob.double(), truth, atol=2e-5, rtol=0)
         assert reference.keep(logits.float(), choices["top_k"], choices["top_p"]).gather(-1, ids[:, None]).all()
         if way == "ours":
-            expected = reference.sample(logits, seed=1, row=row, position=n, temperature=1.0, allowed=None, **choices)[0]
+            distribution = Distribution(temperature=1.0, allowed=None, **choices)
+            expected = reference.sample(logits, Place(1, row, n), distribution)[0]
             assert (ids == expected).float().mean() > 0.99
     benchmark.group = f"sample, {setting}, {ROWS} x {VOCAB} bfloat16"
     timed(benchmark, WAYS[way], inputs, moved=ROWS * VOCAB * 2, rounds=30 if DEVICE == "cuda" else 5)
