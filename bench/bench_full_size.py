@@ -28,7 +28,9 @@ from bench.roofline import DEVICE, synchronize
 from locus_fast import train
 from locus_fast.run import saving
 from locus_fast.run import setup as runtime
+from locus_fast.step import scoring, step
 from locus_fast.step.rollout import Decoder
+from locus_fast.step.step import Step
 from tests.full_sizes import SIZES, full_config
 from tests.published import published_name, write_checkpoint, write_files
 
@@ -45,12 +47,12 @@ SMALL = {
 }
 PAPER = {"--max-new-tokens": "100"}  # as long as the paper's replies are
 PHASES = {  # (owner, name) -> phase
-    (train, "prefill"): "prefill",
+    (step, "prefill"): "prefill",
     (Decoder, "generate"): "decode",
-    (train, "score"): "reward",
-    (train, "reply_logprob"): "replies",
-    (train, "backward"): "backward",
-    (train, "clip_and_step"): "optimizer",
+    (Step, "_score"): "reward",
+    (step, "reply_hidden"): "replies",
+    (Step, "_backward"): "backward",
+    (step, "clip_and_step"): "optimizer",
 }
 
 
@@ -116,11 +118,11 @@ def phases(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
     for (owner, name), phase in PHASES.items():
         monkeypatch.setattr(owner, name, timed(phase, getattr(owner, name)))
-    step_as_it_is, rewards = train.train_step, torch.Generator().manual_seed(0)
+    step_as_it_is, rewards = Step.__call__, torch.Generator().manual_seed(0)
 
-    def train_step(setup: Any, reference: Any, optimizer: Any, prompts: Any, step: int, stop: Any) -> Any:
-        last[0] = step == STEPS - 1
-        return step_as_it_is(setup, reference, optimizer, prompts, step, stop)
+    def call(owner: Step, prompts: Any, index: int, began: float, stop: Any) -> Any:
+        last[0] = index == STEPS - 1
+        return step_as_it_is(owner, prompts, index, began, stop)
 
     def scattered(ids: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         scored = box_reward(ids, *arguments, **options)
@@ -128,8 +130,8 @@ def phases(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         advantage, zero_variance = group_advantage(drawn, options["group_size"], True)
         return scored._replace(advantage=advantage, zero_variance=zero_variance)
 
-    monkeypatch.setattr(train, "train_step", train_step)
-    monkeypatch.setattr(train, "box_reward", scattered)
+    monkeypatch.setattr(Step, "__call__", call)
+    monkeypatch.setattr(scoring, "box_reward", scattered)
     for owner, name in ((saving, "save_checkpoint"), (saving, "save_model"), (runtime, "check_disk")):
         monkeypatch.setattr(owner, name, lambda *_, **__: None)
     return seconds

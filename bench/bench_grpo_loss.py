@@ -14,7 +14,7 @@ from locus_kernels.linear_logprob.reference import dense
 from torch import Tensor
 
 from bench.head_case import CASES, CUDA, TOLERANCE, head_sets, measure
-from locus_fast.step import losses as trainer
+from tests.objective import grpo_loss as plain_objective
 
 L = 32  # tokens of a reply
 NUMBERS = {"clip_low": 0.2, "clip_high": 0.28, "kl_coefficient": 0.04}
@@ -23,7 +23,7 @@ NUMBERS = {"clip_low": 0.2, "clip_high": 0.28, "kl_coefficient": 0.04}
 def plain_loss(hidden: Tensor, weight: Tensor, ids: Tensor, advantages: Tensor, old: Tensor, reference: Tensor) -> Tensor:
     logprob, _ = dense(hidden, weight, ids)
     share = torch.ones_like(logprob)
-    return trainer.grpo_loss(logprob, old=old, reference=reference, advantage=advantages, weight=share, **NUMBERS)[0] / len(ids)
+    return plain_objective(logprob, old=old, reference=reference, advantage=advantages, weight=share, **NUMBERS)[0] / len(ids)
 
 
 def our_loss(hidden: Tensor, weight: Tensor, ids: Tensor, advantages: Tensor, old: Tensor, reference: Tensor) -> Tensor:

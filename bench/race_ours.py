@@ -14,11 +14,13 @@ from locus_kernels.box_reward import box_reward, build_token_table, group_advant
 from torch import Tensor
 
 from bench.race_case import GROUP, KL, LEARNING_RATE, LENGTH, Case, luck
+from locus_fast.config import Config
 from locus_fast.model.attention import use_attention
+from locus_fast.model.families import PARTS
 from locus_fast.model.packing import PromptBatch, Replies
-from locus_fast.model.policy import prefill, reply_logprob
-from locus_fast.step.losses import grpo_loss
-from locus_fast.step.optim import PARTS, clip_and_step, parameter_groups
+from locus_fast.model.policy import detach_prefix, prefill, reply_logprob
+from locus_fast.step.losses import LossInputs, Objective
+from locus_fast.step.optim import clip_and_step, parameter_groups
 from locus_fast.step.optimizers import make_optimizer
 from locus_fast.step.rollout import Decoder, Rollout, Sampling, Vocabulary
 
@@ -36,6 +38,7 @@ class Ours:
         self.decoder = Decoder(self.model, Vocabulary(case.allowed, torch.tensor([case.tokenizer.eos_token_id])))
         self.table = build_token_table(case.tokenizer, self.model.lm_head.weight.shape[0])
         self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.objective = Objective.of(Config(clip_low=0.2, clip_high=0.2, kl_coef=KL))
         self.seed = 0
 
     @contextmanager
@@ -51,7 +54,7 @@ class Ours:
         with self.phase("preprocess"):
             batch = PromptBatch.of([self.case.prompter(example) for example in self.case.examples], self.model.config, "cpu")
         with self.phase("prefill"):
-            prefix, onward = cut(prefill(self.model, batch))
+            prefix, backward_prefix = detach_prefix(prefill(self.model, batch))
         groups = range(len(batch.lengths))
         with self.phase("decode"):
             rollout = self.decoder.generate(prefix, SAMPLING, seed=self.seed, groups=groups)
@@ -63,24 +66,17 @@ class Ours:
             lengths = rollout.lengths.view(-1, GROUP).tolist()
         with self.phase("suffix"):
             replies = Replies.of(batch, rollout.ids, lengths, groups)
-            logprob, _ = reply_logprob(self.model, prefix, replies, temperature=1.0)
-        anchor = None
+            logprob, entropy = reply_logprob(self.model, prefix, replies, temperature=1.0)
+        reference = None
         if self.reference is not None:
             with self.phase("reference"), torch.no_grad():
-                anchor, _ = reply_logprob(self.reference, prefill(self.reference, batch), replies, temperature=1.0)
+                reference, _ = reply_logprob(self.reference, prefill(self.reference, batch), replies, temperature=1.0)
         with self.phase("backward"):
-            loss, _ = grpo_loss(
-                logprob,
-                old=logprob.detach(),
-                reference=anchor,
-                advantage=advantage[replies.row],
-                weight=torch.ones_like(logprob),
-                clip_low=0.2,
-                clip_high=0.2,
-                kl_coefficient=KL,
-            )
+            weight = torch.ones_like(logprob)
+            vectors = (logprob.detach(), reference, advantage[replies.row], weight, replies.row, rollout.lengths)
+            loss, _ = self.objective(LossInputs(logprob, *vectors, entropy))
             loss.backward()
-            onward()
+            backward_prefix()
         with self.phase("optimizer"):
             clip_and_step(self.optimizer, denominator=sum(map(sum, lengths)), factor=1.0, clip=1.0, seed=self.seed)
         return batch, rollout, logprob.detach()

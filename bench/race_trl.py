@@ -16,6 +16,7 @@ from transformers import Qwen2_5_VLProcessor, Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from bench.race_case import GROUP, KL, LEARNING_RATE, LENGTH, PIXELS, PROMPTS, Case, luck
+from locus_fast.model.prompts import PROMPT_STYLES
 
 ROWS = PROMPTS * GROUP
 PROCESSORS = {"qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
@@ -81,7 +82,7 @@ class Peer:
             report_to="none",
             disable_tqdm=True,
         )
-        text = QUESTIONS["direct"].format(units=case.prompter.frame.units)
+        text = PROMPT_STYLES["direct"].text.format(units=case.prompter.frame.units)
         content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": text}]
         examples = [[Image.fromarray(np.ascontiguousarray(p)) for p in (e.image, e.cue)] for e in case.examples]
         data = Dataset.from_dict({"prompt": [[{"role": "user", "content": content}]] * PROMPTS, "images": examples})

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from locus_fast.model.prompts import PROMPT_STYLES
+
 PHOTOGRAPHS = Path(__file__).parent / "photos"  # real ones, with boxes
 SPECIAL = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"),
@@ -58,7 +60,7 @@ def bpe() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=480, initial_alphabet=alphabet, min_frequency=1, show_progress=False)
-    tokenizer.train_from_iterator([*QUESTIONS.values(), "You are a helpful assistant.", "system\n", "user\n"], trainer)
+    tokenizer.train_from_iterator([*(style.text for style in PROMPT_STYLES.values()), "You are a helpful assistant.", "system\n", "user\n"], trainer)
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.add_tokens(PLAIN)
     return tokenizer

@@ -10,8 +10,8 @@ from locus_kernels.grpo_loss import grpo_loss
 from locus_kernels.linear_logprob.reference import dense
 from torch import Tensor
 
-from locus_fast.step import losses as trainer
 from tests.kernels.head_cases import assert_errors, head_inputs
+from tests.objective import grpo_loss as trainers_loss
 
 NUMBERS = {"clip_low": 0.2, "clip_high": 0.28, "kl_coefficient": 0.05, "log_ratio_clamp": 0.9, "kl_clamp": 0.5}
 
@@ -35,7 +35,7 @@ def by_trainer(
     logprob, entropy = dense(hidden, weight, ids, temperature, softcap)
     old = logprob.detach() if old is None else old
     share = torch.ones_like(logprob) if share is None else share
-    loss, metrics = trainer.grpo_loss(logprob, old=old, reference=reference, advantage=advantages, weight=share, **numbers)
+    loss, metrics = trainers_loss(logprob, old=old, reference=reference, advantage=advantages, weight=share, **numbers)
     return loss, logprob, metrics | {"entropy": entropy.detach().sum()}
 
 

@@ -11,16 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from locus_fast import evaluate, train
+from locus_fast import train
 from locus_fast.config import PRESETS, Config, parse
 from locus_fast.cost import peak_memory, plan
-from locus_fast.cost.plan import GIB, TOKENS, Room, unplanned
+from locus_fast.cost.plan import GIB, TEXT_TOKENS, TOKENS, Room, unplanned
 from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, Group, Trained, group_of
 from locus_fast.errors import UserError
+from locus_fast.model.prompts import PROMPT_STYLES
+from locus_fast.run import evaluation
+from locus_fast.run import plan as plan_of_run
 from locus_fast.run import setup as runtime
 from locus_fast.run.plan import planned, remedy
 from locus_fast.run.setup import set_up
-from locus_fast.step import budget, optim
+from locus_fast.step import optim
+from locus_fast.step.step import Step
 from locus_fast.weights.checkpoint import TINY_BASE
 from tests.locus_fast.test_adapters import needs_peft
 
@@ -145,18 +149,18 @@ def test_big_models_are_planned(preset: str) -> None:
     assert (config.microbatch_tokens, config.checkpointing) == ((12288, 0) if preset == "tiny" else (0, -1))
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
-def test_a_questions_text_is_no_longer_than_planned(question: str) -> None:
-    setup = set_up(parse(["--prompt-style", question, "--eval-cues", "1"]))
+@pytest.mark.parametrize("style", PROMPT_STYLES)
+def test_a_questions_text_is_no_longer_than_planned(style: str) -> None:
+    setup = set_up(parse(["--prompt-style", style, "--eval-cues", "1"]))
     prompt = setup.inputs.prompter(setup.inputs.cues.train(0))
     words = len(setup.origin.source.tokenizer.decode(prompt.ids[prompt.ids != setup.engine.model.config.image_token_id]).split())
-    assert words < budget.TEXT_TOKENS / 1.2  # a published tokenizer's tokens of these words
+    assert words < TEXT_TOKENS / 1.2  # a published tokenizer's tokens of these words
 
 
 @pytest.mark.parametrize("more", [[], pytest.param(["--lora", "4"], marks=needs_peft)])
 def test_a_run_takes_the_devices_memory(more: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
     """And says in one line what it chose and why; refused where it does not fit, before anything is loaded."""
-    monkeypatch.setattr(budget, "free_memory", lambda device: GIB)
+    monkeypatch.setattr(plan_of_run, "free_memory", lambda device: GIB)
     arguments = [*SHORT, "--steps", "1", "--microbatch-tokens", "0", "--checkpointing", "-1", *more, "--out", str(tmp_path / "run")]
     assert train.main(arguments) == 0
     planned = json.loads((tmp_path / "run" / "summary.json").read_text())["plan"]
@@ -169,7 +173,7 @@ def test_a_run_takes_the_devices_memory(more: list[str], tmp_path: Path, monkeyp
     )
     assert not planned["halved"]
     assert 0 < planned["tokens"] < 100_000
-    monkeypatch.setattr(budget, "free_memory", lambda device: GIB // 100)
+    monkeypatch.setattr(plan_of_run, "free_memory", lambda device: GIB // 100)
     monkeypatch.setattr(runtime, "load_source", None)  # refused before anything is loaded
     assert train.main([*arguments[:-1], str(tmp_path / "small")]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -184,7 +188,7 @@ def test_without_a_device_to_ask_the_choice_is_said_too(tmp_path: Path, capsys) 
     assert said in capsys.readouterr().err
 
 
-BACKWARD = train.backward
+BACKWARD = Step._backward
 
 
 class OutOfMemory:
@@ -201,13 +205,18 @@ class OutOfMemory:
         return result
 
 
+def method(call: OutOfMemory):
+    """As a method of a class; an object with `__call__` alone would not be given the instance."""
+    return lambda *arguments: call(*arguments)
+
+
 def numbers(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_out_of_memory_halves_the_budget_and_loses_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
     assert train.main([*SHORT, "--steps", "2", "--microbatch-tokens", "700", "--out", str(tmp_path / "narrow")]) == 0
-    monkeypatch.setattr(train, "backward", OutOfMemory(2))
+    monkeypatch.setattr(Step, "_backward", method(OutOfMemory(2)))
     assert train.main([*SHORT, "--steps", "2", "--microbatch-tokens", "1400", "--out", str(tmp_path / "halved")]) == 0
     assert "out of memory: the step is done again in microbatches of 700 tokens" in capsys.readouterr().err
     assert json.loads((tmp_path / "halved" / "summary.json").read_text())["plan"]["halved"]
@@ -223,7 +232,7 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(tmp_path: Path, monke
 
 def test_out_of_memory_that_halving_does_not_mend(tmp_path: Path, monkeypatch, capsys) -> None:
     """A second error: saved, and one sentence."""
-    monkeypatch.setattr(train, "backward", OutOfMemory(2, 4))
+    monkeypatch.setattr(Step, "_backward", method(OutOfMemory(2, 4)))
     assert train.main([*SHORT, "--steps", "2", "--microbatch-tokens", "1400", "--out", str(tmp_path / "run")]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1
@@ -236,7 +245,7 @@ def test_out_of_memory_that_halving_does_not_mend(tmp_path: Path, monkeypatch, c
 @pytest.mark.parametrize("rollout_tokens", ["0", "900"])
 def test_a_prompt_larger_than_the_halved_budget_rides_alone(rollout_tokens: str, tmp_path: Path, monkeypatch) -> None:
     assert train.main([*SHORT, "--steps", "1", "--microbatch-tokens", "450", "--out", str(tmp_path / "whole")]) == 0
-    monkeypatch.setattr(train, "backward", OutOfMemory(1))
+    monkeypatch.setattr(Step, "_backward", method(OutOfMemory(1)))
     arguments = [*SHORT, "--steps", "1", "--microbatch-tokens", "450", "--rollout-tokens", rollout_tokens]
     assert train.main([*arguments, "--out", str(tmp_path / "halved")]) == 0
     assert json.loads((tmp_path / "halved" / "summary.json").read_text())["plan"]["halved"]
@@ -250,11 +259,11 @@ def test_a_further_update_is_halved_too(tmp_path: Path, monkeypatch, capsys) -> 
     arguments = [*SHORT, "--steps", "1", "--updates-per-batch", "3", "--lr", "1e-3", "--kl-coef", "0.1"]
     assert train.main([*arguments, "--microbatch-tokens", "1400", "--out", str(tmp_path / "whole")]) == 0
     calls = OutOfMemory()
-    monkeypatch.setattr(train, "backward", calls)
+    monkeypatch.setattr(Step, "_backward", method(calls))
     assert train.main([*arguments, "--microbatch-tokens", "1400", "--out", str(tmp_path / "counted")]) == 0
     first = calls.count // 3  # microbatches an update
     capsys.readouterr()
-    monkeypatch.setattr(train, "backward", OutOfMemory(first + 2))
+    monkeypatch.setattr(Step, "_backward", method(OutOfMemory(first + 2)))
     assert train.main([*arguments, "--microbatch-tokens", "1400", "--out", str(tmp_path / "halved")]) == 0
     assert "out of memory: the step is done again in microbatches of 700 tokens" in capsys.readouterr().err
     (whole,), (halved,) = numbers(tmp_path / "whole"), numbers(tmp_path / "halved")
@@ -289,7 +298,7 @@ def test_the_optimizers_step_without_memory(failures: int, tmp_path: Path, monke
 
 @pytest.mark.parametrize(("calls", "code"), [((1,), 0), ((1, 2), 2)])
 def test_answering_without_memory(calls: tuple[int, ...], code: int, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(evaluate, "prefill", OutOfMemory(*calls, of=evaluate.prefill))
+    monkeypatch.setattr(evaluation, "prefill", OutOfMemory(*calls, of=evaluation.prefill))
     assert train.main([*SHORT, "--steps", "1", "--microbatch-tokens", "1400", "--out", str(tmp_path / "run")]) == code
     error = capsys.readouterr().err
     assert "out of memory: answering is done again in microbatches of 700 tokens" in error

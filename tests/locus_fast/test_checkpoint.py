@@ -14,12 +14,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from locus_fast import train
 from locus_fast.errors import UserError
-from locus_fast.model.families import interleave
+from locus_fast.model.families import PARTS, interleave
 from locus_fast.model.packing import PromptBatch
 from locus_fast.model.policy import prefill
 from locus_fast.model.preprocess import PatchSpec
 from locus_fast.model.prompts import Prompt
-from locus_fast.step.optim import PARTS, parameter_groups
+from locus_fast.step import scoring
+from locus_fast.step.optim import parameter_groups
 from locus_fast.step.optimizers import make_optimizer
 from locus_fast.step.rollout import Vocabulary
 from locus_fast.weights import checkpoint, shards
@@ -72,7 +73,7 @@ def test_training_and_export(source: Path, tmp_path: Path, monkeypatch) -> None:
         advantage, zero_variance = group_advantage(torch.rand(len(scored.reward), generator=rewards), options["group_size"], True)
         return scored._replace(advantage=advantage, zero_variance=zero_variance)
 
-    monkeypatch.setattr(train, "box_reward", scattered)
+    monkeypatch.setattr(scoring, "box_reward", scattered)
     frozen = source.name == "mimo-vl"  # its vision tower
     recipe = ["--mix", "1", "1", "1", "--image-pixels", "4096", "12544", "--cue-pixels", "1024", "3136", "--eval-cues", "2", "--device", "cpu"]
     sizes = ["--steps", "3", "--prompts", "2", "--group-size", "3", "--max-new-tokens", "5", "--microbatch-tokens", "4000", "--warmup-ratio", "0", "--lr", "1e-2"]

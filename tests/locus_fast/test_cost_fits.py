@@ -16,8 +16,8 @@ from locus_fast.cost.plan import GIB
 from locus_fast.cost.shapes import PUBLISHED, Trained
 from locus_fast.cost.traffic import step_bytes
 from locus_fast.errors import UserError
+from locus_fast.run import plan
 from locus_fast.run.plan import plan_for
-from locus_fast.step import budget
 from locus_fast.weights.checkpoint import TINY_BASE
 
 SHAPE = PUBLISHED["qwen2.5-vl-7b"]
@@ -30,7 +30,7 @@ def cost(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int,
 
 def trainers(arguments: list[str], gib: int, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the trainer says of the 7B model on a card with so many GiB free: its plan, or its refusal."""
-    monkeypatch.setattr(budget, "free_memory", lambda device: gib * GIB)
+    monkeypatch.setattr(plan, "free_memory", lambda device: gib * GIB)
     monkeypatch.setattr("locus_fast.model.fused.can_fuse", lambda device: True)
     config = parse(["--preset", "qwen2.5-vl-7b", *arguments])
     try:

@@ -16,7 +16,7 @@ from locus_fast.model.adapters import add_adapters
 from locus_fast.model.families import shape_of
 from locus_fast.model.fused import fuse
 from locus_fast.model.packing import PromptBatch, Replies
-from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
+from locus_fast.model.policy import checkpoint_activations, detach_prefix, prefill, reply_logprob
 from locus_fast.model.prompts import Prompt
 from locus_fast.model.quantize import quantize
 from locus_fast.model.reference import Reference, make_reference
@@ -49,14 +49,14 @@ def engine_step(model, reference: Reference | None, prompts: list[Prompt], group
     longest = max(max(group.replies) for group in groups)
     played = decoder.generate(prefix, Sampling(len(groups[0].replies), longest, 1.0, 1.0), seed=0, groups=range(len(groups)))
     replies = Replies.of(batch, played.ids, [list(group.replies) for group in groups], range(len(groups)))
-    prefix, onward = (prefix, lambda: None) if whole else cut(prefix)
+    prefix, backward_prefix = (prefix, lambda: None) if whole else detach_prefix(prefix)
     logprob, _ = reply_logprob(model, prefix, replies, 1.0)
     del prefix
     if reference is not None:
         with torch.no_grad(), reference.model() as base:
             reply_logprob(base, prefill(base, batch), replies, 1.0)
     logprob.sum().backward()
-    onward()
+    backward_prefix()
 
 
 def predicted_over_measured(

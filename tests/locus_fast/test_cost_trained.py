@@ -9,18 +9,20 @@ import torch
 from locus_kernels.linear_logprob import linear_logprob
 from torch.utils.flop_counter import FlopCounterMode
 
-from locus_fast import cost, train
+from locus_fast import cost
 from locus_fast.config import parse
 from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, Trained
 from locus_fast.model.adapters import add_adapters
-from locus_fast.model.families import shape_of
-from locus_fast.model.policy import checkpoint_activations, prefill, reply_hidden
+from locus_fast.model.families import PARTS, shape_of
+from locus_fast.model.policy import checkpoint_activations, encode_images, prefill, reply_hidden
 from locus_fast.model.quantize import quantize
 from locus_fast.model.reference import make_reference
 from locus_fast.run.plan import trained_by
 from locus_fast.run.setup import set_up
-from locus_fast.step.optim import PARTS, parameter_groups
+from locus_fast.step import metrics
+from locus_fast.step.optim import parameter_groups
 from locus_fast.step.optimizers import make_optimizer
+from locus_fast.step.step import Step
 from tests.locus_fast.cost_cases import FAMILIES, FORMULAS, answers, counted, spent, work
 from tests.locus_fast.test_adapters import needs_peft
 
@@ -49,7 +51,7 @@ def check_flops(model, batch, groups, checkpointing: int, trained: Trained) -> N
     table = cost.step_flops(shape_of(model.config), groups, **ways)
     scored = answers(batch, groups)
 
-    vision, features = counted(lambda: see(model, batch.patches, batch.grids, batch.vision))
+    vision, features = counted(lambda: encode_images(model, batch.patches, batch.grids, batch.vision))
     prompt, prefix = counted(lambda: prefill(model, batch, features))
     replies, hidden = counted(lambda: reply_hidden(model, prefix, scored))
     head, logprob = counted(lambda: linear_logprob(hidden, model.lm_head.weight, scored.ids, 1.0)[0])
@@ -109,13 +111,13 @@ def test_the_reference_has_no_adapters() -> None:
     ],
 )
 def test_the_trainers_metric_is_what_is_counted(options: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Exactly, over a whole step but for the sampling, which the counter does not see whole; groups that are flat included."""
+    """Exactly, over a whole step but for the sampling, which the counter does not see whole; zero-variance groups included."""
 
     def square(*arguments, **ways):
         table = cost.step_flops(*arguments, **ways, causal="square")
         return {part: {column: n for column, n in passes.items() if column != "rollout"} for part, passes in table.items()}
 
-    monkeypatch.setattr(train, "step_flops", square)
+    monkeypatch.setattr(metrics, "step_flops", square)
     config = parse(["--prompts", "5", "--group-size", "2", "--eval-cues", "1", "--microbatch-tokens", "1500", "--device", "cpu", *options])
     setup = set_up(config)
     model, sampling = setup.engine.model, []
@@ -131,9 +133,10 @@ def test_the_trainers_metric_is_what_is_counted(options: list[str], monkeypatch:
         return rollout
 
     setup.engine.decoder.generate = sampled
-    prompts = iter([setup.inputs.prompter(setup.inputs.cues.train(i)) for i in range(5)])
+    prompts = [setup.inputs.prompter(setup.inputs.cues.train(i)) for i in range(5)]
+    step = Step(setup.config, setup.engine, setup.scoring, reference, optimizer)
     model.train()
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        numbers = train.train_step(setup, reference, optimizer, prompts, 0, lambda: False)
+        numbers = step(prompts, 0, 0.0, lambda: False)
     assert trained_by(config).rank == config.lora
     assert 0 < numbers["flops"] == counter.get_total_flops() - sum(sampling)

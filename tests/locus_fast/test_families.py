@@ -24,7 +24,7 @@ from locus_fast.model import families
 from locus_fast.model.families import FAMILIES as RECORDS
 from locus_fast.model.families import Frame, family_of
 from locus_fast.model.preprocess import PatchSpec, patches_of
-from locus_fast.model.prompts import WHICH_BOX, Prompter, template_pieces
+from locus_fast.model.prompts import PROMPT_STYLES, Prompter, template_pieces
 from locus_fast.weights.checkpoint import load_model
 from tests.published import FAMILIES, TEMPLATES, write_checkpoint
 
@@ -75,7 +75,7 @@ def test_two_images(loaded, index: int) -> None:
     model, prompter = loaded[1], prompter_of(*loaded)
     image, cue = photograph(*SIZES[index]), photograph(*SIZES[index - 1])
     prompt = prompter(Example(image, cue, (1.0, 2.0, 20.0, 21.0), "small", "random"))
-    expected = as_published(processor_of(*loaded), model, [image, cue], QUESTIONS["think"].format(units=prompter.frame.units))
+    expected = as_published(processor_of(*loaded), model, [image, cue], PROMPT_STYLES["think"].text.format(units=prompter.frame.units))
     assert torch.equal(prompt.ids, expected["input_ids"][0])
     assert torch.equal(prompt.grids, expected["image_grid_thw"])
     assert torch.equal(prompt.position, expected["position"])
@@ -140,7 +140,7 @@ def test_the_opening_of_a_thinking_template(loaded) -> None:
     table = build_token_table(tokenizer, model.lm_head.weight.shape[0])
     for text, well_formed in ((f"<think>\n{REPLY}", not thinking), (REPLY, thinking)):
         whole = torch.tensor([[*prompter.opening, *tokenizer.encode(text, add_special_tokens=False)]])
-        reading = read_boxes(whole, torch.tensor([whole.shape[1]]), table, which=WHICH_BOX["think"], grammar="think_answer")
+        reading = read_boxes(whole, torch.tensor([whole.shape[1]]), table, which=PROMPT_STYLES["think"].which, grammar="think_answer")
         assert reading.box.tolist() == [[1.0, 2.0, 30.0, 40.0]]
         assert reading.format_ok.item() or not well_formed  # the format allows a second <think>
         assert thinking or reading.format_ok.item() == well_formed

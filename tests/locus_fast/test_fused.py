@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from locus_fast.model import policy
+from locus_fast.model import attention
 from locus_fast.model.fused import FORWARDS, can_fuse
 from tests.kernels.interpreter import run_cases
 from tests.small_models import small_model
@@ -29,8 +29,8 @@ def test_only_models_on_cuda_are_fused_and_only_for_the_trainer(monkeypatch: pyt
     assert not can_fuse(torch.device("cuda"))
     model = small_model("qwen3_vl")
     assert not fused(model)
-    monkeypatch.setattr(policy, "can_fuse", lambda device: True)
-    policy.use_attention(model)
+    monkeypatch.setattr(attention, "can_fuse", lambda device: True)
+    attention.use_attention(model)
     assert len(fused(model)) == 3 * (2 + 2 + 1 + 1) + 1 + 3  # language layers: norms, norms of queries and keys, MLP, attention; last norm; vision
-    policy.use_plain_attention(model, "sdpa")
+    attention.use_plain_attention(model, "sdpa")
     assert not fused(model)

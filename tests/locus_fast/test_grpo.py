@@ -8,13 +8,14 @@ import pytest
 import torch
 from locus_kernels.box_reward import group_advantage
 
-from locus_fast.step.losses import AGGREGATIONS, clipped_surrogate, grpo_loss, k3
+from locus_fast.step.losses import AGGREGATIONS, k3
+from tests.objective import grpo_loss
 
 
 def test_k3_by_hand() -> None:
     logprob, reference = torch.log(torch.tensor([0.5, 0.2, 0.4])), torch.log(torch.tensor([0.25, 0.4, 0.4]))
     expected = [0.5 - math.log(0.5) - 1, 2.0 - math.log(2.0) - 1, 0.0]
-    torch.testing.assert_close(k3(logprob, reference, math.inf, math.inf)[0], torch.tensor(expected))
+    torch.testing.assert_close(k3(reference - logprob), torch.tensor(expected))
 
 
 @pytest.mark.parametrize(
@@ -31,13 +32,21 @@ def test_k3_by_hand() -> None:
 )
 def test_clip_on_each_side_by_hand(ratio: float, advantage: float, loss: float, low: bool, high: bool) -> None:
     logprob = torch.tensor([-1.0 + math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    got = clipped_surrogate(
-        logprob, torch.tensor([-1.0], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64), 0.2, 0.3 + 1e-9, math.inf
+    old, gain = torch.tensor([[-1.0], [advantage]], dtype=torch.float64)
+    total, metrics = grpo_loss(
+        logprob,
+        old=old,
+        reference=None,
+        advantage=gain,
+        weight=torch.ones_like(gain),
+        clip_low=0.2,
+        clip_high=0.3 + 1e-9,
+        kl_coefficient=0.0,
     )
-    assert got[0].item() == pytest.approx(loss)
-    assert got[1].item() == pytest.approx(ratio)
-    assert (got[2]["clip_low"].item(), got[2]["clip_high"].item()) == (low, high)
-    got[0].sum().backward()
+    assert total.item() == pytest.approx(loss)
+    assert metrics["ratio_max"].item() == pytest.approx(ratio)
+    assert (metrics["clip_low"].item(), metrics["clip_high"].item()) == (low, high)
+    total.backward()
     assert logprob.grad is not None
     assert logprob.grad.item() == pytest.approx(0.0 if low or high else -ratio * advantage)
 
@@ -45,10 +54,10 @@ def test_clip_on_each_side_by_hand(ratio: float, advantage: float, loss: float, 
 def test_advantages_by_hand() -> None:
     reward = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.3, 0.3, 0.3, 0.3])
     deviation = math.sqrt(4 * 0.25 / 3)
-    advantage, flat = group_advantage(reward, 4)
+    advantage, equal = group_advantage(reward, 4)
     torch.testing.assert_close(advantage[:4], torch.tensor([0.5, -0.5, -0.5, 0.5]) / (deviation + 1e-6))
     assert advantage[4:].tolist() == [0.0] * 4
-    assert flat.tolist() == [False, True]
+    assert equal.tolist() == [False, True]
     plain, _ = group_advantage(reward, 4, normalize_std=False)
     assert plain.tolist() == [0.5, -0.5, -0.5, 0.5, 0.0, 0.0, 0.0, 0.0]
 
@@ -148,8 +157,8 @@ def test_no_tokens() -> None:
 
 def test_means() -> None:
     lengths = torch.tensor([4, 1, 5])
-    weight, denominator = AGGREGATIONS["token"](lengths, [4, 1, 5])
+    weight, denominator = AGGREGATIONS["token-mean"](lengths, [4, 1, 5], None, 9)
     assert (weight.tolist(), denominator) == ([1.0, 1.0, 1.0], 10)
-    weight, denominator = AGGREGATIONS["sequence"](lengths, [4, 1, 5])
+    weight, denominator = AGGREGATIONS["seq-mean-token-mean"](lengths, [4, 1, 5], None, 9)
     torch.testing.assert_close(weight, torch.tensor([0.25, 1.0, 0.2]))
     assert denominator == 3

@@ -10,6 +10,7 @@ import torch
 from locus_kernels.box_reward import box_reward, group_advantage
 
 from locus_fast import train
+from locus_fast.step import scoring
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +47,6 @@ def test_permuted_rewards_teach_nothing(tmp_path: Path, monkeypatch) -> None:
         advantage, zero_variance = group_advantage(reward, size, options["normalize_std"])
         return scored._replace(reward=reward, advantage=advantage, zero_variance=zero_variance)
 
-    monkeypatch.setattr(train, "box_reward", permuted)
+    monkeypatch.setattr(scoring, "box_reward", permuted)
     assert train.main(["--out", str(tmp_path / "run")]) == 0
     assert gain(tmp_path / "run") < 0.03

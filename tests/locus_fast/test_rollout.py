@@ -44,7 +44,7 @@ def test_finished_rows_are_moved_out_and_nothing_changes(prefix, monkeypatch) ->
     assert decoder.slots is not None
     assert decoder.slots.rows < 21
     assert len(set(compacted.lengths.tolist())) > 3
-    monkeypatch.setattr(rollout, "LADDER", (10**6,))
+    monkeypatch.setattr(rollout, "rung", lambda rows: 21)
     decoder, whole = played(prefix)
     assert decoder.slots is not None
     assert decoder.slots.rows == 21

@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 
 from locus_fast import train
 from locus_fast.errors import UserError
-from locus_fast.run import disk
+from locus_fast.run import disk, plan
 from locus_fast.run import setup as runtime
-from locus_fast.step import budget
 from locus_fast.weights import checkpoint, shards
 from locus_fast.weights.checkpoint import load_model
 from locus_fast.weights.source import read_source
@@ -237,7 +236,7 @@ def test_a_card_too_small(tmp_path: Path, monkeypatch, capsys) -> None:
     arguments = ["--model", str(folder), "--data", DATA, *recipe]
     advised = set()
     for memory in range(2**20, 12 * 2**20, 2**20):
-        monkeypatch.setattr(budget, "free_memory", lambda device, memory=memory: memory)
+        monkeypatch.setattr(plan, "free_memory", lambda device, memory=memory: memory)
         try:
             assert train.main([*arguments, "--out", str(tmp_path / f"a{memory}")]) == 2
         except TypeError:  # it fits

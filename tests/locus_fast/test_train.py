@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from locus_kernels.box_reward import read_boxes
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -26,6 +25,7 @@ from locus_fast.model.packing import PromptBatch
 from locus_fast.model.policy import prefill
 from locus_fast.run.setup import set_up
 from locus_fast.step.rollout import Rollout
+from locus_fast.step.step import Step
 from locus_fast.weights.checkpoint import TINY_BASE
 
 SHORT = ["--steps", "3", "--prompts", "6", "--eval-cues", "12", "--microbatch-tokens", "1500", "--device", "cpu"]
@@ -125,29 +125,29 @@ def test_a_rollout_wider_than_a_microbatch(run: Path, tmp_path: Path) -> None:
     assert 0 < wide["fill"] <= 1
 
 
-@pytest.mark.parametrize("live", [0, 1, 5])
-def test_a_few_live_groups_are_prefilled_again(live: int, tmp_path: Path, monkeypatch) -> None:
-    """The same update as with the flat groups' prompts in its backward, for about the floor's FLOPs."""
-    score, rows = train.score, []
+@pytest.mark.parametrize("active", [0, 1, 5])
+def test_a_few_active_groups_are_prefilled_again(active: int, tmp_path: Path, monkeypatch) -> None:
+    """The same update as with the other groups' prompts in its backward, for about the floor's FLOPs."""
+    score, rows = Step._score, []
 
-    def mostly_flat(*arguments):
+    def mostly_equal(*arguments):
         scored = score(*arguments)
-        flat = torch.arange(len(scored.zero_variance)) >= live
-        return scored._replace(zero_variance=flat, advantage=torch.randn(len(flat), 8, generator=torch.Generator().manual_seed(0)).flatten())
+        equal = torch.arange(len(scored.zero_variance)) >= active
+        return scored._replace(zero_variance=equal, advantage=torch.randn(len(equal), 8, generator=torch.Generator().manual_seed(0)).flatten())
 
-    monkeypatch.setattr(train, "score", mostly_flat)
+    monkeypatch.setattr(Step, "_score", mostly_equal)
     more = ["--microbatch-tokens", "90000", "--steps", "1", "--skip-zero-variance", "true"]
-    for pays in (train.pays, lambda *_: True):
-        monkeypatch.setattr(train, "pays", pays)
+    for pays in (Step._reuse_pays, lambda *_: True):
+        monkeypatch.setattr(Step, "_reuse_pays", pays)
         out = tmp_path / str(len(rows))
         assert train.main([*SHORT, "--out", str(out), *more]) == 0
         rows += timeless(out / "metrics.jsonl")
     ours, through = rows
-    assert ours["zero_variance_groups"] == 6 - live
-    for name in ("reward", "grad_norm", "loss", "kl", "logprob_mismatch") if live else ("reward", "grad_norm"):
+    assert ours["zero_variance_groups"] == 6 - active
+    for name in ("reward", "grad_norm", "loss", "kl", "logprob_mismatch") if active else ("reward", "grad_norm"):
         assert ours[name] == pytest.approx(through[name], rel=1e-3, abs=1e-6), name
     assert ours["flops_over_floor"] < 1.12
-    assert (through["flops_over_floor"] > 1.5) == (live == 1)
+    assert (through["flops_over_floor"] > 1.5) == (active == 1)
 
 
 def test_resuming_gives_the_same_run(run: Path, tmp_path: Path) -> None:
@@ -213,21 +213,21 @@ def test_a_template_that_begins_the_thinking(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").write_text(template)
     setup = set_up(parse(["--model", str(folder), "--prompt-style", "think"]))
     reply = setup.origin.source.tokenizer.encode("the cue</think><answer>[10, 20, 30, 40]</answer>", add_special_tokens=False)
-    rollout = Rollout(torch.tensor([reply]), torch.tensor([len(reply)]), torch.zeros(1, len(reply)))
+    rollout = Rollout(torch.tensor([reply]), torch.tensor([len(reply)]), torch.zeros(1, len(reply)), torch.tensor([False]))
     assert setup.scoring.read(rollout.ids, rollout.lengths).format_ok.tolist() == [True]
     plain = set_up(parse(["--prompt-style", "think"]))
-    assert read_boxes(*plain.whole(rollout), plain.table, **plain.reading).format_ok.tolist() == [False]
+    assert plain.scoring.read(rollout.ids, rollout.lengths).format_ok.tolist() == [False]
 
 
 def test_an_error_in_mid_run_loses_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
-    step = train.train_step
+    call = Step.__call__
 
-    def failing(setup, reference, optimizer, prompts, index, stop):
+    def failing(step, prompts, index, began, stop):
         if index == 2:
             raise UserError("the disk went away.")
-        return step(setup, reference, optimizer, prompts, index, stop)
+        return call(step, prompts, index, began, stop)
 
-    monkeypatch.setattr(train, "train_step", failing)
+    monkeypatch.setattr(Step, "__call__", failing)
     out = tmp_path / "run"
     assert train.main([*SHORT, "--out", str(out)]) == 2
     assert "error: the disk went away." in capsys.readouterr().err
@@ -236,12 +236,12 @@ def test_an_error_in_mid_run_loses_nothing(tmp_path: Path, monkeypatch, capsys) 
 
 
 def test_steps_that_are_not_finite_are_dropped_and_end_the_run(tmp_path: Path, monkeypatch, capsys) -> None:
-    backward = train.backward
+    backward = Step._backward
 
-    def spoiled(config, experience, replies, logprob, totals):
-        backward(config, experience, replies, logprob * float("nan"), totals)
+    def spoiled(step, hidden, experience, totals):
+        return backward(step, hidden * float("nan"), experience, totals)
 
-    monkeypatch.setattr(train, "backward", spoiled)
+    monkeypatch.setattr(Step, "_backward", spoiled)
     out = tmp_path / "run"
     assert train.main([*SHORT, "--out", str(out), "--steps", "9"]) == 2
     assert "not finite in 5 steps in a row up to step 5" in capsys.readouterr().err
@@ -253,7 +253,7 @@ def test_steps_that_are_not_finite_are_dropped_and_end_the_run(tmp_path: Path, m
 @pytest.mark.parametrize(
     "options",
     [
-        ["--kl-coef", "0", "--loss-agg", "sequence", "--normalize-std", "false", "--reward", "giou_plus_one"],
+        ["--kl-coef", "0", "--loss-agg", "seq-mean-token-mean", "--normalize-std", "false", "--reward", "giou_plus_one"],
         ["--updates-per-batch", "3", "--checkpointing", "2", "--lr", "1e-3", "--reward", "rising"],
         ["--prompt-style", "think", "--max-new-tokens", "24", "--temperature", "0.8", "--top-p", "0.9"],
         ["--answer-prefix", "[", "--lr-schedule", "cosine", "--attention", "plain", "--updates-per-batch", "2", "--rollout-tokens", "9999"],
