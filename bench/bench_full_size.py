@@ -26,8 +26,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from bench.roofline import DEVICE, synchronize
 from locus_fast import train
+from locus_fast.run import model as runtime
 from locus_fast.run import saving
-from locus_fast.run import setup as runtime
 from locus_fast.step import scoring, step
 from locus_fast.step.rollout import Decoder
 from locus_fast.step.step import Step
@@ -49,7 +49,7 @@ PAPER = {"--max-new-tokens": "100"}  # as long as the paper's replies are
 PHASES = {  # (owner, name) -> phase
     (step, "prefill"): "prefill",
     (Decoder, "generate"): "decode",
-    (Step, "_score"): "reward",
+    (scoring.Scoring, "reward"): "reward",
     (step, "reply_hidden"): "replies",
     (Step, "_backward"): "backward",
     (step, "clip_and_step"): "optimizer",

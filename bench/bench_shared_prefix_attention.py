@@ -8,7 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from locus_kernels.shared_prefix_attention import Packed, SharedPrefixLayout, choose_backend, reference, shared_prefix_attention
+from locus_kernels.shared_prefix_attention import (
+    Packed,
+    SharedPrefixLayout,
+    choose_backend,
+    reference,
+    shared_prefix_attention,
+)
 
 from bench.roofline import DEVICE, synchronize
 

@@ -17,12 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from locus_fast.data.example import Example
 from locus_fast.model.preprocess import PatchSpec
 from locus_fast.model.prompts import Prompt, Prompter
-from locus_fast.step.rollout import Vocabulary
+from locus_fast.step.vocabulary import Vocabulary
 from locus_fast.tiny.tokenizer import build_tokenizer
 
 PROMPTS, GROUP, LENGTH = 2, 8, 32

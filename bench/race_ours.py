@@ -22,7 +22,8 @@ from locus_fast.model.policy import detach_prefix, prefill, reply_logprob
 from locus_fast.step.losses import LossInputs, Objective
 from locus_fast.step.optim import clip_and_step, parameter_groups
 from locus_fast.step.optimizers import make_optimizer
-from locus_fast.step.rollout import Decoder, Rollout, Sampling, Vocabulary
+from locus_fast.step.rollout import Decoder, Rollout, Sampling
+from locus_fast.step.vocabulary import Vocabulary
 
 SAMPLING = Sampling(GROUP, LENGTH, temperature=1.0, top_p=1.0)
 

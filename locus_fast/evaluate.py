@@ -15,7 +15,6 @@ from pathlib import Path
 from locus_fast.config import EVALUATION_OPTIONS, Config, of_run, refuse_run, resolve, run_around
 from locus_fast.config.options import Parser, add_options, given, option_of
 from locus_fast.errors import UserError
-from locus_fast.run.evaluation import evaluate
 from locus_fast.run.interrupt import Interrupt
 from locus_fast.run.setup import set_up
 
@@ -37,7 +36,9 @@ def parse(arguments: list[str]) -> tuple[Config, Path | None]:
     lies in one, with what is given besides. Raises UserError as `config.parse` does, and for an option that has no
     meaning here."""
     parser = Parser(prog="python -m locus_fast.evaluate", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("folder", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help="the same as --model")
+    parser.add_argument(
+        "folder", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help="the same as --model"
+    )
     unused = Config.__dataclass_fields__.keys() - set(EVALUATION_OPTIONS)
     add_options(parser, Config, hidden=unused)
     words = given(parser, arguments)
@@ -52,7 +53,9 @@ def parse(arguments: list[str]) -> tuple[Config, Path | None]:
     if run is None:
         return resolve(words), None
     refuse_run(model)
-    return resolve(words, {name: value for name, value in of_run(run).items() if name in EVALUATION_OPTIONS}), run
+    return resolve(
+        words, {name: value for name, value in of_run(run).items() if name in EVALUATION_OPTIONS}
+    ), run
 
 
 def asked(config: Config, run: Path | None) -> str:
@@ -72,7 +75,7 @@ def main(arguments: list[str]) -> int:
             setup = set_up(config)
             inputs = setup.inputs
             print(inputs.cues.describe(), file=sys.stderr)
-            result = evaluate(setup.config, setup.engine, inputs, setup.scoring, "evaluate", interrupt)
+            result = setup.evaluate("evaluate", interrupt)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

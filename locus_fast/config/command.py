@@ -17,8 +17,28 @@ from locus_fast.files import refuse_endless, refuse_endless_in
 
 DESCRIPTION = "Teach a vision-language model to find small things: cue search with GRPO."
 EVALUATION_OPTIONS = (  # what has a meaning where nothing is trained and replies are greedy
-    *("preset", "model", "data", "images", "box_format", "seed", "prompt_style", "mix", "min_side", "padding", "scale"),
-    *("image_pixels", "cue_pixels", "max_new_tokens", "answer_prefix", "dtype", "attention", "microbatch_tokens"),
+    *(
+        "preset",
+        "model",
+        "data",
+        "images",
+        "box_format",
+        "seed",
+        "prompt_style",
+        "mix",
+        "min_side",
+        "padding",
+        "scale",
+    ),
+    *(
+        "image_pixels",
+        "cue_pixels",
+        "max_new_tokens",
+        "answer_prefix",
+        "dtype",
+        "attention",
+        "microbatch_tokens",
+    ),
     *("device", "workers", "eval_cues"),
 )
 FIXED = ("out", "preset", "model", "seed", "prompts", "lora", "lora_alpha", "merge", "quantize")  # on resume
@@ -41,7 +61,9 @@ def parse(arguments: list[str], prog: str = "python -m locus_fast.train") -> Con
     for name in FIXED:
         empty = name in EMPTY_IS_NOT_GIVEN and not words.get(name)
         if name in words and not empty and not _same(name, words[name], settings.get(name)):
-            raise UserError(f"{option_of(name)} cannot be changed with --resume: a resumed run goes on as it began.")
+            raise UserError(
+                f"{option_of(name)} cannot be changed with --resume: a resumed run goes on as it began."
+            )
     return resolve(words, settings)
 
 
@@ -86,13 +108,17 @@ def of_run(folder: Path) -> dict[str, Any]:
     has settings that no version knew."""
     file = folder / "config.json"
     if (run := run_around(folder)) and run != folder.resolve():
-        raise UserError(f"--resume {folder} lies in a run folder: give the run folder itself, --resume {run}.")
+        raise UserError(
+            f"--resume {folder} lies in a run folder: give the run folder itself, --resume {run}."
+        )
     try:
         settings = with_new_names(dict(json.loads(file.read_text())))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as the settings of a run ({error}).") from None
     if "model_type" in settings:
-        raise UserError(f"{folder} holds a model and no run: give it as --model, and a run folder with --resume.")
+        raise UserError(
+            f"{folder} holds a model and no run: give it as --model, and a run folder with --resume."
+        )
     if unknown := settings.keys() - Config.__dataclass_fields__.keys():
         raise UserError(f"{file} has settings that this version does not know: {', '.join(sorted(unknown))}.")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}

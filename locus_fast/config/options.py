@@ -74,7 +74,10 @@ def argument(f: dataclasses.Field, hint: Any) -> dict[str, Any]:
 
 def given(parser: argparse.ArgumentParser, arguments: list[str]) -> dict[str, Any]:
     """The settings that a command line names, with tuples for several values."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(arguments)).items()}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(parser.parse_args(arguments)).items()
+    }
 
 
 def _boolean(text: str) -> bool:

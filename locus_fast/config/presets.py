@@ -32,7 +32,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Losses that are another with other settings, which hold unless they are given themselves.
 LOSS_SETTINGS: dict[str, dict[str, Any]] = {
-    "dr_grpo": {"loss_agg": "seq-mean-token-sum-norm", "normalize_std": False},  # Liu et al., arXiv 2503.20783
+    "dr_grpo": {
+        "loss_agg": "seq-mean-token-sum-norm",
+        "normalize_std": False,
+    },  # Liu et al., arXiv 2503.20783
     "bnpo": {"loss_agg": "token-mean"},
     "dapo": {"loss_agg": "token-mean"},  # Yu et al., arXiv 2503.14476
 }

@@ -40,7 +40,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def size(text: str) -> tuple[int, int]:
     """(width, height) of WIDTHxHEIGHT."""
     if not (match := re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)) or not (int(match[1]) and int(match[2])):
-        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT in pixels, such as 640x480, not '{short(text)}'")
+        raise argparse.ArgumentTypeError(
+            f"expected WIDTHxHEIGHT in pixels, such as 640x480, not '{short(text)}'"
+        )
     short_side, long_side = sorted((int(match[1]), int(match[2])))
     if long_side > MAX_ASPECT * short_side or long_side * short_side > MAX_PIXELS:
         limits = f"at most {MAX_PIXELS:,} pixels, and {MAX_ASPECT} times as long as wide"
@@ -51,9 +53,13 @@ def size(text: str) -> tuple[int, int]:
 def at_least(least: int, most: int = 1_000_000):
     def number(text: str) -> int:
         if not re.fullmatch(r"-?\d{1,4000}", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, not '{short(text)}'")
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at least {least}, not '{short(text)}'"
+            )
         if int(text) > most:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at most {most}, not '{short(text)}'")
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at most {most}, not '{short(text)}'"
+            )
         return int(text)
 
     return number
@@ -62,12 +68,23 @@ def at_least(least: int, most: int = 1_000_000):
 def parse(arguments: list[str]) -> dict[str, Any]:
     """What a command line names. Raises UserError for an unknown option or a value that cannot be."""
     d = Config()
-    parser = Parser(prog="python -m locus_fast.cost", description="What a training step costs, counted from shapes.", allow_abbrev=False)
+    parser = Parser(
+        prog="python -m locus_fast.cost",
+        description="What a training step costs, counted from shapes.",
+        allow_abbrev=False,
+    )
 
     def add(name: str, type: Any, default: object, help: str, **more: Any) -> None:
-        parser.add_argument(name, type=type, default=argparse.SUPPRESS, help=f"{help} (default: {default})", **more)
+        parser.add_argument(
+            name, type=type, default=argparse.SUPPRESS, help=f"{help} (default: {default})", **more
+        )
 
-    add("--preset", str, PRESET, "a preset's model: tiny, " + ", ".join(PUBLISHED) + "; empty: the default, or of --model its own")
+    add(
+        "--preset",
+        str,
+        PRESET,
+        "a preset's model: tiny, " + ", ".join(PUBLISHED) + "; empty: the default, or of --model its own",
+    )
     add("--model", str, "empty", "a folder with a config.json, instead of the preset's model")
     add("--image", size, "640x480", "the image's WIDTHxHEIGHT in pixels")
     add("--cue", size, "64x64", "the cue's WIDTHxHEIGHT in pixels")
@@ -75,7 +92,12 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     add("--prompts", at_least(1, 4096), d.prompts, "prompts a step")
     add("--group-size", at_least(1, 4096), d.group_size, "replies a prompt")
     add("--reply-tokens", at_least(1), 100, "tokens of a reply")
-    add("--max-new-tokens", at_least(1), d.max_new_tokens, "longest reply that is allowed, which the trainer makes room for")
+    add(
+        "--max-new-tokens",
+        at_least(1),
+        d.max_new_tokens,
+        "longest reply that is allowed, which the trainer makes room for",
+    )
     add("--microbatch-tokens", at_least(0), AUTO_TOKENS, "budget of a microbatch in tokens; 0: what fits")
     every = "recompute every how many-th layer in backward; 0: none, -1: the faster of 0 and 1 that fits"
     add("--checkpointing", at_least(-1), AUTO_CHECKPOINTING, every)
@@ -105,7 +127,9 @@ def settings_of(words: dict[str, Any]) -> Config:
     if own.get("reference") == "none":
         own |= {"reference": "auto", "kl_coef": 0.0}
     settings = {**PRESETS[preset], **own, "preset": preset, "model": model}
-    settings["max_new_tokens"] = max(settings.get("max_new_tokens", Config.max_new_tokens), words.get("reply_tokens", 100))
+    settings["max_new_tokens"] = max(
+        settings.get("max_new_tokens", Config.max_new_tokens), words.get("reply_tokens", 100)
+    )
     return check_together(Config(**settings), settled=False)
 
 
@@ -126,7 +150,9 @@ def model_of(preset: str, model: str) -> tuple[ModelShape, torch.dtype]:
         config = AutoConfig.from_pretrained(folder)
         return shape_of(config), config.dtype or config.get_text_config().dtype or torch.bfloat16
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {folder}: its config.json cannot be read ({str(error).splitlines()[0]}).") from None
+        raise UserError(
+            f"--model {folder}: its config.json cannot be read ({str(error).splitlines()[0]})."
+        ) from None
 
 
 def case_of(words: dict[str, Any]) -> Case:

@@ -16,7 +16,16 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from locus_fast.cost.shapes import EVERYTHING, Group, ModelShape, TextShape, Trained, VisionShape, recomputed, rung
+from locus_fast.cost.shapes import (
+    EVERYTHING,
+    Group,
+    ModelShape,
+    TextShape,
+    Trained,
+    VisionShape,
+    recomputed,
+    rung,
+)
 
 COLUMNS = ("rollout", "forward", "recompute", "backward", "reference")
 PROMPT_ROWS = ("vision", "vision attention", "prompt", "prompt attention")
@@ -38,7 +47,14 @@ PEAK_FLOPS = {
 
 def peak_flops(device: str) -> float | None:
     """The device's dense bfloat16 FLOP/s, by its name (`torch.cuda.get_device_name`); None where it is not known, as on a CPU."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{re.escape(name)}\b", device, re.IGNORECASE)), None)
+    return next(
+        (
+            peak
+            for name, peak in PEAK_FLOPS.items()
+            if re.search(rf"\b{re.escape(name)}\b", device, re.IGNORECASE)
+        ),
+        None,
+    )
 
 
 def causal_pairs(tokens: int, causal: str) -> int:
@@ -60,7 +76,9 @@ def tower_ends(vision: VisionShape) -> tuple[int, int]:
     """FLOPs a patch of the patch embedding, and of the mergers (DeepStack's included)."""
     wide = vision.hidden * vision.merge**2
     mergers = 1 + len(vision.deepstack)
-    return 2 * vision.patch_values * vision.hidden, mergers * 2 * wide * (wide + vision.out) // vision.merge**2
+    return 2 * vision.patch_values * vision.hidden, mergers * 2 * wide * (
+        wide + vision.out
+    ) // vision.merge**2
 
 
 def step_flops(
@@ -80,13 +98,21 @@ def step_flops(
     recomputed, all but its last product, which nothing in backward reads.
     """
     active = [group for group in groups if group.active]
-    through = list(groups) if executed and active else active  # inactive groups' prompts ride through the packed backward of the others'
-    passes: dict[str, Any] = {"checkpointing": checkpointing, "trained": trained, "twice": 2.5 if executed else 2.0}
+    through = (
+        list(groups) if executed and active else active
+    )  # inactive groups' prompts ride through the packed backward of the others'
+    passes: dict[str, Any] = {
+        "checkpointing": checkpointing,
+        "trained": trained,
+        "twice": 2.5 if executed else 2.0,
+    }
     table = {
         **vision_flops(shape.vision, groups, active, through, **passes),
         **language_flops(shape.text, groups, active, through, causal=causal, executed=executed, **passes),
     }
-    if not trained.tower and (not executed or len(active) == len(groups)):  # the frozen tower sees once, for the reference too
+    if not trained.tower and (
+        not executed or len(active) == len(groups)
+    ):  # the frozen tower sees once, for the reference too
         table["vision"]["reference"] = table["vision attention"]["reference"] = 0
     if not reference:
         for row in table.values():
@@ -109,10 +135,17 @@ def vision_flops(
     embed, mergers = tower_ends(vision)
     again = recomputed(vision.depth, checkpointing) * (block - last)
     back = (embed + 2 * vision.depth * block) * trained.vision
-    back += mergers * (trained.projector + trained.tower)  # the weights' gradients and the inputs', which begin with a norm of the projector's
+    back += mergers * (
+        trained.projector + trained.tower
+    )  # the weights' gradients and the inputs', which begin with a norm of the projector's
 
     def row(flops: Callable[[Iterable[Group]], float], again: float, backward: float) -> dict[str, float]:
-        return {"forward": flops(groups), "recompute": again, "backward": backward, "reference": flops(active)}
+        return {
+            "forward": flops(groups),
+            "recompute": again,
+            "backward": backward,
+            "reference": flops(active),
+        }
 
     def matrices(chosen: Iterable[Group]) -> float:
         return patches(chosen) * (embed + vision.depth * block + mergers)
@@ -123,7 +156,9 @@ def vision_flops(
     return {
         "vision": row(matrices, patches(through) * again * trained.vision, patches(through) * back),
         "vision attention": row(
-            pairs, pairs(through, checkpointing) if checkpointing and trained.vision else 0, twice * pairs(through) * trained.vision
+            pairs,
+            pairs(through, checkpointing) if checkpointing and trained.vision else 0,
+            twice * pairs(through) * trained.vision,
         ),
     }
 
@@ -144,7 +179,9 @@ def language_flops(
     L, whole, rank = text.layers, trained.language, trained.rank
     layer, beside = 2 * text.matrices, 2 * text.adapters(rank)
     last = 2 * text.hidden * (rank or text.intermediate)
-    entry = 2 * text.hidden * (text.queries + 2 * text.keys + 3 * rank)  # the first layer's inputs' gradient, which frozen embeddings do not want
+    entry = (
+        2 * text.hidden * (text.queries + 2 * text.keys + 3 * rank)
+    )  # the first layer's inputs' gradient, which frozen embeddings do not want
     again = recomputed(text.layers, checkpointing) * (layer + beside - last)
     pixels = whole or trained.tower  # whether prompts have a gradient at the first layer
     back = L * (layer * (1 + whole) + 2 * beside)
@@ -160,12 +197,24 @@ def language_flops(
     def attention(forward: float, pairs: float, reference: float) -> dict[str, float]:
         return row(forward, pairs * recomputed(L, checkpointing) // L, twice * pairs, reference)
 
-    own = 4 * text.queries * L * sum(n * group.prompt + causal_pairs(n, causal) for group in active for n in group.fed)
+    own = (
+        4
+        * text.queries
+        * L
+        * sum(n * group.prompt + causal_pairs(n, causal) for group in active for n in group.fed)
+    )
     head = 2 * scored * text.head_parameters
     return {
-        "prompt": row(P * L * (layer + beside), through_P * again, through_P * (back - entry * (not pixels)), active_P * L * layer),
+        "prompt": row(
+            P * L * (layer + beside),
+            through_P * again,
+            through_P * (back - entry * (not pixels)),
+            active_P * L * layer,
+        ),
         "prompt attention": attention(prompt_pairs(groups), prompt_pairs(through), prompt_pairs(active)),
-        "replies": row(fed * L * (layer + beside), fed * again, fed * (back - entry * (not whole)), fed * L * layer),
+        "replies": row(
+            fed * L * (layer + beside), fed * again, fed * (back - entry * (not whole)), fed * L * layer
+        ),
         "reply attention": attention(own, own, own),
         "head": row(head, head * executed, head * (1 + whole), head),
     }
@@ -216,7 +265,9 @@ def total(table: Table, columns: Iterable[str] = COLUMNS) -> float:
     return sum(passes.get(column, 0) for passes in table.values() for column in columns)
 
 
-def model_flops(shape: ModelShape, groups: Sequence[Group], *, reference: bool, trained: Trained = EVERYTHING) -> float:
+def model_flops(
+    shape: ModelShape, groups: Sequence[Group], *, reference: bool, trained: Trained = EVERYTHING
+) -> float:
     """What MFU counts: the floor without any recomputation, vision tower and decoding included, over one microbatch."""
     return total(step_flops(shape, groups, checkpointing=0, reference=reference, trained=trained))
 
@@ -228,7 +279,9 @@ def rates(flops: float, seconds: float, device: str) -> dict[str, float]:
     return {"model_flops_per_s": achieved} | ({} if peak is None else {"mfu": achieved / peak})
 
 
-def group_cost(shape: ModelShape, grids: Sequence[tuple[int, int]], prompt_tokens: int, reply_tokens: int) -> float:
+def group_cost(
+    shape: ModelShape, grids: Sequence[tuple[int, int]], prompt_tokens: int, reply_tokens: int
+) -> float:
     """A group's forward pass in language-token equivalents, for packing: the FLOPs of its vision tower, prompt and replies over those of one
     token's language layers without attention.
 
@@ -238,4 +291,8 @@ def group_cost(shape: ModelShape, grids: Sequence[tuple[int, int]], prompt_token
     tower = sum(h * w for h, w in grids) * (vision.depth * block_flops(vision)[0] + sum(tower_ends(vision)))
     pixels = 4 * vision.hidden * sum(vision.pairs(*grid) for grid in grids)
     pairs = causal_pairs(prompt_tokens, "exact") + reply_tokens * prompt_tokens
-    return prompt_tokens + reply_tokens + (tower + pixels + 4 * text.queries * text.layers * pairs) / (2 * text.matrices * text.layers)
+    return (
+        prompt_tokens
+        + reply_tokens
+        + (tower + pixels + 4 * text.queries * text.layers * pairs) / (2 * text.matrices * text.layers)
+    )

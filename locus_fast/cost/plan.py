@@ -50,7 +50,9 @@ class Room:
     def parts(self, group: Group, count: int, checkpointing: int) -> dict[str, float]:
         """Peak bytes by part with `count` groups like this in a microbatch."""
         rollout = [group] * max(count, self.width(group, self.rollout_tokens))
-        return peak_memory(self.shape, [group] * count, checkpointing=checkpointing, rollout=rollout, **self.ways)
+        return peak_memory(
+            self.shape, [group] * count, checkpointing=checkpointing, rollout=rollout, **self.ways
+        )
 
     def holds(self, group: Group, count: int, checkpointing: int) -> bool:
         return sum(self.parts(group, count, checkpointing).values()) <= (1 - FREE) * self.memory_bytes
@@ -76,11 +78,16 @@ class Room:
     def time(self, group: Group, budget: int, checkpointing: int) -> float:
         """FLOPs of a step and its bytes in FLOPs: smaller is faster. Narrow microbatches decode more often, and a decoding step reads the weights
         whatever the number of its replies."""
-        passes: dict[str, Any] = {"checkpointing": checkpointing, "reference": self.ways.get("reference", "none") != "none"}
+        passes: dict[str, Any] = {
+            "checkpointing": checkpointing,
+            "reference": self.ways.get("reference", "none") != "none",
+        }
         width = self.width(group, budget)
         microbatches = [[group] * min(width, self.prompts - done) for done in range(0, self.prompts, width)]
         trained = self.ways.get("trained", EVERYTHING)
-        flops = self.prompts * total(step_flops(self.shape, [group], executed=True, trained=trained, **passes))
+        flops = self.prompts * total(
+            step_flops(self.shape, [group], executed=True, trained=trained, **passes)
+        )
         return flops + RIDGE * sum(step_bytes(self.shape, microbatches, **passes).values())
 
 
@@ -106,7 +113,9 @@ def plan(
     choices = (0, 1) if checkpointing == AUTO_CHECKPOINTING else (checkpointing,)
     found = {each: tokens or room.budget(groups, each) for each in choices}
     fitting = {
-        each: budget for each, budget in found.items() if budget and all(room.holds(group, room.width(group, budget), each) for group in groups)
+        each: budget
+        for each, budget in found.items()
+        if budget and all(room.holds(group, room.width(group, budget), each) for group in groups)
     }
     if not (fits := bool(fitting)):
         check_room(room, groups, choices[-1], chosen=not tokens)
@@ -114,20 +123,26 @@ def plan(
     best = min(fitting, key=lambda each: room.time(groups[0], fitting[each], each))
     budget, width = fitting[best], room.width(groups[0], fitting[best])
     used = max(sum(room.parts(group, room.width(group, budget), best).values()) for group in groups)
-    why = (
-        f"up to {used / GIB:.1f} of {memory_bytes / GIB:.1f} GiB with the longest replies, {width} of the largest prompts ({groups[0].prompt} tokens)"
-    )
+    why = f"up to {used / GIB:.1f} of {memory_bytes / GIB:.1f} GiB with the longest replies, {width} of the largest prompts ({groups[0].prompt} tokens)"
     if not fits:
         why += "; with so long replies it does not fit"
     elif len(choices) > 1:
-        why += "; by FLOPs and bytes faster than the other way" if len(fitting) > 1 else "; the other way does not fit"
+        why += (
+            "; by FLOPs and bytes faster than the other way"
+            if len(fitting) > 1
+            else "; the other way does not fit"
+        )
     return Plan(budget, best, f"{described(budget, best)}: {why}")
 
 
 def unplanned(tokens: int, checkpointing: int) -> Plan:
     """Where no memory is known, as on a CPU: what is given, and else microbatches of TOKENS with every layer recomputed."""
     tokens, checkpointing = tokens or TOKENS, 1 if checkpointing == AUTO_CHECKPOINTING else checkpointing
-    return Plan(tokens, checkpointing, f"{described(tokens, checkpointing)}: not chosen by memory, there is no device to ask")
+    return Plan(
+        tokens,
+        checkpointing,
+        f"{described(tokens, checkpointing)}: not chosen by memory, there is no device to ask",
+    )
 
 
 def described(tokens: int, checkpointing: int) -> str:

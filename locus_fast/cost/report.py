@@ -97,12 +97,18 @@ def report(case: Case, choice: Choice) -> Iterator[str]:
         f"{config.model or config.preset}: {shape.parameters:,} parameters (vision {vision.parameters:,}, "
         f"language {text.parameters:,}); {training(case)}"
     )
-    cells = [f"{w}x{h} pixels -> {columns}x{rows} patches" for (w, h), (rows, columns) in zip(case.images, group.grids, strict=True)]
+    cells = [
+        f"{w}x{h} pixels -> {columns}x{rows} patches"
+        for (w, h), (rows, columns) in zip(case.images, group.grids, strict=True)
+    ]
     yield f"image {cells[0]}; cue {cells[1]}"
     yield f"a prompt of {group.prompt} tokens, {len(group.replies)} replies of {group.replies[0]}; {config.prompts} prompts a step"
     yield f"in {len(microbatches)} microbatches of up to {width} groups: {made.reason}"
     yield ""
-    ways: dict[str, Any] = {"checkpointing": made.checkpointing, "reference": case.ways["reference"] != "none"}
+    ways: dict[str, Any] = {
+        "checkpointing": made.checkpointing,
+        "reference": case.ways["reference"] != "none",
+    }
     yield from flop_lines(shape, group, {**ways, "trained": trained})
     yield ""
     yield from byte_lines(case, microbatches, ways)
@@ -112,7 +118,11 @@ def report(case: Case, choice: Choice) -> Iterator[str]:
     parts = ", ".join(f"{part} {n:,}" for part, n in launches.items())
     whose = "" if trained.language and trained.tower else " with all weights trained"
     yield f"kernel launches of a step{whose}, without graphs: {parts}; sum {sum(launches.values()):,} (without liger-kernel {eager:,})"
-    yield "host syncs of a step: " + ", ".join(f"{cause} {n:,}" for cause, n in syncs.items()) + f"; sum {sum(syncs.values()):,}"
+    yield (
+        "host syncs of a step: "
+        + ", ".join(f"{cause} {n:,}" for cause, n in syncs.items())
+        + f"; sum {sum(syncs.values()):,}"
+    )
     yield ""
     yield from memory_lines(case, choice, width)
 
@@ -124,7 +134,11 @@ def training(case: Case) -> str:
     if config.lora:
         base = "4-bit" if config.quantize != "off" else kind
         return f"adapters of rank {config.lora} on {base} weights, {optimizer}"
-    frozen = [part for part, rate in zip(("vision tower", "projector", "language model"), config.lr_scale, strict=True) if rate == 0]
+    frozen = [
+        part
+        for part, rate in zip(("vision tower", "projector", "language model"), config.lr_scale, strict=True)
+        if rate == 0
+    ]
     return f"{' and '.join(frozen) + ' frozen' if frozen else 'full fine-tuning'}, {kind} weights and gradients, {optimizer}"
 
 
@@ -136,10 +150,16 @@ def flop_lines(shape: ModelShape, group: Group, ways: dict[str, Any]) -> Iterato
     unit, name = (1e12, "TFLOP") if sums[1] > 1e12 else (1e9, "GFLOP")
     yield f"FLOPs of one prompt and its replies, {name}:"
     rows = [
-        [part, *(scaled(passes.get(c, 0), unit) for c in COLUMNS), *(scaled(total({part: t[part]}), unit) for t in (ours, floor, repeated))]
+        [
+            part,
+            *(scaled(passes.get(c, 0), unit) for c in COLUMNS),
+            *(scaled(total({part: t[part]}), unit) for t in (ours, floor, repeated)),
+        ]
         for part, passes in ours.items()
     ]
-    rows.append(["sum", *(scaled(total(ours, [c]), unit) for c in COLUMNS), *(scaled(value, unit) for value in sums)])
+    rows.append(
+        ["sum", *(scaled(total(ours, [c]), unit) for c in COLUMNS), *(scaled(value, unit) for value in sums)]
+    )
     yield from table_lines(["part", *COLUMNS, "sum", "floor", "repeat"], rows)
     yield f"  over the floor: {sums[0] / sums[1]:.3f} x; a trainer that repeats the prompt: {sums[2] / sums[0]:.2f} x ours"
     useful = model_flops(shape, [group], reference=ways["reference"], trained=ways["trained"])
@@ -163,7 +183,9 @@ def byte_lines(case: Case, microbatches: list[list[Group]], ways: dict[str, Any]
         "gradient_bytes": case.ways["gradient_bytes"],
         "state_bytes": case.ways["state_bytes"],
     }
-    mine, theirs = (step_bytes(case.shape, microbatches, **ways, **more, repeat=repeat) for repeat in (False, True))
+    mine, theirs = (
+        step_bytes(case.shape, microbatches, **ways, **more, repeat=repeat) for repeat in (False, True)
+    )
     unit, name = (1e9, "GB") if sum(mine.values()) > 1e10 else (1e6, "MB")
     yield f"bytes of a step, {name} (activations left out; weights that are not quantised in bfloat16):"
     rows = [[part, scaled(value, unit, 1), scaled(theirs[part], unit, 1)] for part, value in mine.items()]
@@ -177,7 +199,9 @@ def memory_lines(case: Case, choice: Choice, width: int) -> Iterator[str]:
     used = sum(memory.values())
     unit, name = (GIB, "GiB") if used > GIB else (2**20, "MiB")
     yield f"peak memory, {name}: {training(case)}, {width} groups a microbatch:"
-    yield from table_lines(["part", name], [[part, scaled(value, unit)] for part, value in [*memory.items(), ("sum", used)]])
+    yield from table_lines(
+        ["part", name], [[part, scaled(value, unit)] for part, value in [*memory.items(), ("sum", used)]]
+    )
     verdict, instead = ("DOES NOT FIT", f"; {choice.proposal}") if choice.proposal else ("fits", "")
     yield f"  {verdict} in {case.memory} GiB with {FREE:.0%} of it left free{instead}"
 
@@ -186,7 +210,10 @@ def table_lines(head: list[str], rows: list[list[str]]) -> Iterator[str]:
     """Aligned columns, the first to the left."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, *rows]:
-        yield "  " + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        yield "  " + "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
 
 
 def scaled(value: float, unit: float, digits: int = 2) -> str:

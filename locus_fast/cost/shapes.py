@@ -11,7 +11,29 @@ from functools import cached_property
 
 from locus_fast.data.resize import grid_size
 
-LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)  # numbers of rows that a decoder runs with
+LADDER = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+    192,
+    256,
+    384,
+    512,
+    768,
+    1024,
+    1536,
+    2048,
+    3072,
+    4096,
+)  # numbers of rows that a decoder runs with
 PROMPT_STEP = 1024  # the tokens that static prompt buffers grow by
 
 
@@ -56,13 +78,22 @@ class VisionShape:
     @property
     def block_parameters(self) -> int:
         h, norm = self.hidden, self.hidden * (1 if self.gated else 2)  # LayerNorm has a bias
-        mlp = 3 * h * self.intermediate + 2 * self.intermediate + h if self.gated else 2 * h * self.intermediate + self.intermediate + h
+        mlp = (
+            3 * h * self.intermediate + 2 * self.intermediate + h
+            if self.gated
+            else 2 * h * self.intermediate + self.intermediate + h
+        )
         return 2 * norm + 3 * h * h + 3 * h + h * h + h + mlp
 
     @property
     def parameters(self) -> int:
         embed = self.patch_values * self.hidden + (0 if self.gated else self.hidden)
-        return embed + self.positions * self.hidden + self.depth * self.block_parameters + self.projector_parameters
+        return (
+            embed
+            + self.positions * self.hidden
+            + self.depth * self.block_parameters
+            + self.projector_parameters
+        )
 
     @property
     def projector_parameters(self) -> int:
@@ -133,7 +164,9 @@ class TextShape:
 
     @property
     def parameters(self) -> int:
-        return self.layers * self.layer_parameters + self.hidden + self.head_parameters * (1 if self.tied else 2)
+        return (
+            self.layers * self.layer_parameters + self.hidden + self.head_parameters * (1 if self.tied else 2)
+        )
 
 
 @dataclass(frozen=True)
@@ -170,18 +203,28 @@ class Trained:
     def parameters(self, shape: ModelShape) -> int:
         """How many parameters of the model are trained; adapters are not of the model."""
         vision, projector = shape.vision.parameters, shape.vision.projector_parameters
-        return (vision - projector) * self.vision + projector * self.projector + shape.text.parameters * self.language
+        return (
+            (vision - projector) * self.vision
+            + projector * self.projector
+            + shape.text.parameters * self.language
+        )
 
 
 EVERYTHING = Trained()
 
-QWEN25_VISION = VisionShape(32, 1280, 16, 3420, 3584, patch=14, merge=2, gated=True, window=112, full=(7, 15, 23, 31))
+QWEN25_VISION = VisionShape(
+    32, 1280, 16, 3420, 3584, patch=14, merge=2, gated=True, window=112, full=(7, 15, 23, 31)
+)
 QWEN3_VISION = VisionShape(24, 1024, 16, 4096, 2560, patch=16, merge=2, deepstack=(5, 11, 17), positions=2304)
 
 # The published dimensions of the presets' models, from their config.json.
 PUBLISHED = {
-    "qwen2.5-vl-7b": ModelShape("qwen2_5_vl", QWEN25_VISION, TextShape(28, 3584, 28, 4, 128, 18944, 152064, qkv_bias=True)),
-    "qwen3-vl-4b": ModelShape("qwen3_vl", QWEN3_VISION, TextShape(36, 2560, 32, 8, 128, 9728, 151936, tied=True, qk_norm=True)),
+    "qwen2.5-vl-7b": ModelShape(
+        "qwen2_5_vl", QWEN25_VISION, TextShape(28, 3584, 28, 4, 128, 18944, 152064, qkv_bias=True)
+    ),
+    "qwen3-vl-4b": ModelShape(
+        "qwen3_vl", QWEN3_VISION, TextShape(36, 2560, 32, 8, 128, 9728, 151936, tied=True, qk_norm=True)
+    ),
     "mimo-vl-7b": ModelShape(
         "qwen2_5_vl",
         replace(QWEN25_VISION, intermediate=3456, out=4096),

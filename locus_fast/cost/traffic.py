@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from locus_fast.cost.shapes import EVERYTHING, Group, ModelShape, Trained, recomputed
 
-STATE_BYTES = 2 + 12 / 256  # of a parameter's two AdamW moments: 8 bits each, and three float32 a block of 256
+STATE_BYTES = (
+    2 + 12 / 256
+)  # of a parameter's two AdamW moments: 8 bits each, and three float32 a block of 256
 
 
 def kept_bytes(shape: ModelShape, width: int = 2) -> int:
@@ -40,15 +42,21 @@ def step_bytes(
     less = (2 - matrix_bytes) * text.layers * text.matrices
     language = 2 * (text.layers * text.layer_parameters + text.head_parameters) + adapters - less
     moving = trained.parameters(shape) + text.layers * text.adapters(trained.rank)
-    out = dict.fromkeys(("decode: weights", "decode: prompt keys", "decode: own keys", "passes: weights", "gradients"), 0.0)
+    out = dict.fromkeys(
+        ("decode: weights", "decode: prompt keys", "decode: own keys", "passes: weights", "gradients"), 0.0
+    )
     passes = 2 + recomputed(text.layers, checkpointing) / text.layers + reference
     for index, groups in enumerate(microbatches):
-        out["decode: weights"] += (max(group.longest for group in groups) - 1) * language + 2 * text.head_parameters
+        out["decode: weights"] += (
+            max(group.longest for group in groups) - 1
+        ) * language + 2 * text.head_parameters
         for group in groups:
             fed = group.scored - len(group.replies) if repeat else group.longest - 1
             out["decode: prompt keys"] += kept * group.prompt * fed
             out["decode: own keys"] += kept * group.own_pairs
-        out["passes: weights"] += passes * (2 * shape.parameters + adapters - less + (0 if repeat else language))  # prompts and replies: two passes
+        out["passes: weights"] += passes * (
+            2 * shape.parameters + adapters - less + (0 if repeat else language)
+        )  # prompts and replies: two passes
         out["gradients"] += (1 if index == 0 else 2) * gradient_bytes * moving
     return out | {"optimizer": moving * (2 * gradient_bytes + gradient_bytes + 2 * state_bytes)}
 
@@ -74,17 +82,33 @@ LAUNCHES = {  # (architecture, whether norms, gates and rotations are fused)
 }
 # A layer, beyond the one attention that is counted: replies attend in two pieces and merge them, decoding writes its keys.
 MERGE, MERGE_BACKWARD, DECODE = 8, 5, 3
-SAMPLE = {False: 44, True: 37}  # a decoding step outside the layers: embedding, last norm, head, sampling, bookkeeping; by fused
+SAMPLE = {
+    False: 44,
+    True: 37,
+}  # a decoding step outside the layers: embedding, last norm, head, sampling, bookkeeping; by fused
 
 
-def step_launches(shape: ModelShape, microbatches: Sequence[Sequence[Group]], *, checkpointing: int, reference: bool, fused: bool) -> dict[str, int]:
+def step_launches(
+    shape: ModelShape,
+    microbatches: Sequence[Sequence[Group]],
+    *,
+    checkpointing: int,
+    reference: bool,
+    fused: bool,
+) -> dict[str, int]:
     """Kernel launches of a step by part, without CUDA graphs (which make a decoding step one launch) and without the optimizer's. fused: with
     liger-kernel's operators (locus_fast.fused)."""
     counts, D, L = LAUNCHES[shape.architecture, fused], shape.vision.depth, shape.text.layers
     tower = counts.vision[0] + counts.vision[1] * D
     prompt = counts.text[0] + counts.text[1] * L
-    back = counts.vision_backward[0] + counts.vision_backward[1] * D + 2 * (counts.text_backward[0] + counts.text_backward[1] * L)
-    again = counts.vision_again * recomputed(D, checkpointing) + (2 * counts.text_again + MERGE) * recomputed(L, checkpointing)
+    back = (
+        counts.vision_backward[0]
+        + counts.vision_backward[1] * D
+        + 2 * (counts.text_backward[0] + counts.text_backward[1] * L)
+    )
+    again = counts.vision_again * recomputed(D, checkpointing) + (2 * counts.text_again + MERGE) * recomputed(
+        L, checkpointing
+    )
     M, steps = len(microbatches), sum(max(group.longest for group in groups) - 1 for groups in microbatches)
     forward = tower + 2 * prompt + MERGE * L
     return {

@@ -46,7 +46,9 @@ def load_rgb(path: str | Path) -> np.ndarray:
     """
     with _opened(path) as image:
         image.load()
-        turn = _TURNS.get(_orientation(image))  # after load(): Pillow turns TIFFs itself there, and a PNG may keep its EXIF behind the pixels
+        turn = _TURNS.get(
+            _orientation(image)
+        )  # after load(): Pillow turns TIFFs itself there, and a PNG may keep its EXIF behind the pixels
         rgb = _to_rgb(image, path)
         return np.array(rgb if turn is None else rgb.transpose(turn))
 
@@ -74,30 +76,41 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except Image.DecompressionBombError:
         raise _too_many_pixels(path) from None
     except UnidentifiedImageError:
-        raise ImageError(f"{path} is not an image, or its first bytes are damaged: remove it or replace it") from None
+        raise ImageError(
+            f"{path} is not an image, or its first bytes are damaged: remove it or replace it"
+        ) from None
     except PermissionError:
         raise ImageError(f"image {path} may not be read: correct its permissions") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more for damaged files
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise ImageError(f"image {path} is truncated or damaged ({reason}): fetch it again or remove it") from None
+        raise ImageError(
+            f"image {path} is truncated or damaged ({reason}): fetch it again or remove it"
+        ) from None
 
 
 def _mute_pillow() -> None:
     """Silence Pillow's own warnings, and nobody else's; `warnings.catch_warnings` would not do, as it is not safe in loader threads."""
-    if not any(action == "ignore" and getattr(module, "pattern", None) == r"PIL\b" for action, _, _, module, _ in warnings.filters):
+    if not any(
+        action == "ignore" and getattr(module, "pattern", None) == r"PIL\b"
+        for action, _, _, module, _ in warnings.filters
+    ):
         warnings.filterwarnings("ignore", module=r"PIL\b")
 
 
 def _refuse_no_bytes(path: Path) -> None:
     try:
         if not path.exists():
-            raise ImageError(f"image {path} does not exist: correct its name or the folder given with --images")
+            raise ImageError(
+                f"image {path} does not exist: correct its name or the folder given with --images"
+            )
         if not path.is_file():
             raise ImageError(f"image {path} is not a file: give an image file")
         if path.stat().st_size == 0:
             raise ImageError(f"image {path} is empty (zero bytes): fetch it again or remove it")
     except OSError as error:
-        raise ImageError(f"image {path} cannot be reached ({error.strerror}): correct its name or its permissions") from None
+        raise ImageError(
+            f"image {path} cannot be reached ({error.strerror}): correct its name or its permissions"
+        ) from None
 
 
 def _refuse_size(path: str | Path, width: int, height: int) -> None:
@@ -105,13 +118,19 @@ def _refuse_size(path: str | Path, width: int, height: int) -> None:
         raise _too_many_pixels(path)
     short, long = sorted((width, height))
     if short < MIN_SIDE:
-        raise ImageError(f"image {path} is {width}x{height} pixels, too small for a crop of {MIN_SIDE} pixels: remove it or give a larger one")
+        raise ImageError(
+            f"image {path} is {width}x{height} pixels, too small for a crop of {MIN_SIDE} pixels: remove it or give a larger one"
+        )
     if long > MAX_ASPECT * short:
-        raise ImageError(f"image {path} is {width}x{height} pixels, more than {MAX_ASPECT} times as long as wide: remove it or cut it up")
+        raise ImageError(
+            f"image {path} is {width}x{height} pixels, more than {MAX_ASPECT} times as long as wide: remove it or cut it up"
+        )
 
 
 def _too_many_pixels(path: str | Path) -> ImageError:
-    return ImageError(f"image {path} has more than {MAX_PIXELS // 1_000_000} megapixels: shrink it or remove it")
+    return ImageError(
+        f"image {path} has more than {MAX_PIXELS // 1_000_000} megapixels: shrink it or remove it"
+    )
 
 
 def _orientation(image: Image.Image, *, header_only: bool = False) -> int:
@@ -133,7 +152,9 @@ def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
             return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
         return image.convert("RGB")
     except ValueError:
-        raise ImageError(f"image {path} has colour mode {image.mode}, which does not convert to RGB: save it as an RGB image") from None
+        raise ImageError(
+            f"image {path} has colour mode {image.mode}, which does not convert to RGB: save it as an RGB image"
+        ) from None
 
 
 def _grey_bytes(values: np.ndarray) -> np.ndarray:

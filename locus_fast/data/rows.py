@@ -118,7 +118,13 @@ class Rows:
         if self._asked != "auto":
             note = f"boxes read as {MEANING[self._asked]}" if self._asked != self._standard else ""
             return to_xyxy(raw, np.where(sides > 0, sides, 1.0), self._asked), note
-        note = check_standard(raw, sides, self._standard, str(self.source), lambda chosen: self._place(self._positions[chosen[0]]))
+        note = check_standard(
+            raw,
+            sides,
+            self._standard,
+            str(self.source),
+            lambda chosen: self._place(self._positions[chosen[0]]),
+        )
         return to_xyxy(raw, sides, self._standard), note
 
     def _drop_bad(self, boxes: np.ndarray, inside: np.ndarray, limits: np.ndarray) -> np.ndarray:
@@ -142,7 +148,9 @@ class Rows:
         return kept
 
     def _named_drops(self) -> dict[str, Dropped]:
-        return {reason: Dropped(count, self._place(first)) for reason, (count, first) in self._dropped.items()}
+        return {
+            reason: Dropped(count, self._place(first)) for reason, (count, first) in self._dropped.items()
+        }
 
     def _place(self, position: int) -> str:
         place = f"line {position}" if self.source.suffix.lower() == ".jsonl" else f"annotations[{position}]"
@@ -184,7 +192,9 @@ class _Names:
 
     def __init__(self, root: Path) -> None:
         self._root = os.path.abspath(root)
-        self._straight: dict[str, bool] = {}  # folders with "..": whether the path without it is the same folder
+        self._straight: dict[
+            str, bool
+        ] = {}  # folders with "..": whether the path without it is the same folder
 
     def tidy(self, name: str) -> tuple[str, str]:
         """(the name without detours, the absolute path that all spellings of it share). The name is relative

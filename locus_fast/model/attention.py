@@ -34,7 +34,9 @@ PREFIX = "locus_flash_"
 
 
 class Attends(Protocol):
-    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> Tensor:
+    def attend(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None
+    ) -> Tensor:
         """q [batch, H, tokens, D], k and v [batch, K, tokens, D] of one layer; returns [batch, tokens, H, D]."""
 
 
@@ -50,10 +52,14 @@ class VisionPass:
     layout: VisionLayout
     backend: Backend
 
-    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> Tensor:
+    def attend(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None
+    ) -> Tensor:
         assert cu_seqlens is not None
         q, k, v = rows_first(q, k, v)
-        return packed_attention(q, k, v, self.layout.pairs(cu_seqlens), scale=scale, backend=self.backend)[None]
+        return packed_attention(q, k, v, self.layout.pairs(cu_seqlens), scale=scale, backend=self.backend)[
+            None
+        ]
 
 
 @dataclass
@@ -64,9 +70,13 @@ class PromptPass:
     backend: Backend
     kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> Tensor:
+    def attend(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None
+    ) -> Tensor:
         q, k, v = rows_first(q, k, v)
-        self.kv.setdefault(module.layer_idx, (k, v))  # the recomputation under checkpointing must not replace the tensors in the graph
+        self.kv.setdefault(
+            module.layer_idx, (k, v)
+        )  # the recomputation under checkpointing must not replace the tensors in the graph
         return packed_attention(q, k, v, self.pairs, scale=scale, backend=self.backend)[None]
 
 
@@ -78,10 +88,14 @@ class ReplyPass:
     backend: Backend
     kv: dict[int, tuple[Tensor, Tensor]]
 
-    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> Tensor:
+    def attend(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None
+    ) -> Tensor:
         q, k, v = rows_first(q, k, v)
         prompt_k, prompt_v = self.kv[module.layer_idx]
-        return shared_prefix_attention(q, k, v, prompt_k, prompt_v, self.layout, scale=scale, backend=self.backend)[None]
+        return shared_prefix_attention(
+            q, k, v, prompt_k, prompt_v, self.layout, scale=scale, backend=self.backend
+        )[None]
 
 
 def attention(

@@ -33,7 +33,11 @@ class Frame:
 
     @property
     def units(self) -> str:
-        return "pixel coordinates" if self.extent is None else f"coordinates from 0 to {self.extent} relative to its size"
+        return (
+            "pixel coordinates"
+            if self.extent is None
+            else f"coordinates from 0 to {self.extent} relative to its size"
+        )
 
     def scale(self, size: tuple[int, int], resized: tuple[int, int]) -> np.ndarray:
         """Frame units per pixel of the original image, float64 [4] for xyxy. size, resized: (width, height)
@@ -42,7 +46,9 @@ class Frame:
         return np.array([spoken[i % 2] / size[i % 2] for i in range(4)])
 
 
-def interleave(pieces: Sequence[Sequence[int]], cells: Sequence[tuple[int, int]], placeholder: int) -> tuple[Tensor, Tensor]:
+def interleave(
+    pieces: Sequence[Sequence[int]], cells: Sequence[tuple[int, int]], placeholder: int
+) -> tuple[Tensor, Tensor]:
     """Token ids and multimodal rotary positions of text pieces with an image between each two.
 
     cells: (rows, columns) of language tokens of each image. Returns ids int64 [P] and position int64 [3, P]
@@ -115,8 +121,12 @@ class Family:
     architecture: Architecture
     extent: int | None  # coordinate frame: see Frame
     resize: Callable[..., np.ndarray] = resize  # rule: (image, *, factor, min_pixels, max_pixels) -> image
-    placeholder: str = "image_token_id"  # the config's name for the id that stands for every language token of an image
-    positions: Callable[..., tuple[Tensor, Tensor]] = interleave  # rule: (pieces, cells, placeholder) -> ids, position
+    placeholder: str = (
+        "image_token_id"  # the config's name for the id that stands for every language token of an image
+    )
+    positions: Callable[..., tuple[Tensor, Tensor]] = (
+        interleave  # rule: (pieces, cells, placeholder) -> ids, position
+    )
     stop: str = "<|im_end|>"  # ends a turn: replies stop at it, besides what generation_config.json names
     thinking: str = "<think>"  # a template whose generation prompt ends in it has begun the reply's thinking
 
@@ -136,7 +146,9 @@ def family_of(config: Any) -> Family:
 def family_named(model_type: object) -> Family:
     """The family of a config's `model_type`; UserError if there is none."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(f"model type '{model_type}' is not one of the families that can be trained: {', '.join(sorted(FAMILIES))}.")
+        raise UserError(
+            f"model type '{model_type}' is not one of the families that can be trained: {', '.join(sorted(FAMILIES))}."
+        )
     return FAMILIES[model_type]
 
 

@@ -54,20 +54,32 @@ def swiglu(mlp: Any, hidden: Tensor) -> Tensor:
     return mlp.down_proj(liger_swiglu(mlp.gate_proj(hidden), mlp.up_proj(hidden)))
 
 
-def text_attention(attention: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], locus: Any, **_: Any) -> tuple[Tensor, None]:
+def text_attention(
+    attention: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], locus: Any, **_: Any
+) -> tuple[Tensor, None]:
     """hidden_states [batch, tokens, D]; position_embeddings: cosines and sines [batch, tokens, head_dim]; locus: the trainer's context."""
     from liger_kernel.transformers.functional import liger_rope
 
     heads = (*hidden_states.shape[:-1], -1, attention.head_dim)
-    q, k, v = (project(hidden_states).view(heads) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+    q, k, v = (
+        project(hidden_states).view(heads)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q), attention.k_norm(k)
     q, k = liger_rope(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
-    return attention.o_proj(locus.attend(attention, q, k, v.transpose(1, 2), attention.scaling, None).flatten(-2)), None
+    return attention.o_proj(
+        locus.attend(attention, q, k, v.transpose(1, 2), attention.scaling, None).flatten(-2)
+    ), None
 
 
 def vision_attention(
-    attention: Any, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], locus: Any, **_: Any
+    attention: Any,
+    hidden_states: Tensor,
+    cu_seqlens: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    locus: Any,
+    **_: Any,
 ) -> Tensor:
     """hidden_states [patches, D]; cu_seqlens of images or windows; position_embeddings: cosines and sines float32 [patches, head_dim]."""
     from liger_kernel.transformers.functional import liger_rope

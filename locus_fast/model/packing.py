@@ -14,7 +14,11 @@ import numpy as np
 import torch
 from locus_kernels.shared_prefix_attention import Packed, Pairs, SharedPrefixLayout, send
 from torch import Tensor
-from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids, get_vision_window_index
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from locus_fast.errors import UserError
 from locus_fast.model.families import family_of
@@ -75,15 +79,27 @@ class VisionLayout:
         }
         if (positions := getattr(vision, "num_position_embeddings", None)) is not None:
             indices, weights = get_vision_interpolation_indices_and_weights(
-                grids, int(positions**0.5), "bilinear", align_corners=True, spatial_merge_size=vision.spatial_merge_size
+                grids,
+                int(positions**0.5),
+                "bilinear",
+                align_corners=True,
+                spatial_merge_size=vision.spatial_merge_size,
             )
             keywords |= {"interp_indices": send(indices, device), "interp_weights": send(weights, device)}
         windows = None
         if (size := getattr(vision, "window_size", None)) is not None:
             index, ends = get_vision_window_index(grids, vision.spatial_merge_size, size, vision.patch_size)
             windows = Packed.of(ends.diff().tolist(), device)
-            keywords |= {"window_index": send(index, device), "cu_window_seqlens": windows.cu_seqlens, "max_window_seqlen": windows.longest}
-        return VisionLayout(keywords, Pairs(images, images, causal=False), None if windows is None else Pairs(windows, windows, causal=False))
+            keywords |= {
+                "window_index": send(index, device),
+                "cu_window_seqlens": windows.cu_seqlens,
+                "max_window_seqlen": windows.longest,
+            }
+        return VisionLayout(
+            keywords,
+            Pairs(images, images, causal=False),
+            None if windows is None else Pairs(windows, windows, causal=False),
+        )
 
     def pairs(self, cu_seqlens: Tensor) -> Pairs:
         """Those of the layer that was given these offsets."""
@@ -120,7 +136,12 @@ class PromptBatch:
             ids=send(ids, device),
             position=send(torch.cat([p.position for p in prompts], 1), device),
             last=send(torch.tensor(packed.starts[1:]) - 1, device),
-            image_place=send(torch.from_numpy(np.flatnonzero(ids.numpy() == getattr(config, family_of(config).placeholder))), device),
+            image_place=send(
+                torch.from_numpy(
+                    np.flatnonzero(ids.numpy() == getattr(config, family_of(config).placeholder))
+                ),
+                device,
+            ),
             patches=patches_of(send(torch.cat([p.pixels for p in prompts]), device), grids, prompts[0].spec),
             grids=grids,
             target=send(torch.stack([p.target for p in prompts]), device),
@@ -143,7 +164,9 @@ class Replies:
     predictor: Tensor  # int64 [T], where each token's predicting state stands in cat(prompts' last states [B], reply states [T_in])
 
     @staticmethod
-    def of(batch: PromptBatch, ids: Tensor, lengths: Sequence[Sequence[int]], groups: Sequence[int]) -> Replies:
+    def of(
+        batch: PromptBatch, ids: Tensor, lengths: Sequence[Sequence[int]], groups: Sequence[int]
+    ) -> Replies:
         """ids: int64 [R, L], the sampled tokens, the rows of a group one after the other; lengths: of each prompt's
         replies, on the host; groups: the prompts whose replies are wanted, ascending."""
         B, device, chosen = len(batch.lengths), ids.device, set(groups)
@@ -158,7 +181,8 @@ class Replies:
         predictor = np.where(place == 0, group_R[row], state - 1)
         fed_lengths = [[n - 1 for n in group] if b in chosen else [] for b, group in enumerate(lengths)]
         row_T, place_T, fed_group, fed_place, fed_T, predictor_T = (
-            send(torch.from_numpy(x), device) for x in (row, place, group_R[row[fed]], place[fed], fed, predictor)
+            send(torch.from_numpy(x), device)
+            for x in (row, place, group_R[row[fed]], place[fed], fed, predictor)
         )
         return Replies(
             layout=SharedPrefixLayout.of(batch.pairs.queries, fed_lengths),

@@ -38,7 +38,10 @@ class Prefix:
 def checkpoint_activations(model: Any, every: int = 1) -> None:
     """Recompute the activations of every `every`-th block of the vision tower and layer of the language model in backward, the first of each
     included, and go to training mode, without which they do not. Non-reentrant, so that the remembered keys and values stay in the graph."""
-    options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout, and the random state is read back
+    options = {
+        "use_reentrant": False,
+        "preserve_rng_state": False,
+    }  # there is no dropout, and the random state is read back
     if hasattr(model, "activation_checkpointing_enable"):  # the name in newer transformers
         model.activation_checkpointing_enable(options)
     else:
@@ -61,7 +64,9 @@ def encode_images(model: Any, patches: Tensor, grids: Tensor, layout: VisionLayo
         return Features(None, None)
     visual, context = model.model.visual, VisionPass(layout, backend_of(model))
     with torch.set_grad_enabled(torch.is_grad_enabled() and trains_vision(model)):
-        out = visual(patches.to(visual.dtype), grid_thw=grids, return_dict=True, locus=context, **layout.keywords)
+        out = visual(
+            patches.to(visual.dtype), grid_thw=grids, return_dict=True, locus=context, **layout.keywords
+        )
     return Features(out.pooler_output, getattr(out, "deepstack_features", None))
 
 
@@ -70,7 +75,9 @@ def prefill(model: Any, batch: PromptBatch, features: Features | None = None) ->
 
     features: the vision tower's, where they are known already (a reference that shares a frozen tower).
     """
-    features = encode_images(model, batch.patches, batch.grids, batch.vision) if features is None else features
+    features = (
+        encode_images(model, batch.patches, batch.grids, batch.vision) if features is None else features
+    )
     language = model.model.language_model
     embeds = language.embed_tokens(batch.ids)
     extra: dict[str, Any] = {}
@@ -79,7 +86,13 @@ def prefill(model: Any, batch: PromptBatch, features: Features | None = None) ->
     if features.deep is not None:
         extra = {"visual_pos_masks": batch.image_place, "deepstack_visual_embeds": list(features.deep)}
     context = PromptPass(batch.pairs, backend_of(model))
-    hidden = language(inputs_embeds=embeds[None], position_ids=batch.position[:, None], use_cache=False, locus=context, **extra).last_hidden_state
+    hidden = language(
+        inputs_embeds=embeds[None],
+        position_ids=batch.position[:, None],
+        use_cache=False,
+        locus=context,
+        **extra,
+    ).last_hidden_state
     return Prefix(batch, features, context.kv, hidden[0, batch.last])
 
 
@@ -121,10 +134,14 @@ def reply_hidden(model: Any, prefix: Prefix, replies: Replies) -> Tensor:
     language = model.model.language_model
     embeds = language.embed_tokens(replies.ids[replies.fed])[None]
     position = replies.position.expand(3, 1, -1)
-    hidden = language(inputs_embeds=embeds, position_ids=position, use_cache=False, locus=context).last_hidden_state[0]
+    hidden = language(
+        inputs_embeds=embeds, position_ids=position, use_cache=False, locus=context
+    ).last_hidden_state[0]
     return torch.cat([prefix.last_hidden, hidden])[replies.predictor]
 
 
 def reply_logprob(model: Any, prefix: Prefix, replies: Replies, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of each reply token, float32 [T], at the sampling temperature."""
-    return linear_logprob(reply_hidden(model, prefix, replies), model.lm_head.weight, replies.ids, temperature)
+    return linear_logprob(
+        reply_hidden(model, prefix, replies), model.lm_head.weight, replies.ids, temperature
+    )

@@ -69,17 +69,25 @@ def template_pieces(tokenizer: Any, text: str, images: int, placeholder: int) ->
     )
     message = [{"role": "user", "content": [*[{"type": "image"}] * images, {"type": "text", "text": text}]}]
     try:
-        ids = list(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
+        ids = list(
+            tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+        )
     except Exception as error:  # templates raise what they like
         fails = "there is none" if not tokenizer.chat_template else reason(error)
         raise UserError(f"{where} cannot be used for {images} images ({fails}): {mend}.") from None
     at = [i for i, token in enumerate(ids) if token == placeholder]
     if len(at) != images:
-        raise UserError(f"{where} gives {len(at)} image placeholders (token {placeholder}) for {images} images, and must give one each: {mend}.")
+        raise UserError(
+            f"{where} gives {len(at)} image placeholders (token {placeholder}) for {images} images, and must give one each: {mend}."
+        )
     return [ids[start + 1 : end] for start, end in zip([-1, *at], [*at, len(ids)], strict=True)]
 
 
-def question_pieces(tokenizer: Any, style: PromptStyle, frame: Frame, placeholder: int) -> tuple[list[int], list[int], list[int]]:
+def question_pieces(
+    tokenizer: Any, style: PromptStyle, frame: Frame, placeholder: int
+) -> tuple[list[int], list[int], list[int]]:
     """The token ids before, between and after the two images. UserError if the chat template has no place for two images."""
     before, between, after = template_pieces(tokenizer, style.text.format(units=frame.units), 2, placeholder)
     return before, between, after
@@ -107,13 +115,22 @@ class Prompter:
         self.style = PROMPT_STYLES[style]
         self.pieces = question_pieces(tokenizer, self.style, self.frame, self.placeholder)
         start, end = self.family.thinking, self.family.thinking.replace("<", "</")
-        opened = tokenizer.decode(self.pieces[2]).rstrip().endswith(start)  # a thinking model's template may begin the reply itself
+        opened = (
+            tokenizer.decode(self.pieces[2]).rstrip().endswith(start)
+        )  # a thinking model's template may begin the reply itself
         self.is_thinking = opened and end not in answer_prefix  # what a reply says at first is no answer yet
         said = [start, answer_prefix] if opened else [answer_prefix]
         if opened and not (self.style.thinks or self.is_thinking):
-            said = [answer_prefix.partition(end)[2]]  # the reply to such a question begins where the thinking has ended
-        self.opening: list[int] = [id for text in said for id in tokenizer.encode(text, add_special_tokens=False)]
-        self.pieces = (*self.pieces[:2], [*self.pieces[2], *tokenizer.encode(answer_prefix, add_special_tokens=False)])
+            said = [
+                answer_prefix.partition(end)[2]
+            ]  # the reply to such a question begins where the thinking has ended
+        self.opening: list[int] = [
+            id for text in said for id in tokenizer.encode(text, add_special_tokens=False)
+        ]
+        self.pieces = (
+            *self.pieces[:2],
+            [*self.pieces[2], *tokenizer.encode(answer_prefix, add_special_tokens=False)],
+        )
 
     def check_style(self) -> None:
         """Raises UserError for a question whose answer is read from the first word on, if the prompt has begun a
@@ -132,7 +149,9 @@ class Prompter:
             self.family.resize(pixels, factor=self.spec.factor, min_pixels=least, max_pixels=most)
             for pixels, (least, most) in zip((example.image, example.cue), self.pixels, strict=True)
         ]
-        grids = [(1, image.shape[0] // self.spec.patch, image.shape[1] // self.spec.patch) for image in images]
+        grids = [
+            (1, image.shape[0] // self.spec.patch, image.shape[1] // self.spec.patch) for image in images
+        ]
         cells = [(rows // self.spec.merge, columns // self.spec.merge) for _, rows, columns in grids]
         ids, position = self.family.positions(self.pieces, cells, self.placeholder)
         size = (example.image.shape[1], example.image.shape[0])

@@ -23,7 +23,9 @@ def language_linears(model: Any) -> Iterator[tuple[Any, str, torch.nn.Linear]]:
     """(parent, name in it, layer) of each linear layer of the language model's decoder layers."""
     for layer in model.model.language_model.layers:
         for parent in (layer.self_attn, layer.mlp):
-            yield from ((parent, name, linear) for name, linear in parent.named_children() if name in PROJECTIONS)
+            yield from (
+                (parent, name, linear) for name, linear in parent.named_children() if name in PROJECTIONS
+            )
 
 
 def linear_names(model: Any) -> dict[int, str]:
@@ -60,9 +62,15 @@ def quantize(model: Any, kind: str, device: torch.device) -> None:
         weight = linear.weight.detach().to(device)
         if kind == "nf4":
             shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
-            new = library.nn.Linear4bit(*shape, bias=bias, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
-            new.weight = library.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
-            new.support_avx512bf16_for_cpu = False  # else the first pass repacks the weights in place, which fails for odd sizes
+            new = library.nn.Linear4bit(
+                *shape, bias=bias, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
+            )
+            new.weight = library.nn.Params4bit(
+                weight, requires_grad=False, quant_type="nf4", compress_statistics=True
+            )
+            new.support_avx512bf16_for_cpu = (
+                False  # else the first pass repacks the weights in place, which fails for odd sizes
+            )
             new.bias = linear.bias
         else:
             codes, largest, _ = library.functional.int8_vectorwise_quant(weight.half())

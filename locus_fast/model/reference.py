@@ -37,7 +37,9 @@ class Reference:
 
     kind: str
     held: Any
-    pages: dict[Parameter, Tensor] = field(default_factory=dict)  # host: parameter -> its values in host memory
+    pages: dict[Parameter, Tensor] = field(
+        default_factory=dict
+    )  # host: parameter -> its values in host memory
     device: torch.device | None = None  # host: where it computes
 
     @contextmanager
@@ -59,8 +61,13 @@ class Reference:
         layers = [*model.language_model.layers, *model.visual.blocks]
         of_layers = {p for layer in layers for p in layer.parameters()}
         rest = [p for p in self.held.parameters() if p not in of_layers]
-        hooks = [layer.register_forward_pre_hook(lambda layer, _: self._bring(layer.parameters())) for layer in layers]
-        hooks += [layer.register_forward_hook(lambda layer, *_: self._leave(layer.parameters())) for layer in layers]
+        hooks = [
+            layer.register_forward_pre_hook(lambda layer, _: self._bring(layer.parameters()))
+            for layer in layers
+        ]
+        hooks += [
+            layer.register_forward_hook(lambda layer, *_: self._leave(layer.parameters())) for layer in layers
+        ]
         try:
             self._bring(rest)
             yield
@@ -89,16 +96,24 @@ def make_reference(model: Any, kind: str = "auto") -> Reference:
     """
     if has_adapters(model):
         if kind != "auto":
-            raise UserError(f"--reference {kind}: with --lora the reference is the policy without its adapters, at no cost; leave the option away.")
+            raise UserError(
+                f"--reference {kind}: with --lora the reference is the policy without its adapters, at no cost; leave the option away."
+            )
         return Reference("adapters", model)
-    shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}  # what a copy has in its original's stead
+    shared: dict[int, Any] = {
+        id(p): p for p in model.parameters() if not p.requires_grad
+    }  # what a copy has in its original's stead
     if kind in ("int8", "nf4"):  # the quantised weights are made from the policy's own
         weights = [linear.weight for _, _, linear in language_linears(model)]
         held = copy.deepcopy(model, {**shared, **{id(p): p for p in weights}})
         quantize(held, kind, model.device)
         return Reference(kind, held.requires_grad_(False))
     if kind == "host":
-        paged = {id(p): Parameter(_in_host_memory(p), requires_grad=False) for p in model.parameters() if p.requires_grad}
+        paged = {
+            id(p): Parameter(_in_host_memory(p), requires_grad=False)
+            for p in model.parameters()
+            if p.requires_grad
+        }
         held = copy.deepcopy(model, {**shared, **paged})
         return Reference(kind, held, {p: p.data for p in paged.values()}, model.device)
     return Reference("copy", copy.deepcopy(model, shared).requires_grad_(False))

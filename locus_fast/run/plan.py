@@ -55,10 +55,14 @@ def plan_for(config: Config, shape: ModelShape, kind: torch.dtype, device: torch
 def check_rank(config: Config, shape: ModelShape) -> None:
     """Raises UserError for adapters that are wider than the model: they would hold no more than the weights do."""
     if config.lora > (width := shape.text.hidden):
-        raise UserError(f"--lora {config.lora}: the language model is {width:,} wide; give a rank of at most that, such as {RANK}.")
+        raise UserError(
+            f"--lora {config.lora}: the language model is {width:,} wide; give a rank of at most that, such as {RANK}."
+        )
 
 
-def planned(config: Config, shape: ModelShape, kind: torch.dtype, memory: int, fused: bool | None = None) -> Plan:
+def planned(
+    config: Config, shape: ModelShape, kind: torch.dtype, memory: int, fused: bool | None = None
+) -> Plan:
     """The plan of a run of a model of this shape and type of weights in so many bytes. fused: with liger-kernel's
     operators; None: as a CUDA device has them here."""
     return plan(
@@ -97,7 +101,11 @@ def ways_of(config: Config, kind: torch.dtype, fused: bool | None = None) -> dic
         fused = can_fuse(torch.device("cuda"))
     moved = torch.float32 if config.lora else kind  # the type of what is trained
     return {
-        "reference": "none" if config.kl_coef == 0 else "copy" if config.reference == "auto" else config.reference,
+        "reference": "none"
+        if config.kl_coef == 0
+        else "copy"
+        if config.reference == "auto"
+        else config.reference,
         "trained": trained_by(config),
         "quantised": config.quantize != "off",
         "max_tokens": config.max_new_tokens,
@@ -109,7 +117,9 @@ def ways_of(config: Config, kind: torch.dtype, fused: bool | None = None) -> dic
     }
 
 
-def remedy(config: Config, shape: ModelShape, kind: torch.dtype, memory: int, fused: bool | None = None) -> str:
+def remedy(
+    config: Config, shape: ModelShape, kind: torch.dtype, memory: int, fused: bool | None = None
+) -> str:
     """Words that name the largest setting that fits, where a run as asked for does not. fused: as in `planned`."""
     for words, changed in remedies(config):
         low, high = 0, changed.max_new_tokens + 1

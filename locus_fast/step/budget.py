@@ -10,6 +10,8 @@ from typing import Protocol, TypeVar
 import torch
 from tqdm import tqdm
 
+from locus_fast.errors import UserError
+
 T = TypeVar("T")
 NO_ROOM = "hold the reference in fewer bytes (--reference nf4 or host), take --optimizer adamw8bit, or train less (--lr-scale, --lora)"
 
@@ -46,9 +48,23 @@ class Budget:
         make_room(decoder)  # past the except clause, whose traceback holds the step's tensors
         self.halve()
         tqdm.write(
-            f"out of memory: {what} is done again in microbatches of {self.tokens:,} tokens, half as many, as are those after", file=sys.stderr
+            f"out of memory: {what} is done again in microbatches of {self.tokens:,} tokens, half as many, as are those after",
+            file=sys.stderr,
         )
         return run()
+
+    def find_room(self, run: Callable[[], T], decoder: HasBuffers, what: str) -> T:
+        """run(), and where memory is short once more without the decoder's buffers. `run` must have changed nothing
+        when it fails. Raises UserError the second time."""
+        try:
+            return run()
+        except torch.OutOfMemoryError:
+            pass
+        make_room(decoder)
+        try:
+            return run()
+        except torch.OutOfMemoryError:
+            raise UserError(f"{what} found no memory: {NO_ROOM}, and go on with --resume.") from None
 
     def too_small(self, checkpointing: int) -> str:
         """What to say of a run that ends for want of memory."""

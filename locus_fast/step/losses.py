@@ -76,7 +76,11 @@ class Objective:
         token_loss, ratio, seen = LOSSES[self.loss](inputs, self)
         none = torch.zeros((), device=token_loss.device)
         metrics = {name: where.sum() for name, where in seen.items()}
-        metrics |= {"kl": none, "kl_clamped": none, "ratio_max": ratio.detach().amax() if len(ratio) else none}
+        metrics |= {
+            "kl": none,
+            "kl_clamped": none,
+            "ratio_max": ratio.detach().amax() if len(ratio) else none,
+        }
         if inputs.reference is not None:
             kl, past = clamped_kl(inputs.logprob, inputs.reference, self)
             token_loss = token_loss + self.kl_coef * kl
@@ -146,7 +150,11 @@ def surrogate(ratio: Tensor, past: Tensor, advantage: Tensor, objective: Objecti
     bounded = ratio.clamp(max=objective.delta)
     loss = -torch.minimum(bounded * advantage, ratio.clamp(low, high) * advantage)
     above = (ratio > high) & (advantage > 0) | (ratio > objective.delta) & (advantage < 0)
-    return loss, ratio, {"clip_low": (ratio < low) & (advantage < 0), "clip_high": above, "ratio_clamped": past}
+    return (
+        loss,
+        ratio,
+        {"clip_low": (ratio < low) & (advantage < 0), "clip_high": above, "ratio_clamped": past},
+    )
 
 
 def clipped_surrogate(x: LossInputs, objective: Objective) -> Terms:

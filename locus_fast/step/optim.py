@@ -9,9 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from locus_fast.config import Config
 from locus_fast.errors import UserError
 from locus_fast.model.families import PARTS, family_of, part_of
-from locus_fast.step.optimizers import AdamW8bit
+from locus_fast.step.optimizers import AdamW8bit, make_optimizer
+
+
+def optimizer_of(config: Config, model: Any) -> torch.optim.Optimizer:
+    """A run's optimizer, new: each part at its share of the rate. Raises UserError as `make_optimizer` does."""
+    rates = {part: config.lr * share for part, share in zip(PARTS, config.lr_scale, strict=True)}
+    return make_optimizer(config.optimizer, parameter_groups(model, rates), config.weight_decay)
 
 
 def parameter_groups(model: Any, rates: dict[str, float]) -> list[dict[str, Any]]:
@@ -22,7 +29,9 @@ def parameter_groups(model: Any, rates: dict[str, float]) -> list[dict[str, Any]
     is switched off, so it gets no gradient and no state. Raises UserError if nothing is left to train.
     """
     family = family_of(model.config)
-    groups: dict[str, dict[str, Any]] = {part: {"part": part, "params": [], "rate": rates[part]} for part in PARTS}
+    groups: dict[str, dict[str, Any]] = {
+        part: {"part": part, "params": [], "rate": rates[part]} for part in PARTS
+    }
     for name, parameter in model.named_parameters():
         group = groups[part_of(name, family)]
         if group["rate"] == 0:

@@ -115,14 +115,21 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], weight_decay: float)
     if name not in OPTIMIZERS:
         raise UserError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, not '{name}'.")
     if low and name not in ("adamw8bit", "adamw-master"):
-        raise UserError(f"--optimizer {name} rounds small steps of bfloat16 weights away: use adamw8bit or adamw-master, or float32 weights.")
+        raise UserError(
+            f"--optimizer {name} rounds small steps of bfloat16 weights away: use adamw8bit or adamw-master, or float32 weights."
+        )
     if name.startswith("bnb-"):
         library = optional("bitsandbytes.optim", f"--optimizer {name}", INSTALL)
         make = library.PagedAdamW8bit if "paged" in name else library.AdamW8bit
-        optimizer = make([{**group, "lr": float(group["rate"])} for group in groups], weight_decay=weight_decay)
+        optimizer = make(
+            [{**group, "lr": float(group["rate"])} for group in groups], weight_decay=weight_decay
+        )
     else:
         device = parameters[0].device
-        groups = [{**group, "lr": torch.full((), group["rate"], dtype=torch.float32, device=device)} for group in groups]
+        groups = [
+            {**group, "lr": torch.full((), group["rate"], dtype=torch.float32, device=device)}
+            for group in groups
+        ]
         if name == "adamw":
             optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
         elif name == "adamw-master":
@@ -175,7 +182,9 @@ def _from_dynamic_codes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     kept = {name: value for name, value in tensors.items() if not name.endswith((".codes", ".scale"))}
     for index in old:
         moments = ("exp_avg", "exp_avg_sq")
-        first, second = ((tensors[f"{index}.{key}.codes"], tensors[f"{index}.{key}.scale"]) for key in moments)
+        first, second = (
+            (tensors[f"{index}.{key}.codes"], tensors[f"{index}.{key}.scale"]) for key in moments
+        )
         kept |= {f"{index}.{key}": value for key, value in from_dynamic_codes(first, second).items()}
     return kept
 

@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from locus_kernels.box_reward import CLOSED, START, TokenTable, closing_table
+from locus_kernels.box_reward import CLOSED
 from locus_kernels.sample import sample
 from locus_kernels.shared_prefix_attention import send
 from locus_kernels.shared_prefix_decode import shared_prefix_decode
 from torch import Tensor
 
 from locus_fast.cost.shapes import rung
-from locus_fast.errors import UserError
 from locus_fast.model.policy import Prefix, next_logits
 from locus_fast.step.slots import Count, Extent, Graph, Slots
+from locus_fast.step.vocabulary import Vocabulary
 
 LAG = 4  # steps that CUDA has queued while the host decides on the next
 
@@ -52,50 +52,6 @@ class Sampling:
     max_new_tokens: int
     temperature: float
     top_p: float
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Which ids a reply may hold, and what ends it: a stop id, or that it has said what the reader looks for."""
-
-    allowed: Tensor  # bool [V]
-    stops: Tensor  # int64 [stops]
-    closing: Tensor | None = None  # int16 [V, states], see `closing_table`
-    start: int = START  # the state in which a reply starts
-
-    @staticmethod
-    def of(
-        model: Any,
-        tokenizer: Any,
-        table: TokenTable | None = None,
-        which: str = "first",
-        opening: Sequence[int] = (),
-    ) -> Vocabulary:
-        """Rows past the tokenizer and vision tokens are never drawn: a placeholder in a reply would be taken for an
-        image that is not there.
-
-        table, which: replies end with the box that `box_reward` counts; without a table only with a stop id. opening:
-        ids that the prompt has written of the reply already.
-        """
-        config, rows = model.config, model.lm_head.weight.shape[0]
-        allowed = torch.arange(rows) < len(tokenizer)
-        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
-            if (token := getattr(config, name, None)) is not None:
-                allowed[token] = False
-        stated = model.generation_config.eos_token_id
-        stops = [tokenizer.eos_token_id] if stated is None else stated if isinstance(stated, list) else [stated]
-        if None in stops:
-            raise UserError(
-                "neither the model's generation_config.json nor its tokenizer names an end-of-sequence token: "
-                "name it in one of them, or a reply could not end."
-            )
-        device, closing, start = model.lm_head.weight.device, None, START
-        if table is not None:
-            closing = closing_table(table, which)
-            for token in opening:
-                start = int(closing[token, start])
-            closing = closing.to(device)
-        return Vocabulary(allowed.to(device), torch.tensor(stops, device=device), closing, start)
 
 
 class Decoder:
@@ -139,7 +95,9 @@ class Decoder:
 
     def _generate(self, prefix: Prefix, sampling: Sampling, seed: int, groups: Sequence[int]) -> Rollout:
         G, R, device = sampling.group_size, sampling.group_size * len(groups), prefix.last_hidden.device
-        identity = send(torch.tensor(groups, dtype=torch.int64)[:, None] * G + torch.arange(G), device).flatten()
+        identity = send(
+            torch.tensor(groups, dtype=torch.int64)[:, None] * G + torch.arange(G), device
+        ).flatten()
         slots = self._load(prefix, sampling, seed, identity)
         logits = next_logits(self.model, prefix.last_hidden.detach()).repeat_interleave(G, 0)
         idle = logits.new_zeros(slots.rows - R, logits.shape[1])
@@ -153,14 +111,20 @@ class Decoder:
             if (rows := rung(running)) < slots.rows:
                 slots.compact(rows, at - 1)
             self.advance(at)
-        ids, lengths, logprob, ended = (t[:R].clone() for t in (slots.ids, slots.lengths, slots.logprob, slots.ended))
+        ids, lengths, logprob, ended = (
+            t[:R].clone() for t in (slots.ids, slots.lengths, slots.logprob, slots.ended)
+        )
         return Rollout(ids, lengths, logprob, ~ended)
 
     def _load(self, prefix: Prefix, sampling: Sampling, seed: int, identity: Tensor) -> Slots:
         """Slots for every reply, on the prefix's keys and values."""
         packed = prefix.batch.pairs.queries
         needed = Extent.of(len(identity), sampling.group_size, packed.lengths, sampling.max_new_tokens)
-        slots = self._static(prefix, needed, sampling, seed) if self.is_static else self._exact(prefix, needed, sampling)
+        slots = (
+            self._static(prefix, needed, sampling, seed)
+            if self.is_static
+            else self._exact(prefix, needed, sampling)
+        )
         self.sampling, self.seed = sampling, seed
         rows = rung(needed.slots) if self.is_static else needed.slots
         position = prefix.batch.position[0, prefix.batch.last] + 1
@@ -170,7 +134,10 @@ class Decoder:
     def _exact(self, prefix: Prefix, needed: Extent, sampling: Sampling) -> Slots:
         """Buffers for this rollout alone. Key heads outside, so that prompts of one length are a batch of matrices."""
         packed = prefix.batch.pairs.queries
-        self.prompt_kv = {layer: tuple(t.detach().transpose(0, 1).contiguous().transpose(0, 1) for t in pair) for layer, pair in prefix.kv.items()}
+        self.prompt_kv = {
+            layer: tuple(t.detach().transpose(0, 1).contiguous().transpose(0, 1) for t in pair)
+            for layer, pair in prefix.kv.items()
+        }
         self.cu_prompts, self.longest_prompt = packed.cu_seqlens, packed.longest
         self.slots = Slots(needed, sampling.group_size, prefix.kv)
         return self.slots
@@ -186,9 +153,12 @@ class Decoder:
             kept = self.slots = Slots(extent, sampling.group_size, prefix.kv)
             tokens = extent.prompt_tokens
             self.prompt_kv = {
-                layer: tuple(k.new_empty(k.shape[1], tokens, k.shape[2]).transpose(0, 1) for k in pair) for layer, pair in prefix.kv.items()
+                layer: tuple(k.new_empty(k.shape[1], tokens, k.shape[2]).transpose(0, 1) for k in pair)
+                for layer, pair in prefix.kv.items()
             }
-            self.cu_prompts = torch.zeros(extent.prompts + 1, dtype=torch.int32, device=prefix.last_hidden.device)
+            self.cu_prompts = torch.zeros(
+                extent.prompts + 1, dtype=torch.int32, device=prefix.last_hidden.device
+            )
             self.longest_prompt = extent.longest_prompt
         for layer, pair in prefix.kv.items():
             for buffer, t in zip(self.prompt_kv[layer], pair, strict=True):
@@ -247,7 +217,9 @@ class Decoder:
             self.step(at)
             return
         if self.slots.rows not in self.graphs:
-            self.graphs[self.slots.rows] = Graph(lambda: self.step(None), next(iter(self.graphs.values()), None))
+            self.graphs[self.slots.rows] = Graph(
+                lambda: self.step(None), next(iter(self.graphs.values()), None)
+            )
         self.graphs[self.slots.rows]()
 
 
@@ -257,7 +229,9 @@ class DecodePass:
     def __init__(self, decoder: Decoder, slots: Slots, longest_own: int | None):
         self.decoder, self.slots, self.longest_own = decoder, slots, longest_own
 
-    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> Tensor:
+    def attend(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None
+    ) -> Tensor:
         slots, decoder = self.slots, self.decoder
         S, past = slots.rows, slots.at - 1
         own_k, own_v = (t[:S] for t in slots.own[module.layer_idx])

@@ -35,12 +35,16 @@ class Extent:
 
     def rounded(self, group_size: int) -> Extent:
         """Rounded up to the few sizes that graphs are captured for."""
-        tokens, longest = (-(-n // PROMPT_STEP) * PROMPT_STEP for n in (self.prompt_tokens, self.longest_prompt))
+        tokens, longest = (
+            -(-n // PROMPT_STEP) * PROMPT_STEP for n in (self.prompt_tokens, self.longest_prompt)
+        )
         slots = rung(self.slots)
         return Extent(slots, max(slots // group_size, self.prompts), tokens, longest, self.longest_reply)
 
     def holds(self, other: Extent) -> bool:
-        return all(mine >= theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True))
+        return all(
+            mine >= theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)
+        )
 
     def joined(self, other: Extent) -> Extent:
         """Large enough for both."""
@@ -59,12 +63,17 @@ class Slots:
         self.token, self.phase, self.base = (torch.zeros(capacity, **whole) for _ in range(3))
         self.identity = torch.zeros(capacity, **whole)  # in the seed's stream
         self.order = torch.zeros(capacity, **whole)  # the slot's row of the rollout; `idle` for an idle slot
-        self.group = torch.zeros(capacity, dtype=torch.int32, device=device)  # extent.prompts for an idle slot
+        self.group = torch.zeros(
+            capacity, dtype=torch.int32, device=device
+        )  # extent.prompts for an idle slot
         self.running = torch.zeros(capacity, dtype=torch.bool, device=device)
         self.at = torch.zeros(1, **whole)  # tokens sampled so far
         self.own_lengths = torch.zeros(capacity, dtype=torch.int32, device=device)
         self.cu_rows = torch.zeros(extent.prompts + 1, dtype=torch.int32, device=device)
-        self.own = {layer: tuple(k.new_zeros(capacity, k.shape[1], longest, k.shape[2]) for _ in range(2)) for layer, (k, _) in kv.items()}
+        self.own = {
+            layer: tuple(k.new_zeros(capacity, k.shape[1], longest, k.shape[2]) for _ in range(2))
+            for layer, (k, _) in kv.items()
+        }
         self.idle = capacity  # the row of the outputs that idle slots write to
         self.ids = torch.zeros(capacity + 1, longest, **whole)
         self.logprob = torch.zeros(capacity + 1, longest, device=device)

@@ -37,8 +37,15 @@ class Task:
 
     @staticmethod
     def of(tokenizer: Any) -> Task:
-        placeholder, stop = (tokenizer.convert_tokens_to_ids(token) for token in ("<|image_pad|>", "<|im_end|>"))
-        return Task(question_pieces(tokenizer, PROMPT_STYLES["direct"], Frame(EXTENT), placeholder), placeholder, stop, tokenizer)
+        placeholder, stop = (
+            tokenizer.convert_tokens_to_ids(token) for token in ("<|image_pad|>", "<|im_end|>")
+        )
+        return Task(
+            question_pieces(tokenizer, PROMPT_STYLES["direct"], Frame(EXTENT), placeholder),
+            placeholder,
+            stop,
+            tokenizer,
+        )
 
     def reply(self, box: tuple[float, ...], size: tuple[int, int]) -> list[int]:
         """The tokens of a box: two digits a number."""
@@ -69,7 +76,9 @@ class Branches:
         return self.ids[:, self.predicting + 1]
 
 
-def draw_branches(rng: np.random.Generator, task: Task, scenes: int, cues: int, objects: tuple[int, int], loosen: float) -> Branches:
+def draw_branches(
+    rng: np.random.Generator, task: Task, scenes: int, cues: int, objects: tuple[int, int], loosen: float
+) -> Branches:
     """Scenes of one random size with this many objects; replies state the cue's region, enlarged by a random factor of up to `loosen`."""
     size = IMAGE_SIZES[int(rng.integers(len(IMAGE_SIZES)))]
     cells = (size[1] // CELL, size[0] // CELL)
@@ -96,11 +105,21 @@ def draw_branches(rng: np.random.Generator, task: Task, scenes: int, cues: int, 
             grids.append((1, h * MERGE, w * MERGE))
             boxes[s, k] = torch.tensor(region)
             reply = task.reply(loosened(rng, region, size, loosen), size)
-            tokens, places = interleave([*task.pieces[:2], task.pieces[2] + reply], [cells, (h, w)], task.placeholder)
-            ids[s, :shared], position[:, s, :shared], real[s, :shared] = tokens[:shared], places[:, :shared], True
+            tokens, places = interleave(
+                [*task.pieces[:2], task.pieces[2] + reply], [cells, (h, w)], task.placeholder
+            )
+            ids[s, :shared], position[:, s, :shared], real[s, :shared] = (
+                tokens[:shared],
+                places[:, :shared],
+                True,
+            )
             end = shared + (k + 1) * width
             start = end - (len(tokens) - shared)
-            ids[s, start:end], position[:, s, start:end], real[s, start:end] = tokens[shared:], places[:, shared:], True
+            ids[s, start:end], position[:, s, start:end], real[s, start:end] = (
+                tokens[shared:],
+                places[:, shared:],
+                True,
+            )
     ends = shared + (1 + torch.arange(cues)) * width
     cells_of_box, cells_of_edge = box_cells(boxes, *cells)
     return Branches(
@@ -128,7 +147,14 @@ def branch_mask(real: Tensor, shared: int, width: int) -> Tensor:
 
 def patches_of(image: np.ndarray) -> Tensor:
     """Normalised patches of an RGB image."""
-    return patchify(torch.from_numpy(image.copy()), patch=SPEC.patch, frames=SPEC.frames, merge=SPEC.merge, mean=SPEC.mean, std=SPEC.std)
+    return patchify(
+        torch.from_numpy(image.copy()),
+        patch=SPEC.patch,
+        frames=SPEC.frames,
+        merge=SPEC.merge,
+        mean=SPEC.mean,
+        std=SPEC.std,
+    )
 
 
 def box_cells(box: Tensor, grid_h: int, grid_w: int) -> tuple[Tensor, Tensor]:
@@ -136,10 +162,14 @@ def box_cells(box: Tensor, grid_h: int, grid_w: int) -> tuple[Tensor, Tensor]:
 
     box [..., 4] xyxy in pixels. Returns float32 [..., cells] and [..., 4, cells].
     """
-    y, x = (t.flatten() * CELL for t in torch.meshgrid(torch.arange(grid_h), torch.arange(grid_w), indexing="ij"))
+    y, x = (
+        t.flatten() * CELL for t in torch.meshgrid(torch.arange(grid_h), torch.arange(grid_w), indexing="ij")
+    )
     left, top, right, bottom = box[..., None].unbind(-2)
     inside = (x + CELL > left) & (x < right) & (y + CELL > top) & (y < bottom)
-    edges = torch.stack([x <= left, y <= top, x + CELL >= right, y + CELL >= bottom], -2) & inside[..., None, :]
+    edges = (
+        torch.stack([x <= left, y <= top, x + CELL >= right, y + CELL >= bottom], -2) & inside[..., None, :]
+    )
     return inside.float(), edges.float()
 
 
@@ -149,5 +179,8 @@ def loosened(rng: np.random.Generator, box: Box, size: tuple[int, int], most: fl
         return box
     grow = (rng.uniform(1.0, most) - 1) * np.array([box[2] - box[0], box[3] - box[1]])
     share = rng.uniform(0.3, 0.7, 2)
-    low, high = np.maximum(0, np.array(box[:2]) - grow * share), np.minimum(size, np.array(box[2:]) + grow * (1 - share))
+    low, high = (
+        np.maximum(0, np.array(box[:2]) - grow * share),
+        np.minimum(size, np.array(box[2:]) + grow * (1 - share)),
+    )
     return (*low, *high)

@@ -73,5 +73,8 @@ def build_model(special: dict[str, int]) -> Qwen3VLForConditionalGeneration:
 def position_table(width: int) -> Tensor:
     """Sine and cosine of row and column at `width // 4` frequencies, float32 [TABLE_SIDE**2, width]."""
     omega = 1.5 * torch.exp(-torch.arange(width // 4) / (width // 4) * math.log(50.0))
-    y, x = (t.flatten().float() for t in torch.meshgrid(torch.arange(TABLE_SIDE), torch.arange(TABLE_SIDE), indexing="ij"))
+    y, x = (
+        t.flatten().float()
+        for t in torch.meshgrid(torch.arange(TABLE_SIDE), torch.arange(TABLE_SIDE), indexing="ij")
+    )
     return 0.5 * torch.cat([f(t[:, None] * omega) for t in (y, x) for f in (torch.sin, torch.cos)], 1)

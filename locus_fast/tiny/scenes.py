@@ -26,7 +26,9 @@ Box = tuple[int, int, int, int]
 Look = tuple[int, int, np.ndarray, np.ndarray]  # shape, pattern, two RGB colours
 
 
-def draw_scene(rng: np.random.Generator, size: tuple[int, int], objects: tuple[int, int]) -> tuple[np.ndarray, list[Box]]:
+def draw_scene(
+    rng: np.random.Generator, size: tuple[int, int], objects: tuple[int, int]
+) -> tuple[np.ndarray, list[Box]]:
     """An RGB scene (uint8 [height, width, 3]) of `size` (width, height) and the xyxy boxes of its objects, drawn without overlap."""
     width, height = size
     scene = draw_ground(rng, width, height)
@@ -53,7 +55,9 @@ def draw_ground(rng: np.random.Generator, width: int, height: int) -> np.ndarray
     """A smooth random texture, float32 [height, width, 3]."""
     base = rng.uniform(60, 195, 3)
     coarse = base + rng.normal(0, 14, (int(rng.integers(3, 9)), int(rng.integers(3, 9)), 3))
-    image = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    image = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     return np.asarray(image).astype(np.float32)
 
 
@@ -102,7 +106,9 @@ def draw_object(look: Look, w: int, h: int) -> tuple[np.ndarray, np.ndarray]:
             pen.rectangle((0, H // 2, W - 1, H - 1), fill=255)
         case "dot":
             pen.ellipse((W * 3 // 10, H * 3 // 10, W * 7 // 10, H * 7 // 10), fill=255)
-    coverage, share = (np.asarray(layer.reduce(SMOOTH), dtype=np.float32)[..., None] / 255 for layer in (mask, paint))
+    coverage, share = (
+        np.asarray(layer.reduce(SMOOTH), dtype=np.float32)[..., None] / 255 for layer in (mask, paint)
+    )
     return first * (1 - share) + second * share, coverage
 
 
@@ -111,7 +117,12 @@ def cut_cue(rng: np.random.Generator, scene: np.ndarray, box: Box) -> tuple[np.n
     height, width = scene.shape[:2]
     pads = rng.uniform(0, PADDING, 4) * np.array([box[2] - box[0], box[3] - box[1]] * 2)
     left, top, right, bottom = (round(pad) for pad in pads)
-    region = (max(0, box[0] - left), max(0, box[1] - top), min(width, box[2] + right), min(height, box[3] + bottom))
+    region = (
+        max(0, box[0] - left),
+        max(0, box[1] - top),
+        min(width, box[2] + right),
+        min(height, box[3] + bottom),
+    )
     scale = rng.uniform(*SCALE)
     w, h = (max(8, round(scale * side)) for side in (region[2] - region[0], region[3] - region[1]))
     crop = Image.fromarray(scene[region[1] : region[3], region[0] : region[2]])

@@ -47,17 +47,26 @@ def read_source(folder: Path) -> Source:
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=torch.bfloat16)  # which writes the dtype into its config
-    except Exception as error:  # sizes that do not fit together raise anything from TypeError to ZeroDivisionError
+            model = AutoModelForImageTextToText.from_config(
+                copy.deepcopy(config), dtype=torch.bfloat16
+            )  # which writes the dtype into its config
+    except (
+        Exception
+    ) as error:  # sizes that do not fit together raise anything from TypeError to ZeroDivisionError
         if config is not None:
             check_switches(file, config)
-        raise UserError(f"{file} does not describe a model ({reason(error)}): copy the base model's.") from None
+        raise UserError(
+            f"{file} does not describe a model ({reason(error)}): copy the base model's."
+        ) from None
     _check_tensors(folder, headers, model)
     check_switches(file, config)
     tokenizer = load_tokenizer(folder)
     _check_tokens(folder, config, tokenizer)
     names = linear_names(model)
-    linears = {names[id(linear)]: (linear.out_features, linear.in_features) for _, _, linear in language_linears(model)}
+    linears = {
+        names[id(linear)]: (linear.out_features, linear.in_features)
+        for _, _, linear in language_linears(model)
+    }
     return Source(folder, config, tokenizer, PatchSpec.of(config, folder), own_limits(folder), linears)
 
 
@@ -67,7 +76,9 @@ def check_config(folder: Path) -> None:
     if not file.is_file():
         raise UserError(f"{folder} has no config.json: give the folder of a model in Hugging Face layout.")
     if (folder / ADAPTERS).is_file():  # transformers would put them on the model in silence
-        raise UserError(f"{folder} holds a model and adapters ({ADAPTERS}): move one of the two to a folder of its own.")
+        raise UserError(
+            f"{folder} holds a model and adapters ({ADAPTERS}): move one of the two to a folder of its own."
+        )
     stated = read_json(file)
     try:
         family_named(stated.get("model_type"))
@@ -76,7 +87,9 @@ def check_config(folder: Path) -> None:
     if stated.get("quantization_config"):
         raise UserError(f"{file} has a quantization_config: give the model's unquantised checkpoint.")
     if not isinstance(stated.get("vision_config"), dict) or not stated["vision_config"]:
-        raise UserError(f"{file} has no vision_config: give a vision-language model, or copy the base model's config.json.")
+        raise UserError(
+            f"{file} has no vision_config: give a vision-language model, or copy the base model's config.json."
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -98,23 +111,31 @@ def _check_tensors(folder: Path, headers: dict[str, tuple[Path, dict[str, Any]]]
         if name := held_name(stored, state):
             if entry["shape"] != list(state[name].shape):
                 wanted = f"{list(state[name].shape)} by config.json"
-                raise UserError(f"{file}: {stored} has shape {entry['shape']}, and should have {wanted}: one of the two is another model's.")
+                raise UserError(
+                    f"{file}: {stored} has shape {entry['shape']}, and should have {wanted}: one of the two is another model's."
+                )
             missing.pop(id(state[name]), None)
     if missing:
         first = min(missing.values())
-        raise UserError(f"{folder}: {len(missing)} of the model's tensors are in none of its weight files, the first {first}: fetch the model again.")
+        raise UserError(
+            f"{folder}: {len(missing)} of the model's tensors are in none of its weight files, the first {first}: fetch the model again."
+        )
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder. Its chat template is the one that a processor would take: chat_template.jinja, else chat_template.json, else the
     tokenizer's own."""
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder} has no tokenizer.json: copy the tokenizer's files of the base model there.")
+        raise UserError(
+            f"{folder} has no tokenizer.json: copy the tokenizer's files of the base model there."
+        )
     template = folder / "chat_template.json"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises Exception itself
-        raise UserError(f"{folder}: its tokenizer could not be loaded ({reason(error)}): copy the base model's files.") from None
+        raise UserError(
+            f"{folder}: its tokenizer could not be loaded ({reason(error)}): copy the base model's files."
+        ) from None
     if template.is_file() and not (folder / "chat_template.jinja").is_file():
         tokenizer.chat_template = read_json(template).get("chat_template")
         if not isinstance(tokenizer.chat_template, str):
@@ -127,12 +148,18 @@ def _check_tokens(folder: Path, config: Any, tokenizer: Any) -> None:
     rows, family = config.get_text_config().vocab_size, family_of(config)
     highest, mend = max(tokenizer.get_vocab().values()), "copy the tokenizer's files of the base model there"
     if highest >= rows:
-        raise UserError(f"{folder}: its tokenizer has ids up to {highest}, and the model's embedding has {rows} rows: {mend}.")
+        raise UserError(
+            f"{folder}: its tokenizer has ids up to {highest}, and the model's embedding has {rows} rows: {mend}."
+        )
     image = getattr(config, family.placeholder)
     if image not in tokenizer.added_tokens_decoder:
-        raise UserError(f"{folder}: config.json has {family.placeholder} {image}, which is no special token of its tokenizer: {mend}.")
+        raise UserError(
+            f"{folder}: config.json has {family.placeholder} {image}, which is no special token of its tokenizer: {mend}."
+        )
     generation = folder / "generation_config.json"
     stops = read_json(generation).get("eos_token_id") if generation.is_file() else None
     for stop in stops if isinstance(stops, list) else [] if stops is None else [stops]:
         if not isinstance(stop, int) or not 0 <= stop < rows:
-            raise UserError(f"{generation}: eos_token_id {stop!r} is no id of the model, which has {rows}: copy the base model's.")
+            raise UserError(
+                f"{generation}: eos_token_id {stop!r} is no id of the model, which has {rows}: copy the base model's."
+            )

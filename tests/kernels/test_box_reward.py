@@ -15,7 +15,14 @@ from locus_kernels.box_reward import REWARD_SHAPES, box_reward, build_token_tabl
 from locus_kernels.box_reward import table as table_module
 from torch import Tensor
 
-from tests.kernels.box_reward_cases import Vocabulary, byte_level, oracle_box, oracle_format, replies, sentencepiece
+from tests.kernels.box_reward_cases import (
+    Vocabulary,
+    byte_level,
+    oracle_box,
+    oracle_format,
+    replies,
+    sentencepiece,
+)
 
 VOCABULARIES = {"byte_level": byte_level, "sentencepiece": sentencepiece}
 

@@ -7,7 +7,15 @@ import types
 
 import pytest
 import torch
-from locus_kernels.shared_prefix_attention import Packed, Pairs, SharedPrefixLayout, backends, choose_backend, packed_attention, reference
+from locus_kernels.shared_prefix_attention import (
+    Packed,
+    Pairs,
+    SharedPrefixLayout,
+    backends,
+    choose_backend,
+    packed_attention,
+    reference,
+)
 from locus_kernels.shared_prefix_attention import shared_prefix_attention as shared
 from torch import Tensor
 

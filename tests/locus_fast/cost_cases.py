@@ -9,7 +9,7 @@ from locus_fast import cost
 from locus_fast.cost.shapes import Group
 from locus_fast.model.packing import PromptBatch, Replies
 from locus_fast.model.prompts import Prompt
-from locus_fast.step.rollout import Vocabulary
+from locus_fast.step.vocabulary import Vocabulary
 from tests.small_models import CLASSES, VOCABULARY, small_model, small_prompt
 
 FAMILIES = sorted(CLASSES)

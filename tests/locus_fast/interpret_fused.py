@@ -17,7 +17,8 @@ from locus_fast.model.attention import use_attention
 from locus_fast.model.fused import fuse, unfuse
 from locus_fast.model.packing import PromptBatch, Replies
 from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
-from locus_fast.step.rollout import Decoder, Rollout, Sampling, Vocabulary
+from locus_fast.step.rollout import Decoder, Rollout, Sampling
+from locus_fast.step.vocabulary import Vocabulary
 from tests.kernels.interpreter import device
 from tests.small_models import IMAGE, VOCABULARY, small_model, small_prompt
 

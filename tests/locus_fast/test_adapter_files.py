@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from locus_fast import train
-from locus_fast.run import setup as runtime
+from locus_fast.run import model as runtime
 from locus_fast.weights.checkpoint import TINY_BASE
 from tests.locus_fast.test_adapters import last_logits
 from tests.locus_fast.test_adapters_on_adapters import by_peft, opened, saved_by_peft

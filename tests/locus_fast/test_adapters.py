@@ -15,7 +15,13 @@ from transformers import AutoModelForImageTextToText
 from locus_fast import evaluate, train
 from locus_fast.config import parse
 from locus_fast.errors import UserError
-from locus_fast.model.adapters import adapter_tensors, adapters_off, add_adapters, merge_adapters, merged_state
+from locus_fast.model.adapters import (
+    adapter_tensors,
+    adapters_off,
+    add_adapters,
+    merge_adapters,
+    merged_state,
+)
 from locus_fast.model.families import interleave
 from locus_fast.model.packing import PromptBatch, Replies
 from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob

@@ -18,7 +18,15 @@ from locus_fast import evaluate, train
 from locus_fast.config import parse
 from locus_fast.model.adapters import adapters_off
 from locus_fast.weights.checkpoint import TINY_BASE, save_adapters, save_model
-from tests.locus_fast.test_adapters import CPU, SHORT, last_logits, logits_by_transformers, logprobs, rows, scatter
+from tests.locus_fast.test_adapters import (
+    CPU,
+    SHORT,
+    last_logits,
+    logits_by_transformers,
+    logprobs,
+    rows,
+    scatter,
+)
 from tests.published import write_checkpoint
 
 peft = pytest.importorskip("peft")

@@ -17,7 +17,19 @@ from locus_fast.config.settings import BOX_FORMATS
 from locus_fast.data import read_boxes
 from locus_fast.data.box_format import check_standard
 from locus_fast.errors import UserError
-from tests.locus_fast.box_cases import COCO, LARGE, MEANING, SIZES, STANDARD, anywhere, drops, named, refusal, write, written
+from tests.locus_fast.box_cases import (
+    COCO,
+    LARGE,
+    MEANING,
+    SIZES,
+    STANDARD,
+    anywhere,
+    drops,
+    named,
+    refusal,
+    write,
+    written,
+)
 
 # ---- reading
 

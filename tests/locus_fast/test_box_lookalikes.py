@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from locus_fast.data import read_boxes
-from tests.locus_fast.box_cases import COCO, LARGE, SIZES, STANDARD, Boxes, anywhere, drops, named, refusal, write
+from tests.locus_fast.box_cases import (
+    COCO,
+    LARGE,
+    SIZES,
+    STANDARD,
+    Boxes,
+    anywhere,
+    drops,
+    named,
+    refusal,
+    write,
+)
 
 
 def spoilt(boxes: Boxes, every: int) -> Boxes:

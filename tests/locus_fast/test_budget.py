@@ -19,11 +19,11 @@ from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, Group, Trained, group_
 from locus_fast.errors import UserError
 from locus_fast.model.prompts import PROMPT_STYLES
 from locus_fast.run import evaluation
+from locus_fast.run import model as runtime
 from locus_fast.run import plan as plan_of_run
-from locus_fast.run import setup as runtime
 from locus_fast.run.plan import planned, remedy
 from locus_fast.run.setup import set_up
-from locus_fast.step import optim
+from locus_fast.step import optim, step
 from locus_fast.step.step import Step
 from locus_fast.weights.checkpoint import TINY_BASE
 from tests.locus_fast.test_adapters import needs_peft
@@ -307,7 +307,7 @@ def test_answering_without_memory(calls: tuple[int, ...], code: int, tmp_path: P
 
 
 def test_out_of_memory_before_the_first_step(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(train, "make_reference", OutOfMemory(1, of=train.make_reference))
+    monkeypatch.setattr(step, "make_reference", OutOfMemory(1, of=step.make_reference))
     assert train.main([*SHORT, "--steps", "1", "--out", str(tmp_path / "run")]) == 2
     assert "error: the device ran out of memory: hold the reference in fewer bytes" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -22,7 +22,7 @@ from locus_fast.model.prompts import Prompt
 from locus_fast.step import scoring
 from locus_fast.step.optim import parameter_groups
 from locus_fast.step.optimizers import make_optimizer
-from locus_fast.step.rollout import Vocabulary
+from locus_fast.step.vocabulary import Vocabulary
 from locus_fast.weights import checkpoint, shards
 from locus_fast.weights.checkpoint import load_checkpoint, load_model, save_checkpoint, save_model
 from tests.published import FAMILIES, PHOTOGRAPHS, write_checkpoint, write_shards

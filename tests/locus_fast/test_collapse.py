@@ -15,7 +15,7 @@ from locus_fast.data import read_boxes
 from locus_fast.data.collapse import refuse_collapsed
 from locus_fast.data.cutting import CueRecipe
 from locus_fast.errors import UserError
-from locus_fast.run.setup import cue_source
+from locus_fast.run.examples import cue_source
 from tests.locus_fast.cue_cases import recipe
 
 SIZES = [(640, 480), (480, 640), (500, 375), (600, 600)]

@@ -26,9 +26,20 @@ from locus_fast.model.fused import fuse
 from locus_fast.model.packing import PromptBatch
 from locus_fast.model.policy import checkpoint_activations, prefill, reply_hidden
 from locus_fast.step import rollout
-from locus_fast.step.rollout import Decoder, Sampling, Vocabulary
+from locus_fast.step.rollout import Decoder, Sampling
+from locus_fast.step.vocabulary import Vocabulary
 from locus_fast.weights.checkpoint import TINY_BASE
-from tests.locus_fast.cost_cases import ENDLESS, FAMILIES, GRIDS, REPLIES, answers, counted, group_like, spent, work
+from tests.locus_fast.cost_cases import (
+    ENDLESS,
+    FAMILIES,
+    GRIDS,
+    REPLIES,
+    answers,
+    counted,
+    group_like,
+    spent,
+    work,
+)
 from tests.locus_fast.liger_cases import leave_kernels_out
 from tests.small_models import CLASSES, small_model, small_prompt
 

@@ -15,7 +15,19 @@ from PIL import Image
 
 from locus_fast.data.example import CueSource
 from locus_fast.errors import UserError
-from tests.locus_fast.cue_cases import HEIGHT, LARGE, SMALL, TINY, WIDTH, all_held_out, cues, dataset, noise, same, truncate
+from tests.locus_fast.cue_cases import (
+    HEIGHT,
+    LARGE,
+    SMALL,
+    TINY,
+    WIDTH,
+    all_held_out,
+    cues,
+    dataset,
+    noise,
+    same,
+    truncate,
+)
 
 # ---- the source
 

@@ -9,7 +9,8 @@ from locus_fast.model.attention import use_attention
 from locus_fast.model.packing import PromptBatch, Replies
 from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
 from locus_fast.step import rollout
-from locus_fast.step.rollout import Decoder, Sampling, Vocabulary
+from locus_fast.step.rollout import Decoder, Sampling
+from locus_fast.step.vocabulary import Vocabulary
 from tests.small_models import IMAGE, VOCABULARY, small_model, small_prompt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

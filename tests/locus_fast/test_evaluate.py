@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 
 from locus_fast.config import parse
-from locus_fast.run.evaluation import Evaluation, evaluate
+from locus_fast.run.evaluation import Evaluation
 from locus_fast.run.setup import set_up
 
 
 def answers(options: list[str], stop: Callable[[], bool]) -> Evaluation | None:
     setup = set_up(parse(["--device", "cpu", *options]))
-    return evaluate(setup.config, setup.engine, setup.inputs, setup.scoring, "", stop)
+    return setup.evaluate("", stop)
 
 
 def test_answers_are_in_the_order_of_their_cues() -> None:

@@ -50,7 +50,7 @@ def checkpoints(out: Path) -> list[str]:
 
 def test_the_first_says_at_once_what_will_be_saved_and_when(tmp_path: Path, go: Path) -> None:
     out = tmp_path / "run"
-    with Child([*ENDLESS, "--out", str(out)], held("train", "train_step", go, skipped=2)) as child:
+    with Child([*ENDLESS, "--out", str(out)], held("Step", "__call__", go, skipped=2)) as child:
         child.wait_for("HELD")
         child.press()
         child.wait_for(r"Ctrl-C: it ends after the microbatch at hand; the steps that are done then, 2 or 3, are saved in checkpoints/ and final/")
@@ -104,7 +104,7 @@ def test_a_third_ends_at_once_and_says_what_there_is(tmp_path: Path, go: Path) -
 
 def test_a_third_during_a_step_saves_nothing_more(tmp_path: Path, go: Path) -> None:
     out = tmp_path / "run"
-    with Child([*ENDLESS, "--out", str(out)], held("train", "train_step", go, skipped=1)) as child:
+    with Child([*ENDLESS, "--out", str(out)], held("Step", "__call__", go, skipped=1)) as child:
         child.wait_for("HELD")
         child.press()
         child.wait_for("Ctrl-C: it ends after the microbatch at hand")
@@ -135,7 +135,7 @@ def test_during_final_it_is_finished(tmp_path: Path, go: Path) -> None:
 def test_while_the_held_out_cues_are_answered_again(tmp_path: Path, go: Path) -> None:
     """All is saved by then; --resume asks them again."""
     out = tmp_path / "run"
-    with Child([*SHORT, "--steps", "1", "--out", str(out)], held("evaluate", "answer", go, skipped=1)) as child:
+    with Child([*SHORT, "--steps", "1", "--out", str(out)], held("evaluation", "answer", go, skipped=1)) as child:
         child.wait_for("HELD")
         child.press()
         child.wait_for("Ctrl-C: checkpoints/step-000001 and final/ are saved already; it ends after the microbatch at hand")
@@ -148,7 +148,7 @@ def test_while_the_held_out_cues_are_answered_again(tmp_path: Path, go: Path) ->
     assert (out / "final" / "model.safetensors").read_bytes() == weights
 
 
-@pytest.mark.parametrize(("owner", "name"), [("train", "set_up"), ("evaluate", "answer")])
+@pytest.mark.parametrize(("owner", "name"), [("train", "set_up"), ("evaluation", "answer")])
 def test_before_the_first_step_there_is_nothing_to_save(owner: str, name: str, tmp_path: Path, go: Path) -> None:
     """While it starts, and while the base answers. The folder can be gone on with."""
     out = tmp_path / "run"
@@ -161,6 +161,17 @@ def test_before_the_first_step_there_is_nothing_to_save(owner: str, name: str, t
     assert "Traceback" not in child.printed
     assert checkpoints(out) == []
     assert not (out / "final").exists()
+    assert train.main(["--resume", str(out)]) == 0
+    assert [row["step"] for row in rows_of(out)] == [1]
+
+
+def test_a_run_killed_while_it_starts_is_begun_again_by_resume(tmp_path: Path, go: Path) -> None:
+    """Loading a large model takes minutes, and may be what the memory does not hold."""
+    out = tmp_path / "run"
+    with Child([*SHORT, "--steps", "1", "--out", str(out)], held("train", "set_up", go)) as child:
+        child.wait_for("HELD")
+        child.process.kill()
+        child.process.wait()
     assert train.main(["--resume", str(out)]) == 0
     assert [row["step"] for row in rows_of(out)] == [1]
 

@@ -18,6 +18,7 @@ from locus_fast.run.report import Progress
 from locus_fast.run.setup import set_up
 from locus_fast.step.optim import parameter_groups
 from locus_fast.step.optimizers import make_optimizer
+from locus_fast.step.scoring import Scoring
 from locus_fast.step.step import Step
 from tests.small_models import naive_logprob
 
@@ -40,7 +41,7 @@ def step(options: list[str], equal: list[bool], monkeypatch: pytest.MonkeyPatch)
     advantage = torch.randn(PROMPTS, GROUP, generator=rng) * ~torch.tensor(equal)[:, None]
     places: list[list[int]] = []
     rollouts: dict[int, tuple[torch.Tensor, list[int]]] = {}
-    generate, score = setup.engine.decoder.generate, Step._score
+    generate, reward = setup.engine.decoder.generate, Scoring.reward
 
     def recorded(prefix, sampling, *, seed, groups):
         rollout = generate(prefix, sampling, seed=seed, groups=groups)
@@ -53,10 +54,10 @@ def step(options: list[str], equal: list[bool], monkeypatch: pytest.MonkeyPatch)
     def given(*arguments):
         chosen = torch.tensor(places[-1])
         zero_variance = torch.tensor(equal)[chosen]
-        return score(*arguments)._replace(advantage=advantage[chosen].flatten(), zero_variance=zero_variance)
+        return reward(*arguments)._replace(advantage=advantage[chosen].flatten(), zero_variance=zero_variance)
 
     setup.engine.decoder.generate = recorded
-    monkeypatch.setattr(Step, "_score", given)
+    monkeypatch.setattr(Scoring, "reward", given)
     optimizer = make_optimizer("adamw", parameter_groups(setup.engine.model, dict.fromkeys(PARTS, 1e-9)), 0.0)
     prompts = [setup.inputs.prompter(setup.inputs.cues.train(i)) for i in range(PROMPTS)]
     numbers = Step(setup.config, setup.engine, setup.scoring, reference, optimizer)(prompts, 0, 0.0, lambda: False)

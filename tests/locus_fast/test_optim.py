@@ -15,7 +15,13 @@ from locus_fast.errors import UserError
 from locus_fast.model.families import part_of
 from locus_fast.step.optim import clip_and_step, parameter_groups, rate_factor
 from locus_fast.step.optimizers import AdamW8bit, load_state_tensors, make_optimizer, state_tensors
-from locus_fast.weights.checkpoint import TINY_BASE, latest_checkpoint, load_checkpoint, load_model, save_checkpoint
+from locus_fast.weights.checkpoint import (
+    TINY_BASE,
+    latest_checkpoint,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
 from tests.small_models import small_model
 
 STEP = {"denominator": 1, "factor": 1.0, "clip": math.inf, "seed": 0}

@@ -10,7 +10,8 @@ from transformers import Qwen3VLForConditionalGeneration
 from locus_fast.model.attention import use_attention, use_plain_attention
 from locus_fast.model.packing import PromptBatch, Replies
 from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
-from locus_fast.step.rollout import Decoder, Rollout, Sampling, Vocabulary
+from locus_fast.step.rollout import Decoder, Rollout, Sampling
+from locus_fast.step.vocabulary import Vocabulary
 from tests.small_models import IMAGE, VOCABULARY, naive_logprob, small_model, small_prompt
 
 GRIDS = [[(8, 12), (4, 4)], [(4, 4), (6, 4)], [(10, 4), (4, 8)]]  # patches of image and cue: three prompts of different sizes

@@ -17,7 +17,7 @@ from locus_fast.data.resize import resize
 from locus_fast.errors import UserError
 from locus_fast.model.preprocess import describe_limits
 from locus_fast.model.processor import own_limits, write_limits
-from locus_fast.run import setup as runtime
+from locus_fast.run import model as runtime
 from locus_fast.weights.source import read_source
 from tests.locus_fast.test_source import DATA, RECIPE, SIZES, fields
 from tests.published import write_checkpoint

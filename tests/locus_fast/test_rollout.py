@@ -12,7 +12,8 @@ from locus_fast.model.packing import PromptBatch, best_fit, pack
 from locus_fast.model.policy import next_logits, prefill
 from locus_fast.run.setup import set_up
 from locus_fast.step import rollout
-from locus_fast.step.rollout import Decoder, Sampling, Vocabulary
+from locus_fast.step.rollout import Decoder, Sampling
+from locus_fast.step.vocabulary import Vocabulary
 from tests.small_models import IMAGE, VOCABULARY, small_model, small_prompt
 
 WORDS = Vocabulary(torch.arange(VOCABULARY) < IMAGE, torch.arange(2, 40))  # many stop tokens, so that replies end at different times

@@ -148,7 +148,7 @@ def test_options_with_a_meaning_are_those_that_are_read(run: Path, monkeypatch) 
     config, _ = evaluate.parse([str(run / "final"), "--device", "cpu"])
     monkeypatch.setattr(Config, "__getattribute__", seen)
     setup = evaluate.set_up(config)
-    evaluate.evaluate(config, setup.engine, setup.inputs, setup.scoring, "", lambda: False)
+    setup.evaluate("", lambda: False)
     trained = {"quantize", "lora", "checkpointing", "rollout_tokens"}  # looked at, and always as they are by default
     trained |= {"group_size", "reward", "format_weight", "normalize_std"}  # stored for a reward, which is not asked for
     assert (read & Config.__dataclass_fields__.keys()) - trained <= set(EVALUATION_OPTIONS)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from locus_fast import train
 from locus_fast.errors import UserError
 from locus_fast.run import disk, plan
-from locus_fast.run import setup as runtime
+from locus_fast.run import model as runtime
 from locus_fast.weights import checkpoint, shards
 from locus_fast.weights.checkpoint import load_model
 from locus_fast.weights.source import read_source

@@ -21,8 +21,9 @@ from locus_fast.model.fused import fuse
 from locus_fast.model.packing import Replies
 from locus_fast.model.policy import prefill, reply_logprob
 from locus_fast.model.switches import GENERAL, TEXT, VISION, check_switches
-from locus_fast.run import setup as runtime
-from locus_fast.step.rollout import Decoder, Sampling, Vocabulary
+from locus_fast.run import model as runtime
+from locus_fast.step.rollout import Decoder, Sampling
+from locus_fast.step.vocabulary import Vocabulary
 from locus_fast.weights.checkpoint import load_model
 from locus_fast.weights.source import read_source
 from tests.locus_fast.test_adapters import CPU, GROUP, drawn

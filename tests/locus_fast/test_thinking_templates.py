@@ -12,7 +12,7 @@ from locus_kernels.box_reward import CLOSED, START
 
 from locus_fast import evaluate, train
 from locus_fast.config import parse
-from locus_fast.run import setup as runtime
+from locus_fast.run import model as runtime
 from locus_fast.run.setup import Setup, set_up
 from locus_fast.step.rollout import Rollout
 from locus_fast.weights.checkpoint import TINY_BASE

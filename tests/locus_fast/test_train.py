@@ -25,6 +25,7 @@ from locus_fast.model.packing import PromptBatch
 from locus_fast.model.policy import prefill
 from locus_fast.run.setup import set_up
 from locus_fast.step.rollout import Rollout
+from locus_fast.step.scoring import Scoring
 from locus_fast.step.step import Step
 from locus_fast.weights.checkpoint import TINY_BASE
 
@@ -128,14 +129,14 @@ def test_a_rollout_wider_than_a_microbatch(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("active", [0, 1, 5])
 def test_a_few_active_groups_are_prefilled_again(active: int, tmp_path: Path, monkeypatch) -> None:
     """The same update as with the other groups' prompts in its backward, for about the floor's FLOPs."""
-    score, rows = Step._score, []
+    reward, rows = Scoring.reward, []
 
     def mostly_equal(*arguments):
-        scored = score(*arguments)
+        scored = reward(*arguments)
         equal = torch.arange(len(scored.zero_variance)) >= active
         return scored._replace(zero_variance=equal, advantage=torch.randn(len(equal), 8, generator=torch.Generator().manual_seed(0)).flatten())
 
-    monkeypatch.setattr(Step, "_score", mostly_equal)
+    monkeypatch.setattr(Scoring, "reward", mostly_equal)
     more = ["--microbatch-tokens", "90000", "--steps", "1", "--skip-zero-variance", "true"]
     for pays in (Step._reuse_pays, lambda *_: True):
         monkeypatch.setattr(Step, "_reuse_pays", pays)
