@@ -16,7 +16,7 @@ from locus_fast.cost.plan import AUTO_CHECKPOINTING, AUTO_TOKENS, FREE, GIB, Pla
 from locus_fast.cost.shapes import Group, ModelShape
 from locus_fast.cost.traffic import step_bytes, step_launches, step_syncs
 from locus_fast.errors import UserError
-from locus_fast.run.plan import LARGER, planned, remedy, ways_of
+from locus_fast.run.plan import planned, remedy, ways_of
 from locus_fast.step.optimizers import default_optimizer
 
 
@@ -46,6 +46,10 @@ class Case:
         longest = replace(self.group, replies=(self.config.max_new_tokens,) * self.config.group_size)
         return self.room.width(longest, tokens)
 
+    def holds(self, plan: Plan) -> bool:
+        """Whether the device holds this case's microbatches by a plan."""
+        return self.room.holds(self.group, self.width(plan.tokens), plan.checkpointing)
+
     def planned(self) -> Plan:
         """The trainer's plan; UserError if there is none."""
         return planned(self.config, self.shape, self.kind, self.memory * GIB, fused=True)
@@ -62,28 +66,43 @@ class Choice:
 
 def chosen(case: Case) -> Choice:
     """The trainer's plan for a case, and what it proposes where the case does not fit."""
-    config, room = case.config, case.room
+    config = case.config
     try:
         made = case.planned()
     except UserError as error:
         checkpointing = 1 if config.checkpointing == AUTO_CHECKPOINTING else config.checkpointing
-        proposal = remedy(config, case.shape, case.kind, case.memory * GIB, fused=True)
-        return Choice(Plan(config.microbatch_tokens or 1, checkpointing, str(error)), proposal)
-    if room.holds(case.group, case.width(made.tokens), made.checkpointing):
-        return Choice(made, "")
-    return Choice(made, smaller(replace(case, config=replace(config, microbatch_tokens=AUTO_TOKENS)), config))
+        return Choice(Plan(config.microbatch_tokens or 1, checkpointing, str(error)), instead(case))
+    return Choice(made, "" if case.holds(made) else smaller(case))
 
 
-def smaller(case: Case, wanted: Config) -> str:
-    """Words that name the budget that fits, where the one that was given does not."""
+def instead(case: Case) -> str:
+    """Words that name settings with which the case fits."""
+    return remedy(case.config, lambda config: fits(case, config), max(case.group.replies))
+
+
+def fits(case: Case, config: Config) -> bool:
+    """Whether a case does with these settings, its replies cut to the longest that they allow."""
+    replies = tuple(min(count, config.max_new_tokens) for count in case.group.replies)
+    case = replace(case, config=config, group=replace(case.group, replies=replies))
     try:
-        made = case.planned()
+        return case.holds(case.planned())
     except UserError:
-        return remedy(case.config, case.shape, case.kind, case.memory * GIB, fused=True)
+        return False
+
+
+def smaller(case: Case) -> str:
+    """Words that name the budget that fits, where the one that was given or chosen does not."""
+    chooses = replace(case, config=replace(case.config, microbatch_tokens=AUTO_TOKENS))
+    try:
+        made = chooses.planned()
+    except UserError:
+        return instead(case)
     tokens = min(made.tokens, case.room.budget([case.group], made.checkpointing))
-    if not tokens:
-        return LARGER
-    other = f" --checkpointing {made.checkpointing}" if wanted.checkpointing == AUTO_CHECKPOINTING else ""
+    if not tokens or not case.holds(replace(made, tokens=tokens)):
+        return instead(case)
+    other = (
+        f" --checkpointing {made.checkpointing}" if case.config.checkpointing == AUTO_CHECKPOINTING else ""
+    )
     return f"this fits: --microbatch-tokens {tokens}{other}"
 
 

@@ -21,7 +21,7 @@ from locus_fast.model.prompts import PROMPT_STYLES
 from locus_fast.run import evaluation
 from locus_fast.run import model as runtime
 from locus_fast.run import plan as plan_of_run
-from locus_fast.run.plan import planned, remedy
+from locus_fast.run.plan import is_planned, planned, remedy
 from locus_fast.run.setup import set_up
 from locus_fast.step import optim, step
 from locus_fast.step.step import Step
@@ -91,10 +91,11 @@ def test_too_small_a_device_names_the_parts(gib: int, groups: list[Group], words
 
 def card(config: Config, gib: float) -> str:
     """What is said of a 7B run on a card of that size; empty if it fits."""
+    card = (SHAPE, torch.bfloat16, round(gib * GIB))
     try:
-        planned(config, SHAPE, torch.bfloat16, round(gib * GIB))
+        planned(config, *card)
     except UserError as error:
-        return f"{error}; {remedy(config, SHAPE, torch.bfloat16, round(gib * GIB))}"
+        return f"{error}; {remedy(config, lambda changed: is_planned(changed, *card))}"
     return ""
 
 
@@ -116,7 +117,7 @@ def test_the_largest_setting_that_fits_is_named_and_fits(gib: float, arguments: 
     assert "; this fits: " in said
     named = said.split("this fits: ")[1].split(" ")
     assert all(word in named for word in mend), said
-    config = parse([*base, *([] if "--lora" in named else arguments), *named])  # adapters have an optimizer and a reference of their own
+    config = parse([*base, *arguments, *named])
     assert not card(config, gib)
     if "--max-new-tokens" in named:
         assert card(replace(config, max_tokens=config.max_new_tokens + 1), gib)

@@ -71,9 +71,25 @@ def test_it_answers_as_the_trainer_does(gib: int, arguments: list[str], capsys, 
         assert verdict == f"  DOES NOT FIT in {gib} GiB with 5% of it left free; {proposal[1]}"
 
 
-@pytest.mark.parametrize(("gib", "arguments"), [(66, []), (52, []), (40, []), (24, []), (17, []), (11, ["--lora", "16"])])
+PROPOSALS = [
+    *((66, []), (52, []), (40, []), (24, []), (17, []), (11, ["--lora", "16"])),
+    # replies that are asked about are longer than those that fit
+    (40, ["--lora", "64", "--dtype", "float32", "--reply-tokens", "2000"]),
+    (78, ["--max-new-tokens", "1000000", "--reply-tokens", "20000"]),
+    # adapters are proposed, and have a reference and an optimizer of their own
+    (40, ["--reference", "host"]),
+    (40, ["--reference", "none", "--optimizer", "adamw-master"]),
+    # budgets that were given are no longer those that fit
+    (48, ["--microbatch-tokens", "100000"]),
+    (78, ["--rollout-tokens", "1000000"]),
+    # prompts are longer than those that the trainer plans for
+    (26, ["--lora", "16", "--text-tokens", "20000"]),
+]
+
+
+@pytest.mark.parametrize(("gib", "arguments"), PROPOSALS)
 def test_what_it_proposes_fits(gib: int, arguments: list[str], capsys) -> None:
-    """The options can be given to the command itself as they are printed."""
+    """The options can be given to the command itself as they are printed, after those that do not fit."""
     code, printed = cost(["--memory", str(gib), *arguments], capsys)
     assert code == 1
     proposed = printed.splitlines()[-1].split("this fits: ")[1].split(" ")
