@@ -93,7 +93,7 @@ class Case:
         model.save_pretrained(folder)
         vision = model.config.vision_config
         self.spec = PatchSpec(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, MEAN, STD)
-        self.prompter = Prompter(self.tokenizer, model.config, self.spec, question="direct", image_pixels=PIXELS, cue_pixels=PIXELS)
+        self.prompter = Prompter(self.tokenizer, model.config, self.spec, style="direct", image_pixels=PIXELS, cue_pixels=PIXELS)
         self.allowed = Vocabulary.of(model, self.tokenizer).allowed.clone()
         self.allowed[[self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]] = False
         rng = np.random.default_rng(0)

@@ -67,7 +67,7 @@ def as_published(processor: Any, model: Any, images: list[np.ndarray], text: str
 def prompter_of(folder: Path, model: Any, tokenizer: Any) -> Prompter:
     size = Qwen2VLImageProcessorPil.from_pretrained(folder).size
     limits = (size["shortest_edge"], size["longest_edge"])
-    return Prompter(tokenizer, model.config, PatchSpec.of(model.config, folder), question="think", image_pixels=limits, cue_pixels=limits)
+    return Prompter(tokenizer, model.config, PatchSpec.of(model.config, folder), style="think", image_pixels=limits, cue_pixels=limits)
 
 
 @pytest.mark.parametrize("index", range(len(SIZES)))
@@ -91,7 +91,7 @@ def test_image_and_cue_have_limits_of_their_own(loaded, size: tuple[int, int], l
     """Each is what the image processor makes of it by itself under its limits."""
     folder, model, tokenizer = loaded
     of_cue, spec = (1024, 4096), PatchSpec.of(model.config, folder)
-    prompter = Prompter(tokenizer, model.config, spec, question="direct", image_pixels=limits, cue_pixels=of_cue)
+    prompter = Prompter(tokenizer, model.config, spec, style="direct", image_pixels=limits, cue_pixels=of_cue)
     image, cue = photograph(*size), photograph(47, 33)
     prompt = prompter(Example(image, cue, (1.0, 2.0, 20.0, 21.0), "small", "random"))
     processor = Qwen2VLImageProcessorPil.from_pretrained(folder)

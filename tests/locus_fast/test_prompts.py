@@ -45,7 +45,7 @@ def test_grid_size_is_the_published_rule(factor: int) -> None:
 def test_pixels_and_grids_equal_the_image_processor(width: int, height: int) -> None:
     tokenizer = build_tokenizer()
     model = build_model({token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL})
-    prompter = Prompter(tokenizer, model.config, SPEC, question="think", image_pixels=(3136, 100352), cue_pixels=(3136, 100352))
+    prompter = Prompter(tokenizer, model.config, SPEC, style="think", image_pixels=(3136, 100352), cue_pixels=(3136, 100352))
     task = example(width, height)
     prompt = prompter(task)
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 100352})
@@ -155,7 +155,7 @@ def test_a_prompt_reads_as_asked() -> None:
     tokenizer = build_tokenizer()
     model = build_model({token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL})
     spec = PatchSpec(8, 2, 2, (0.5,) * 3, (0.5,) * 3)
-    prompter = Prompter(tokenizer, model.config, spec, question="direct", image_pixels=(96 * 96, 160 * 160), cue_pixels=(32 * 32, 48 * 48))
+    prompter = Prompter(tokenizer, model.config, spec, style="direct", image_pixels=(96 * 96, 160 * 160), cue_pixels=(32 * 32, 48 * 48))
     prompt = prompter(example(160, 112))
     text = tokenizer.decode(prompt.ids.tolist()).replace("<|image_pad|>", "")
     vision = "<|vision_start|><|vision_end|>"
