@@ -24,6 +24,7 @@ from torch import Tensor
 
 from locus_fast.cost.shapes import rung
 from locus_fast.errors import UserError
+from locus_fast.model.families import family_of
 from locus_fast.model.policy import Prefix, next_logits
 from locus_fast.step.slots import Count, Extent, Graph, Slots
 
@@ -79,7 +80,7 @@ class Vocabulary:
         """
         config, rows = model.config, model.lm_head.weight.shape[0]
         allowed = torch.arange(rows) < len(tokenizer)
-        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        for name in (family_of(config).placeholder, "video_token_id", "vision_start_token_id", "vision_end_token_id"):
             if (token := getattr(config, name, None)) is not None:
                 allowed[token] = False
         stated = model.generation_config.eos_token_id
