@@ -1,5 +1,5 @@
-"""A reward in plain Python on decoded replies, in the trainer's own step: how near the centre of the box that is said
-lies to that of the true one. It reads the replies back once a microbatch, which a box shape does not."""
+"""A reward in plain Python on decoded replies, in the trainer's own step: how near the centre of the said box
+lies to that of the true one. It reads replies back once a microbatch, which a box shape does not."""
 
 import math
 import re
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from locus_kernels.box_reward import BoxReward, group_advantage
+from torch import Tensor
 
 from locus_fast.config import parse
 from locus_fast.model.families import PARTS
@@ -34,13 +35,9 @@ class CentreScoring(Scoring):
 
     tokenizer: Any
 
-    def reward(
-        self, ids: torch.Tensor, lengths: torch.Tensor, target: torch.Tensor, progress: float
-    ) -> BoxReward:
+    def reward(self, ids: Tensor, lengths: Tensor, target: Tensor, progress: float) -> BoxReward:
         scored = super().reward(ids, lengths, target, progress)
-        replies = [
-            self.tokenizer.decode(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)
-        ]
+        replies = [self.tokenizer.decode(row[:n]) for row, n in zip(ids, lengths.tolist(), strict=True)]
         targets = target.repeat_interleave(self.group_size, 0).tolist()
         reward = torch.tensor(list(map(centre_reward, replies, targets)), device=ids.device)
         advantage, equal = group_advantage(reward, self.group_size, self.normalize_std)
@@ -48,9 +45,7 @@ class CentreScoring(Scoring):
 
 
 def main() -> None:
-    setup = set_up(
-        parse(["--steps", "3", "--prompts", "4", "--kl-coef", "0", "--warmup-ratio", "0", "--lr", "1e-3"])
-    )
+    setup = set_up(parse(["--steps", "3", "--prompts", "4", "--kl-coef", "0", "--lr", "1e-3"]))
     config, engine = setup.config, setup.engine
     scoring = CentreScoring(**vars(setup.scoring), tokenizer=setup.origin.source.tokenizer)
     groups = parameter_groups(engine.model, dict.fromkeys(PARTS, config.lr))
@@ -58,7 +53,7 @@ def main() -> None:
     prompts = [setup.inputs.prompter(setup.inputs.cues.train(index)) for index in range(config.prompts)]
     for number in range(config.steps):
         row = step(prompts, number, time.perf_counter(), stop=bool)
-        print(f"step {row['step']}: centre reward {row['reward']:.3f}, IoU {row['iou']:.3f}")
+        print(f"step {number + 1}: centre reward {row['reward']:.3f}, IoU {row['iou']:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Replies from a plain `transformers` model by the shared-prefix decoder: vision tower and prompt run once, however
-many replies are drawn. Prints the greedy reply's token ids, and sampled replies."""
+"""Replies from a plain `transformers` model by the shared-prefix decoder: vision tower and prompt run once,
+however many replies are drawn. Prints the greedy reply's token ids, and sampled replies."""
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -31,12 +31,8 @@ def main() -> None:
     batch = PromptBatch.of([scene_prompt(model.config, tokenizer)], model.config, "cpu")
     with torch.no_grad():
         prefix = prefill(model, batch)
-        greedy = decoder.generate(
-            prefix, Sampling(1, LONGEST, temperature=0.0, top_p=1.0), seed=0, groups=[0]
-        )
-        sampled = decoder.generate(
-            prefix, Sampling(4, LONGEST, temperature=1.0, top_p=1.0), seed=0, groups=[0]
-        )
+        greedy = decoder.generate(prefix, Sampling(1, LONGEST, temperature=0.0, top_p=1), seed=0, groups=[0])
+        sampled = decoder.generate(prefix, Sampling(4, LONGEST, temperature=1.0, top_p=1), seed=0, groups=[0])
     print("greedy", *greedy.ids[0, : greedy.lengths[0]].tolist())
     for ids, length in zip(sampled.ids, sampled.lengths, strict=True):
         print("sampled", tokenizer.decode(ids[:length], skip_special_tokens=True))

@@ -7,7 +7,7 @@ A page holds these instructions, each a paragraph followed by a fenced block, or
     In `file`, before `text`, add:                   the block goes above it
     In `file`, replace `text` by `other`.            no block
     ```bash                                          is run from the repository's root and must succeed
-    It prints:                                       each line of the block is in what was printed last, in order
+    It prints:                                       each line of the block was printed last, in this order
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def copy_repository(folder: Path) -> Path:
 
 
 def follow(page: str, folder: Path) -> str:
-    """Does what a page says in a copy of the repository; all that its commands printed. AssertionError names the
-    instruction that could not be followed."""
+    """Does what a page says in a copy of the repository; returns all that its commands printed. AssertionError
+    names the instruction that could not be followed."""
     printed, everything = "", ""
     for step in steps_of(page):
         if step.kind == "run":

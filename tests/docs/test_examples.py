@@ -42,8 +42,8 @@ def test_an_example_is_under_60_lines_and_tested(file: Path) -> None:
 
 @pytest.mark.long
 def test_kernels_in_another_loop(printed) -> None:
-    """Rewards are IoUs by hand: the box itself, its left half, a box apart, and no box. On policy every ratio is 1, so the
-    loss is minus the mean of the tokens' advantages, those of four rewards with their unbiased deviation."""
+    """Rewards are IoUs by hand: the box itself, its left half, a box apart, and no box. On policy every ratio
+    is 1, so the loss is minus the mean of the tokens' advantages, which have the unbiased deviation."""
     rewards, first, second = printed("kernels_in_another_loop")
     assert rewards == "rewards 1.0000 0.5000 0.0000 0.0000"
     replies = ["[10, 10, 50, 50]", "[10, 10, 30, 50]", "[60, 60, 90, 90]", "no box"]
@@ -89,14 +89,11 @@ def test_shared_prefix_generate(printed) -> None:
     model = AutoModelForImageTextToText.from_pretrained(TINY_BASE).eval()
     prompt = names_of("shared_prefix_generate")["scene_prompt"](model.config, tokenizer)
     ids = prompt.ids[None]
+    inputs = {"input_ids": ids, "mm_token_type_ids": (ids == model.config.image_token_id).int()}
     images = {"pixel_values": prompt.patches, "image_grid_thw": prompt.grids}
-    kinds = (ids == model.config.image_token_id).int()
     with torch.no_grad():
-        whole = model.generate(
-            input_ids=ids, mm_token_type_ids=kinds, **images, max_new_tokens=16, do_sample=False
-        )
-    assert greedy.removeprefix("greedy ").split() == [
-        str(token) for token in whole[0, ids.shape[1] :].tolist()
-    ]
+        whole = model.generate(**inputs, **images, max_new_tokens=16, do_sample=False)
+    expected = whole[0, ids.shape[1] :].tolist()
+    assert greedy.removeprefix("greedy ").split() == [str(token) for token in expected]
     assert len(sampled) == 4
     assert all(re.fullmatch(r"sampled \[\d+, \d+, \d+, \d+\]", line) for line in sampled)

@@ -1,5 +1,5 @@
-"""The how-to pages are followed to the letter in a copy of the repository: edits are made, commands run, and what a page
-says they print is looked for."""
+"""The how-to pages are followed to the letter in a copy of the repository: edits are made, commands run, and
+what a page says they print is looked for."""
 
 from __future__ import annotations
 
