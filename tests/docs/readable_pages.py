@@ -72,7 +72,7 @@ def copy_repository(folder: Path) -> Path:
 
 
 def follow(page: str, folder: Path) -> str:
-    """Does what a page says in a copy of the repository; returns all that its commands printed. AssertionError
+    """Does what a page says in a copy of the repository; returns all that its commands print. AssertionError
     names the instruction that could not be followed."""
     printed, everything = "", ""
     for step in steps_of(page):
