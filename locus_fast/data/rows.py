@@ -23,11 +23,13 @@ _HEADER_THREADS = 16  # reading headers waits for the disk or the network, not f
 
 
 class Rows:
-    """Boxes of a file; `table` checks and packs them. A position is that of the annotation or line, for messages."""
+    """Boxes of a file; `table` checks and packs them. A position is that of the annotation or line, for
+    messages."""
 
     def __init__(self, source: Path, root: Path, box_format: str, standard: str, place: str) -> None:
-        """root: the folder that relative names are joined to; box_format: one of BOX_FORMATS; standard: what four
-        numbers in such a file usually are, a name in `box_format.MEANING`; place: how a position is named, with {}."""
+        """root: the folder that relative names are joined to; box_format: one of BOX_FORMATS; standard: what
+        four numbers in such a file usually are, a name in `box_format.MEANING`; place: how a position is named,
+        with {}."""
         self.source = source
         self.root = root
         self.names: list[str] = []

@@ -1,11 +1,12 @@
 """The model families: one record each, which every other module asks.
 
-To add a family, add an entry to `FAMILIES` under its config's `model_type`. A family with the modules of one that is
-here names that `Architecture` and what differs in how it is asked; one with modules of its own needs an `Architecture`
-record besides, and where its code in `transformers` differs by more than the record says, code that reads the new
-trait. One whose `model_type` is not known to `transformers` names the model type whose classes it uses. The rest is
-read from a checkpoint's own files: sizes and the placeholder's id from config.json, normalisation from the processor's
-config, the turns of a conversation and a thinking model's opening from its chat template.
+To add a family, add an entry to `FAMILIES` under its config's `model_type`. A family with the modules of one
+that is here names that `Architecture` and what differs in how it is asked; one with modules of its own needs
+an `Architecture` record besides, and where its code in `transformers` differs by more than the record says,
+code that reads the new trait. One whose `model_type` is not known to `transformers` names the model type
+whose classes it uses. The rest is read from a checkpoint's own files: sizes and the placeholder's id from
+config.json, normalisation from the processor's config, the turns of a conversation and a thinking model's
+opening from its chat template.
 """
 
 from __future__ import annotations
@@ -145,9 +146,9 @@ def family_named(model_type: object) -> Family:
 
 
 def read_config(folder: Path) -> Any:
-    """`transformers`' configuration of the model in a folder. One of a family that uses another model type's classes is
-    of that type, and has its own in the attribute `family`. Raises what `transformers` raises."""
-    from transformers import AutoConfig  # takes seconds, and the cost of a published shape needs no `transformers`
+    """`transformers`' configuration of the model in a folder. One of a family that uses another model type's
+    classes is of that type, and has its own in the attribute `family`. Raises what `transformers` raises."""
+    from transformers import AutoConfig  # takes seconds, and published shapes need no `transformers`
 
     stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = stated.get("model_type")
