@@ -28,8 +28,8 @@ class Rows:
 
     def __init__(self, source: Path, root: Path, box_format: str, standard: str, place: str) -> None:
         """root: the folder that relative names are joined to; box_format: one of BOX_FORMATS; standard: what
-        four numbers in such a file usually are, a name in `box_format.MEANING`; place: how a position is named,
-        with {}."""
+        four numbers in such a file usually are, a name in `box_format.MEANING`; place: how a position is
+        named, with {}."""
         self.source = source
         self.root = root
         self.names: list[str] = []

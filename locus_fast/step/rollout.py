@@ -80,7 +80,8 @@ class Vocabulary:
         """
         config, rows = model.config, model.lm_head.weight.shape[0]
         allowed = torch.arange(rows) < len(tokenizer)
-        for name in (family_of(config).placeholder, "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        vision = ("video_token_id", "vision_start_token_id", "vision_end_token_id")
+        for name in (family_of(config).placeholder, *vision):
             if (token := getattr(config, name, None)) is not None:
                 allowed[token] = False
         stated = model.generation_config.eos_token_id
