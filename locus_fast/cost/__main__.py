@@ -138,16 +138,15 @@ def model_of(preset: str, model: str) -> tuple[ModelShape, torch.dtype]:
     none."""
     if not model and preset in PUBLISHED:
         return PUBLISHED[preset], torch.bfloat16
-    from transformers import AutoConfig  # takes seconds, and the published shapes do not need it
-
+    # takes seconds, and the published shapes do not need it
     from locus_fast.model.adapter_files import base_of, is_adapter_folder
-    from locus_fast.model.families import shape_of
+    from locus_fast.model.families import read_config, shape_of
     from locus_fast.weights.checkpoint import model_folder
 
     if is_adapter_folder(folder := model_folder(model)):
         folder = model_folder(base_of(folder))
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = read_config(folder)
         return shape_of(config), config.dtype or config.get_text_config().dtype or torch.bfloat16
     except (OSError, ValueError) as error:
         raise UserError(

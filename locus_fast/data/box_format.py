@@ -17,7 +17,6 @@ import numpy as np
 
 from locus_fast.errors import UserError
 
-STANDARD = {".json": "xywh", ".jsonl": "xyxy"}  # by the file's suffix
 MEANING = {
     "xyxy": "x1, y1, x2, y2 in pixels",
     "xywh": "x, y, width, height in pixels",

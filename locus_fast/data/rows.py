@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from locus_fast.data.box_format import MEANING, STANDARD, check_standard, to_xyxy
+from locus_fast.data.box_format import MEANING, check_standard, to_xyxy
 from locus_fast.data.copies import first_copies
 from locus_fast.data.images import ImageError, image_size
 from locus_fast.data.table import OUTSIDE, BoxTable, Dropped, reasons_text
@@ -23,16 +23,18 @@ _HEADER_THREADS = 16  # reading headers waits for the disk or the network, not f
 
 
 class Rows:
-    """Boxes of a COCO or JSONL file; `table` checks and packs them. A position is that of the annotation or
-    line, for messages."""
+    """Boxes of a file; `table` checks and packs them. A position is that of the annotation or line, for
+    messages."""
 
-    def __init__(self, source: Path, root: Path, box_format: str) -> None:
-        """root: the folder that relative names are joined to; box_format: one of BOX_FORMATS."""
+    def __init__(self, source: Path, root: Path, box_format: str, standard: str, place: str) -> None:
+        """root: the folder that relative names are joined to; box_format: one of BOX_FORMATS; standard: what
+        four numbers in such a file usually are, a name in `box_format.MEANING`; place: how a position is
+        named, with {}."""
         self.source = source
         self.root = root
         self.names: list[str] = []
         self._asked = box_format
-        self._standard = STANDARD[source.suffix.lower()]
+        self._standard, self._where = standard, place
         self._names = _Names(root)
         self._sizes: list[tuple[int, int]] = []
         self._rows_of: dict[str, int] = {}  # of each spelling and path
@@ -153,8 +155,7 @@ class Rows:
         }
 
     def _place(self, position: int) -> str:
-        place = f"line {position}" if self.source.suffix.lower() == ".jsonl" else f"annotations[{position}]"
-        return f"{self.source.name} {place}"
+        return f"{self.source.name} {self._where.format(position)}"
 
     def _first_copies(self, rows: np.ndarray) -> np.ndarray:
         """For each image the first one among `rows` with the same bytes, int32 [m]; others are not looked

@@ -1,16 +1,20 @@
 """The model families: one record each, which every other module asks.
 
-To add a family, add an entry to `FAMILIES` under its config's `model_type`. A family with the modules of one that is
-here names that `Architecture` and what differs in how it is asked; one with modules of its own needs an `Architecture`
-record besides, and where its code in `transformers` differs by more than the record says, code that reads the new
-trait. The rest is read from a checkpoint's own files: sizes and the placeholder's id from config.json, normalisation
-from the processor's config, the turns of a conversation and a thinking model's opening from its chat template.
+To add a family, add an entry to `FAMILIES` under its config's `model_type`. A family with the modules of one
+that is here names that `Architecture` and what differs in how it is asked; one with modules of its own needs
+an `Architecture` record besides, and where its code in `transformers` differs by more than the record says,
+code that reads the new trait. One whose `model_type` is not known to `transformers` names the model type
+whose classes it uses. The rest is read from a checkpoint's own files: sizes and the placeholder's id from
+config.json, normalisation from the processor's config, the turns of a conversation and a thinking model's
+opening from its chat template.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,6 +124,7 @@ class Family:
 
     architecture: Architecture
     extent: int | None  # coordinate frame: see Frame
+    classes: str = ""  # the model type whose classes in `transformers` it uses; empty: its own
     resize: Callable[..., np.ndarray] = resize  # rule: (image, *, factor, min_pixels, max_pixels) -> image
     placeholder: str = (
         "image_token_id"  # the config's name for the id that stands for every language token of an image
@@ -139,8 +144,8 @@ FAMILIES = {
 
 
 def family_of(config: Any) -> Family:
-    """The family of a model, from its config; UserError if there is none."""
-    return family_named(config.model_type)
+    """The family of a model, from its config as `read_config` gives it; UserError if there is none."""
+    return family_named(getattr(config, "family", config.model_type))
 
 
 def family_named(model_type: object) -> Family:
@@ -150,6 +155,19 @@ def family_named(model_type: object) -> Family:
             f"model type '{model_type}' is not one of the families that can be trained: {', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[model_type]
+
+
+def read_config(folder: Path) -> Any:
+    """`transformers`' configuration of the model in a folder. One of a family that uses another model type's
+    classes is of that type, and has its own in the attribute `family`. Raises what `transformers` raises."""
+    from transformers import AutoConfig  # takes seconds, and published shapes need no `transformers`
+
+    stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = stated.get("model_type")
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None or not family.classes:
+        return AutoConfig.from_pretrained(folder)
+    return AutoConfig.for_model(**{**stated, "model_type": family.classes, "family": name})
 
 
 def frame_of(config: Any) -> Frame:

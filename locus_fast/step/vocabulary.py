@@ -11,6 +11,7 @@ from locus_kernels.box_reward import CLOSED, START, TokenTable, closing_table
 from torch import Tensor
 
 from locus_fast.errors import UserError
+from locus_fast.model.families import family_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Vocabulary:
         """
         config, rows = model.config, model.lm_head.weight.shape[0]
         allowed = torch.arange(rows) < len(tokenizer)
-        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        vision = ("video_token_id", "vision_start_token_id", "vision_end_token_id")
+        for name in (family_of(config).placeholder, *vision):
             if (token := getattr(config, name, None)) is not None:
                 allowed[token] = False
         stated = model.generation_config.eos_token_id

@@ -92,7 +92,7 @@ def load_source(source: Source, device: torch.device, dtype: torch.dtype | None 
     wanted = weight_dtype(source.folder, source.config, dtype)
     load: Any = AutoModelForImageTextToText.from_pretrained
     try:
-        model, found = load(source.folder, dtype=wanted, output_loading_info=True)
+        model, found = load(source.folder, config=source.config, dtype=wanted, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{source.folder} could not be loaded as a model: {reason(error)}") from None
     if missing := sorted(found["missing_keys"]):

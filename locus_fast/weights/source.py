@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from locus_fast.errors import UserError, reason
 from locus_fast.model.adapter_files import CONFIG as ADAPTERS
 from locus_fast.model.adapter_files import Pair
-from locus_fast.model.families import family_named, family_of, held_name
+from locus_fast.model.families import family_named, family_of, held_name, read_config
 from locus_fast.model.preprocess import PatchSpec
 from locus_fast.model.processor import own_limits
 from locus_fast.model.quantize import language_linears, linear_names
@@ -45,7 +45,7 @@ def read_source(folder: Path) -> Source:
     headers = read_headers(folder)
     file, config = folder / "config.json", None
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = read_config(folder)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(
                 copy.deepcopy(config), dtype=torch.bfloat16
