@@ -76,7 +76,11 @@ class Objective:
         token_loss, ratio, seen = LOSSES[self.loss](inputs, self)
         none = torch.zeros((), device=token_loss.device)
         metrics = {name: where.sum() for name, where in seen.items()}
-        metrics |= {"kl": none, "kl_clamped": none, "ratio_max": ratio.detach().amax() if len(ratio) else none}
+        metrics |= {
+            "kl": none,
+            "kl_clamped": none,
+            "ratio_max": ratio.detach().amax() if len(ratio) else none,
+        }
         if inputs.reference is not None:
             kl, past = clamped_kl(inputs.logprob, inputs.reference, self)
             token_loss = token_loss + self.kl_coef * kl
@@ -146,7 +150,11 @@ def surrogate(ratio: Tensor, past: Tensor, advantage: Tensor, objective: Objecti
     bounded = ratio.clamp(max=objective.delta)
     loss = -torch.minimum(bounded * advantage, ratio.clamp(low, high) * advantage)
     above = (ratio > high) & (advantage > 0) | (ratio > objective.delta) & (advantage < 0)
-    return loss, ratio, {"clip_low": (ratio < low) & (advantage < 0), "clip_high": above, "ratio_clamped": past}
+    return (
+        loss,
+        ratio,
+        {"clip_low": (ratio < low) & (advantage < 0), "clip_high": above, "ratio_clamped": past},
+    )
 
 
 def clipped_surrogate(x: LossInputs, objective: Objective) -> Terms:
@@ -160,7 +168,7 @@ def sequence_surrogate(x: LossInputs, objective: Objective) -> Terms:
     In the stop-gradient form: the value of a token's ratio is its reply's, its gradient its own log-prob's. Summed
     over a reply's tokens this is the gradient of the reply's ratio times its length."""
     difference = (x.logprob - x.old).detach()
-    mean = torch.zeros(len(x.lengths), device=difference.device).index_add(0, x.row, difference) / x.lengths
+    mean = difference.new_zeros(len(x.lengths)).index_add(0, x.row, difference) / x.lengths
     log_ratio = mean[x.row] + x.logprob - x.logprob.detach()
     return surrogate(*clamped_ratio(log_ratio, objective.log_ratio_clamp), x.advantage, objective)
 
