@@ -146,6 +146,16 @@ ONE = [  # delta, ratio, advantage, loss, slope, counted as clip_low, as clip_hi
     (2.0, 1.2, 1.5, -1.8, -1.8, False, False),
     (2.0, 0.5, -1.5, 1.2, 0.0, True, False),  # -min(0.5 * -1.5, 0.8 * -1.5)
     (2.0, 0.5, 1.5, -0.75, -0.75, False, False),
+    (
+        1.1,
+        1.2,
+        -1.0,
+        1.2,
+        1.2,
+        False,
+        False,
+    ),  # -min(1.1 * -1, 1.2 * -1): a delta below 1.3 does nothing below 1.3
+    (1.1, 1.5, -1.0, 1.3, 0.0, False, True),  # -min(1.1 * -1, 1.3 * -1)
     (2.0, 3.0, 0.0, 0.0, 0.0, False, False),
 ]
 
