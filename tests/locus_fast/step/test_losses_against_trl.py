@@ -49,7 +49,7 @@ class OneProcess:
 
 
 def batch(truncated: bool) -> dict[str, Tensor]:
-    """Padded log-probs [6, 8] that are far enough apart for every bound, float64, and which replies count [6]."""
+    """Padded log-probs [6, 8] that are far enough apart for every bound, and which replies count [6]."""
     generator = torch.Generator().manual_seed(3)
     shape = (len(LENGTHS), LONGEST)
     logprob = -torch.rand(shape, generator=generator, dtype=torch.float64) * 4
@@ -163,7 +163,7 @@ def assert_same(ours: Any, trl: Any) -> None:
 def test_loss_and_gradient(
     loss_type: str, truncated: bool, beta: float, delta: float | None, trainer_class: Any
 ) -> None:
-    """Every loss type, with and without the KL, two-sided clip and masked replies; CISPO has no two-sided clip."""
+    """With and without the KL, two-sided clip, which CISPO does not have, and masked replies."""
     given = batch(truncated)
     trl = by_trl(trainer_class, loss_type, "token", given, delta=delta, beta=beta)
     ours = by_ours(loss_type, OUR_AGGREGATION[loss_type], given, delta=delta, beta=beta)
@@ -198,7 +198,7 @@ def test_entropy_bonus(loss_type: str, trainer_class: Any) -> None:
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_metrics(level: str, trainer_class: Any) -> None:
-    """The share of tokens at each bound and the mean KL, which TRL takes over tokens, or over replies for GSPO."""
+    """The mean KL, and the share of tokens at each bound; for GSPO, TRL gives that of the replies."""
     given = batch(truncated=False)
     _, _, trl = by_trl(trainer_class, "bnpo", level, given, beta=BETA)
     _, _, ours = by_ours("gspo" if level == "sequence" else "grpo", "token-mean", given, beta=BETA)

@@ -239,7 +239,7 @@ KL = {
 def with_kl(
     estimator: str, log_ratio: list[float], **clamps: float
 ) -> tuple[float, list[float], dict[str, Tensor]]:
-    """(loss, gradient, metrics) of tokens so many nats below their reference, with advantage 0 and coefficient 0.5."""
+    """(loss, gradient, metrics) of tokens so many nats below their reference; advantage 0, coefficient 0.5."""
     n = len(log_ratio)
     logprob = torch.full((n,), -1.0, dtype=torch.float64, requires_grad=True)
     row = torch.zeros(n, dtype=torch.int64)
