@@ -145,11 +145,11 @@ def clamped_ratio(log_ratio: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
 def surrogate(ratio: Tensor, past: Tensor, advantage: Tensor, objective: Objective) -> Terms:
     """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) (Schulman et al. 2017, arXiv 1707.06347, equation 7;
     separate bounds: Yu et al. 2025, arXiv 2503.14476). delta bounds the first ratio from above, which counts where the
-    advantage is negative, and above the upper bound (two-sided clip, INTELLECT-2, arXiv 2505.07291)."""
+    advantage is negative (two-sided clip, INTELLECT-2, arXiv 2505.07291); it must be above 1 + clip_high."""
     low, high = 1 - objective.clip_low, 1 + objective.clip_high
     bounded = ratio.clamp(max=objective.delta)
     loss = -torch.minimum(bounded * advantage, ratio.clamp(low, high) * advantage)
-    above = (ratio > high) & (advantage > 0) | (ratio > max(high, objective.delta)) & (advantage < 0)
+    above = (ratio > high) & (advantage > 0) | (ratio > objective.delta) & (advantage < 0)
     return (
         loss,
         ratio,
