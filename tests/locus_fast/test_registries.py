@@ -117,8 +117,8 @@ print(used.ru_utime + used.ru_stime, *loaded, file=sys.stderr)
 
 
 def child(folder: Path, *arguments: str) -> tuple[str, float, list[str]]:
-    """(standard output, CPU seconds, which of torch and transformers are loaded) of a fresh interpreter that runs
-    a module with arguments, or imports it without any."""
+    """(standard output, CPU seconds, which of torch and transformers are loaded) of a fresh interpreter that
+    runs a module with arguments, or imports it without any."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", LOADED, *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

@@ -1,6 +1,6 @@
 """How the code is laid out, read from its source without importing it: sizes, imports, packages, registries.
 
-Floors: a room is a package of locus_fast (`model`, `step`), or a module that lies in none (`errors`, `train`).
+Floors: a room is a package of locus_fast (`model`, `step`), or a module that is in none (`errors`, `train`).
 What imports nothing of locus_fast is on floor 0, every other room one above the highest that it imports.
 """
 
