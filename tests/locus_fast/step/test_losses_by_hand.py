@@ -350,6 +350,8 @@ def test_the_entropys_gradient_through_the_head() -> None:
         (["--loss", "dr_grpo", "--loss-agg", "seq-mean-token-mean"], "seq-mean-token-mean", False),
         (["--loss", "bnpo"], "token-mean", True),
         (["--loss", "dapo"], "token-mean", True),
+        (["--loss", "gspo"], "seq-mean-token-mean", True),
+        (["--loss", "gspo", "--loss-agg", "token-mean"], "token-mean", True),
         (["--loss", "cispo"], "token-mean", True),
     ],
 )
