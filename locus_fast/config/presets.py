@@ -35,7 +35,7 @@ LOSS_SETTINGS: dict[str, dict[str, Any]] = {
     "dr_grpo": {"loss_agg": "seq-mean-token-sum-norm", "normalize_std": False},  # Liu et al., arXiv 2503.20783
     "bnpo": {"loss_agg": "token-mean"},
     "dapo": {"loss_agg": "token-mean"},  # Yu et al., arXiv 2503.14476
-    "gspo": {"loss_agg": "seq-mean-token-mean"},  # Zheng et al., arXiv 2507.18071, equation 5: a mean over replies
+    "gspo": {"loss_agg": "seq-mean-token-mean"},  # Zheng et al., arXiv 2507.18071: a mean over replies
 }
 
 # Names of earlier versions: refused on a command line with the new name, read in a run's settings.
