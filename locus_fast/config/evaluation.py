@@ -15,9 +15,11 @@ DESCRIPTION = "Ask a model for held-out cues, greedily: a table, and one line of
 
 
 def parse(arguments: list[str]) -> tuple[Config, Path | None]:
-    """(the configuration, the run folder whose settings it has) of a command line: those of the run that the model
-    lies in, if it lies in one, with what is given besides. Raises UserError as `config.parse` does, and for an
-    option that has no meaning here."""
+    """(the configuration, the run folder whose settings it has) of a command line.
+
+    A model that lies in a run folder has that run's settings, with what is given besides. Raises UserError as
+    `config.parse` does, and for an option that has no meaning here.
+    """
     parser = Parser(prog="python -m locus_fast.evaluate", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument(
         "folder", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help="the same as --model"
