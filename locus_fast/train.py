@@ -10,9 +10,12 @@ groups, and any correction for a sampler that differs from the trainer.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take seconds
-    from locus_fast.startup import start
+    from locus_fast.startup import answer_help, start
 
     start()
+    from locus_fast.config import parse
+
+    answer_help(parse)
 
 import sys
 import time

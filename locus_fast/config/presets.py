@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mimo-vl-7b": {"model": "XiaomiMiMo/MiMo-VL-7B-RL"},
 }
 
-# Losses that are another with other settings, which hold unless they are given themselves.
+# Settings that a loss is published with; they hold unless they are given themselves.
 LOSS_SETTINGS: dict[str, dict[str, Any]] = {
     "dr_grpo": {
         "loss_agg": "seq-mean-token-sum-norm",
@@ -38,6 +38,7 @@ LOSS_SETTINGS: dict[str, dict[str, Any]] = {
     },  # Liu et al., arXiv 2503.20783
     "bnpo": {"loss_agg": "token-mean"},
     "dapo": {"loss_agg": "token-mean"},  # Yu et al., arXiv 2503.14476
+    "gspo": {"loss_agg": "seq-mean-token-mean"},  # Zheng et al., arXiv 2507.18071: a mean over replies
 }
 
 # Names of earlier versions: refused on a command line with the new name, read in a run's settings.

@@ -122,4 +122,7 @@ def check_together(config: Config, settled: bool) -> Config:
         raise UserError(
             "--delta bounds the ratio of a clipped objective, which --loss cispo has not: leave it away."
         )
+    if config.delta and config.delta <= 1 + config.clip_high:
+        why = "it would hold the ratio where the advantage is above 0, and not where it is negative"
+        raise UserError(f"--delta must be above 1 + --clip-high, {1 + config.clip_high:g}: else {why}.")
     return config

@@ -131,7 +131,7 @@ class Config:
         "loss",
         "grpo",
         "the objective; dr_grpo is grpo with --loss-agg seq-mean-token-sum-norm --normalize-std false, bnpo and dapo"
-        " are grpo with --loss-agg token-mean",
+        " are grpo with --loss-agg token-mean; gspo has --loss-agg seq-mean-token-mean unless another is given",
         LOSSES,
     )
     loss_agg: str = option(

@@ -19,7 +19,9 @@ from locus_fast.data.rows import Rows
 from locus_fast.data.table import BoxTable, Dropped
 from locus_fast.errors import UserError
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"))
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ def read_boxes(data: Path, images: Path | None, box_format: str = "auto") -> Box
         return _read_file(data, images, box_format)
     except OSError as error:
         name = error.filename or data
-        raise UserError(f"{name} cannot be read ({error.strerror}): correct its name or its permissions") from None
+        raise UserError(
+            f"{name} cannot be read ({error.strerror}): correct its name or its permissions"
+        ) from None
 
 
 def _read_file(data: Path, images: Path | None, box_format: str) -> BoxTable:
@@ -67,7 +71,9 @@ def _read_file(data: Path, images: Path | None, box_format: str) -> BoxTable:
         raise UserError(f"--data {data} is neither {KINDS} nor a folder of images: give one of these")
     root = data.parent if images is None else Path(images)
     if not root.is_dir():
-        raise UserError(f"--images {root} is not a folder: give the folder that the image names in {data} are relative to")
+        raise UserError(
+            f"--images {root} is not a folder: give the folder that the image names in {data} are relative to"
+        )
     rows = Rows(data, root, box_format, form.boxes, form.place)
     form.read(rows)
     return rows.table()
@@ -75,10 +81,15 @@ def _read_file(data: Path, images: Path | None, box_format: str) -> BoxTable:
 
 def _read_folder(folder: Path, images: Path | None, box_format: str) -> BoxTable:
     """All images of a folder and its subfolders, without boxes."""
-    for option, value in (("--images", images), ("--box-format", None if box_format == "auto" else box_format)):
+    for option, value in (
+        ("--images", images),
+        ("--box-format", None if box_format == "auto" else box_format),
+    ):
         if value is not None:
             file = "goes with a .json or .jsonl file"
-            raise UserError(f"{option} {value} {file}, and --data {folder} is a folder of images: leave {option} out")
+            raise UserError(
+                f"{option} {value} {file}, and --data {folder} is a folder of images: leave {option} out"
+            )
     names: list[str] = []
     others: list[str] = []
     for here, folders, files in os.walk(folder, onerror=_raise):
@@ -89,7 +100,9 @@ def _read_folder(folder: Path, images: Path | None, box_format: str) -> BoxTable
             (names if wanted else others).append((inside / file).as_posix())
     if not names:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise UserError(f"--data {folder} holds no images ({kinds}): give a folder of images or a file of boxes")
+        raise UserError(
+            f"--data {folder} holds no images ({kinds}): give a folder of images or a file of boxes"
+        )
     dropped = {"of other kinds": Dropped(len(others), others[0])} if others else {}
     return BoxTable(
         source=folder,

@@ -145,7 +145,7 @@ def clamped_ratio(log_ratio: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
 def surrogate(ratio: Tensor, past: Tensor, advantage: Tensor, objective: Objective) -> Terms:
     """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) (Schulman et al. 2017, arXiv 1707.06347, equation 7;
     separate bounds: Yu et al. 2025, arXiv 2503.14476). delta bounds the first ratio from above, which counts where the
-    advantage is negative (two-sided clip, INTELLECT-2, arXiv 2505.07291)."""
+    advantage is negative (two-sided clip, INTELLECT-2, arXiv 2505.07291); it must be above 1 + clip_high."""
     low, high = 1 - objective.clip_low, 1 + objective.clip_high
     bounded = ratio.clamp(max=objective.delta)
     loss = -torch.minimum(bounded * advantage, ratio.clamp(low, high) * advantage)
@@ -168,7 +168,7 @@ def sequence_surrogate(x: LossInputs, objective: Objective) -> Terms:
     In the stop-gradient form: the value of a token's ratio is its reply's, its gradient its own log-prob's. Summed
     over a reply's tokens this is the gradient of the reply's ratio times its length."""
     difference = (x.logprob - x.old).detach()
-    mean = torch.zeros(len(x.lengths), device=difference.device).index_add(0, x.row, difference) / x.lengths
+    mean = difference.new_zeros(len(x.lengths)).index_add(0, x.row, difference) / x.lengths
     log_ratio = mean[x.row] + x.logprob - x.logprob.detach()
     return surrogate(*clamped_ratio(log_ratio, objective.log_ratio_clamp), x.advantage, objective)
 
