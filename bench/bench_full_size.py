@@ -62,21 +62,34 @@ def write_full_checkpoint(folder: Path, preset: str) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(full_config(preset)))
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(folder), dtype=torch.bfloat16
+        )
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    shapes = {published_name(name, family): p.shape for name, p in model.state_dict().items() if name not in tied}
+    shapes = {
+        published_name(name, family): p.shape for name, p in model.state_dict().items() if name not in tied
+    }
     shards: dict[str, list[str]] = defaultdict(list)  # layer -> names
     for name in shapes:
         shards[name.partition("layers.")[2].partition(".")[0]].append(name)
     place: dict[str, str] = {}
     for index, names in enumerate(shards.values()):
         file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        weights = {name: torch.randn(shapes[name], dtype=torch.bfloat16, device=DEVICE).mul_(0.02).cpu() for name in names}
-        weights |= {name: torch.ones_like(value) for name, value in weights.items() if value.ndim == 1 and name.endswith("weight")}  # norms
+        weights = {
+            name: torch.randn(shapes[name], dtype=torch.bfloat16, device=DEVICE).mul_(0.02).cpu()
+            for name in names
+        }
+        weights |= {
+            name: torch.ones_like(value)
+            for name, value in weights.items()
+            if value.ndim == 1 and name.endswith("weight")
+        }  # norms
         save_file(weights, folder / file, metadata={"format": "pt"})
         place |= dict.fromkeys(names, file)
     size = 2 * sum(shape.numel() for shape in shapes.values())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": place}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": size}, "weight_map": place})
+    )
     write_files(folder, family)
     return folder
 
@@ -89,9 +102,14 @@ def draw_photographs(folder: Path, count: int, width: int, height: int) -> Path:
     for i in range(count):
         coarse = rng.integers(0, 256, (height // 12, width // 12, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
-        left, top, side = rng.integers(0, width // 2, 4), rng.integers(0, height // 2, 4), rng.integers(17, height // 2, 4)
+        left, top, side = (
+            rng.integers(0, width // 2, 4),
+            rng.integers(0, height // 2, 4),
+            rng.integers(17, height // 2, 4),
+        )
         lines += [
-            json.dumps({"image": f"{i}.jpg", "bbox": [int(x), int(y), int(x + n), int(y + n)]}) for x, y, n in zip(left, top, side, strict=True)
+            json.dumps({"image": f"{i}.jpg", "bbox": [int(x), int(y), int(x + n), int(y + n)]})
+            for x, y, n in zip(left, top, side, strict=True)
         ]
     (folder / "boxes.jsonl").write_text("\n".join(lines))
     return folder / "boxes.jsonl"
@@ -139,10 +157,18 @@ def phases(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 @pytest.mark.parametrize("preset", SIZES if FULL else ["qwen2.5-vl-7b", "qwen3-vl-4b"])
 def test_full_size(benchmark, preset: str, phases: dict[str, float], tmp_path: Path) -> None:
-    folder = write_full_checkpoint(tmp_path / "model", preset) if FULL else write_checkpoint(tmp_path / "model", SIZES[preset][0])
+    folder = (
+        write_full_checkpoint(tmp_path / "model", preset)
+        if FULL
+        else write_checkpoint(tmp_path / "model", SIZES[preset][0])
+    )
     data = draw_photographs(tmp_path / "photographs", *((64, 640, 480) if FULL else (6, 150, 110)))
     options = {"--steps": str(STEPS), "--eval-cues": "2", "--warmup-ratio": "0", **(PAPER if FULL else SMALL)}
-    words = [word for name, value in options.items() for word in (name, *((value,) if isinstance(value, str) else value))]
+    words = [
+        word
+        for name, value in options.items()
+        for word in (name, *((value,) if isinstance(value, str) else value))
+    ]
     arguments = ["--model", str(folder), "--data", str(data), "--out", str(tmp_path / "run"), *words]
     if FULL:
         gc.collect()
@@ -156,7 +182,9 @@ def test_full_size(benchmark, preset: str, phases: dict[str, float], tmp_path: P
     assert not any(row["dropped_step"] or row["zero_variance_groups"] for row in rows)
     assert all(row["grad_norm"] > 0 for row in rows)
     settled = rows[1:-1]  # the first step compiles, the last is timed by phase
-    summary, config = (json.loads((tmp_path / "run" / name).read_text()) for name in ("summary.json", "config.json"))
+    summary, config = (
+        json.loads((tmp_path / "run" / name).read_text()) for name in ("summary.json", "config.json")
+    )
     prompts_per_s = config["prompts"] / statistics.median(row["seconds"] for row in settled)
     measured = {
         name: statistics.median(row[name] for row in settled)

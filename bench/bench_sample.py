@@ -9,7 +9,11 @@ from locus_kernels.sample import reference, sample
 from bench.roofline import DEVICE, timed
 
 ROWS, VOCAB = (256, 151_936) if DEVICE == "cuda" else (8, 4_001)
-SETTINGS = {"temperature": {"top_p": 1.0, "top_k": 0}, "top-p": {"top_p": 0.9, "top_k": 0}, "top-k": {"top_p": 1.0, "top_k": 50}}
+SETTINGS = {
+    "temperature": {"top_p": 1.0, "top_k": 0},
+    "top-p": {"top_p": 0.9, "top_k": 0},
+    "top-k": {"top_p": 1.0, "top_k": 50},
+}
 
 
 def eager(logits, row, position, choices):
@@ -36,15 +40,21 @@ def test_sample(benchmark, way: str, setting: str) -> None:
     row = torch.arange(ROWS, device=DEVICE)
     inputs = []
     for n in range(3):
-        logits = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(n)).mul(3).to(torch.bfloat16)
+        logits = (
+            torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(n)).mul(3).to(torch.bfloat16)
+        )
         inputs.append((logits.to(DEVICE), row, n, SETTINGS[setting]))
     for logits, _, n, choices in inputs:
         ids, logprob = WAYS[way](logits, row, n, choices)
         truth = logits.double().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
         torch.testing.assert_close(logprob.double(), truth, atol=2e-5, rtol=0)
-        assert reference.keep(logits.float(), choices["top_k"], choices["top_p"]).gather(-1, ids[:, None]).all()
+        assert (
+            reference.keep(logits.float(), choices["top_k"], choices["top_p"]).gather(-1, ids[:, None]).all()
+        )
         if way == "ours":
-            expected = reference.sample(logits, seed=1, row=row, position=n, temperature=1.0, allowed=None, **choices)[0]
+            expected = reference.sample(
+                logits, seed=1, row=row, position=n, temperature=1.0, allowed=None, **choices
+            )[0]
             assert (ids == expected).float().mean() > 0.99
     benchmark.group = f"sample, {setting}, {ROWS} x {VOCAB} bfloat16"
     timed(benchmark, WAYS[way], inputs, moved=ROWS * VOCAB * 2, rounds=30 if DEVICE == "cuda" else 5)

@@ -41,8 +41,16 @@ SIZES = {
     "mixed sizes": [((896, 896), (280, 280)), ((640, 512), (168, 112))],
 }
 FAMILIES = {
-    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, {"fullatt_block_indexes": [3], "window_size": 112, "depth": 4}),
-    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration, {"deepstack_visual_indexes": [0], "num_position_embeddings": 2304, "depth": 2}),
+    "qwen2_5_vl": (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        {"fullatt_block_indexes": [3], "window_size": 112, "depth": 4},
+    ),
+    "qwen3_vl": (
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        {"deepstack_visual_indexes": [0], "num_position_embeddings": 2304, "depth": 2},
+    ),
 }
 
 
@@ -80,7 +88,9 @@ def race_model(family: str, tokenizer: Any) -> Any:
     }
     tokens = {name: tokenizer.convert_tokens_to_ids(f"<|{text}|>") for name, text in names.items()}
     torch.manual_seed(0)
-    return model_class(config_class(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)).float()
+    return model_class(
+        config_class(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)
+    ).float()
 
 
 class Case:
@@ -92,8 +102,12 @@ class Case:
         model = race_model(family, self.tokenizer)
         model.save_pretrained(folder)
         vision = model.config.vision_config
-        self.spec = PatchSpec(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, MEAN, STD)
-        self.prompter = Prompter(self.tokenizer, model.config, self.spec, style="direct", image_pixels=PIXELS, cue_pixels=PIXELS)
+        self.spec = PatchSpec(
+            vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, MEAN, STD
+        )
+        self.prompter = Prompter(
+            self.tokenizer, model.config, self.spec, style="direct", image_pixels=PIXELS, cue_pixels=PIXELS
+        )
         self.allowed = Vocabulary.of(model, self.tokenizer).allowed.clone()
         self.allowed[[self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]] = False
         rng = np.random.default_rng(0)
@@ -101,13 +115,17 @@ class Case:
 
     def load(self) -> Any:
         """A fresh copy of the model, as plain transformers loads it."""
-        return FAMILIES[self.family][1].from_pretrained(self.folder, dtype=torch.float32, attn_implementation="sdpa")
+        return FAMILIES[self.family][1].from_pretrained(
+            self.folder, dtype=torch.float32, attn_implementation="sdpa"
+        )
 
 
 def example(rng: np.random.Generator, image: tuple[int, int], cue: tuple[int, int]) -> Example:
     """A noise image of (height, width) `image` and its top left corner, `cue` large."""
     pixels = rng.integers(0, 256, (*image, 3), dtype=np.uint8)
-    return Example(pixels, pixels[: cue[0], : cue[1]].copy(), (0.0, 0.0, float(cue[1]), float(cue[0])), "small", "noise")
+    return Example(
+        pixels, pixels[: cue[0], : cue[1]].copy(), (0.0, 0.0, float(cue[1]), float(cue[0])), "small", "noise"
+    )
 
 
 def luck(rows: int) -> torch.Tensor:
@@ -115,12 +133,16 @@ def luck(rows: int) -> torch.Tensor:
     return torch.arange(rows) % GROUP / GROUP
 
 
-def attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
+def attention_flops(
+    q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, out_shape: Any = None, **__: Any
+) -> int:
     """Both products of attention from the shapes [S, H, N, D], masked or not, as the counter does for a GPU's attention."""
     return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
 
 
-def attention_backward_flops(_: Any, q: Sequence[int], k: Sequence[int], v: Sequence[int], *__: Any, out_shape: Any = None, **___: Any) -> int:
+def attention_backward_flops(
+    _: Any, q: Sequence[int], k: Sequence[int], v: Sequence[int], *__: Any, out_shape: Any = None, **___: Any
+) -> int:
     """Five products: the weights again, and the gradients of weights, values, queries and keys."""
     return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
 
@@ -151,7 +173,11 @@ def floor_flops(model: Any, prompts: Sequence[Prompt], kl: bool) -> tuple[int, i
         is_image = (prompt.ids[None] == model.config.image_token_id).int()
         images = {"pixel_values": prompt.patches, "image_grid_thw": prompt.grids}
         with torch.no_grad():
-            prefix += count_flops(partial(core, input_ids=prompt.ids[None], mm_token_type_ids=is_image, use_cache=False, **images))
+            prefix += count_flops(
+                partial(
+                    core, input_ids=prompt.ids[None], mm_token_type_ids=is_image, use_cache=False, **images
+                )
+            )
         suffix += GROUP * LENGTH * 2 * (weights + model.lm_head.weight.numel())
         suffix += GROUP * LENGTH * 4 * (len(prompt.ids) + LENGTH) * width * text.num_hidden_layers
     return (prefix + suffix) * (4 if kl else 3), suffix

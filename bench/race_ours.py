@@ -35,8 +35,12 @@ class Ours:
         self.case, self.model = case, case.load()
         use_attention(self.model)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if kl else None
-        self.optimizer = make_optimizer("adamw", parameter_groups(self.model, dict.fromkeys(PARTS, LEARNING_RATE)), weight_decay=0.0)
-        self.decoder = Decoder(self.model, Vocabulary(case.allowed, torch.tensor([case.tokenizer.eos_token_id])))
+        self.optimizer = make_optimizer(
+            "adamw", parameter_groups(self.model, dict.fromkeys(PARTS, LEARNING_RATE)), weight_decay=0.0
+        )
+        self.decoder = Decoder(
+            self.model, Vocabulary(case.allowed, torch.tensor([case.tokenizer.eos_token_id]))
+        )
         self.table = build_token_table(case.tokenizer, self.model.lm_head.weight.shape[0])
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.objective = Objective.of(Config(clip_low=0.2, clip_high=0.2, kl_coef=KL))
@@ -53,7 +57,9 @@ class Ours:
         self.seed += 1
         self.optimizer.zero_grad(set_to_none=True)
         with self.phase("preprocess"):
-            batch = PromptBatch.of([self.case.prompter(example) for example in self.case.examples], self.model.config, "cpu")
+            batch = PromptBatch.of(
+                [self.case.prompter(example) for example in self.case.examples], self.model.config, "cpu"
+            )
         with self.phase("prefill"):
             prefix, backward_prefix = detach_prefix(prefill(self.model, batch))
         groups = range(len(batch.lengths))
@@ -61,7 +67,13 @@ class Ours:
             rollout = self.decoder.generate(prefix, SAMPLING, seed=self.seed, groups=groups)
         with self.phase("reward"):
             scored = box_reward(
-                rollout.ids, rollout.lengths, self.table, batch.target.repeat_interleave(GROUP, 0), GROUP, which="first", grammar="direct"
+                rollout.ids,
+                rollout.lengths,
+                self.table,
+                batch.target.repeat_interleave(GROUP, 0),
+                GROUP,
+                which="first",
+                grammar="direct",
             )
             advantage, _ = group_advantage(scored.reward + luck(len(rollout.ids)), GROUP)
             lengths = rollout.lengths.view(-1, GROUP).tolist()
@@ -71,15 +83,26 @@ class Ours:
         reference = None
         if self.reference is not None:
             with self.phase("reference"), torch.no_grad():
-                reference, _ = reply_logprob(self.reference, prefill(self.reference, batch), replies, temperature=1.0)
+                reference, _ = reply_logprob(
+                    self.reference, prefill(self.reference, batch), replies, temperature=1.0
+                )
         with self.phase("backward"):
             weight = torch.ones_like(logprob)
-            vectors = (logprob.detach(), reference, advantage[replies.row], weight, replies.row, rollout.lengths)
+            vectors = (
+                logprob.detach(),
+                reference,
+                advantage[replies.row],
+                weight,
+                replies.row,
+                rollout.lengths,
+            )
             loss, _ = self.objective(LossInputs(logprob, *vectors, entropy))
             loss.backward()
             backward_prefix()
         with self.phase("optimizer"):
-            clip_and_step(self.optimizer, denominator=sum(map(sum, lengths)), factor=1.0, clip=1.0, seed=self.seed)
+            clip_and_step(
+                self.optimizer, denominator=sum(map(sum, lengths)), factor=1.0, clip=1.0, seed=self.seed
+            )
         return batch, rollout, logprob.detach()
 
 
@@ -89,7 +112,13 @@ def plain_logprob(model: Any, batch: PromptBatch, rollout: Rollout, row: int) ->
     ids = torch.cat([prompt.ids, reply])[None]
     is_image = (ids == model.config.image_token_id).int()
     with torch.no_grad():
-        logits = model(input_ids=ids, mm_token_type_ids=is_image, pixel_values=prompt.patches, image_grid_thw=prompt.grids, use_cache=False).logits[0]
+        logits = model(
+            input_ids=ids,
+            mm_token_type_ids=is_image,
+            pixel_values=prompt.patches,
+            image_grid_thw=prompt.grids,
+            use_cache=False,
+        ).logits[0]
     return logits[len(prompt.ids) - 1 : -1].log_softmax(-1).gather(-1, reply[:, None])[:, 0]
 
 
@@ -98,4 +127,6 @@ def check(plain: Any, batch: PromptBatch, rollout: Rollout, logprob: Tensor) -> 
     that the step began with) for the last reply of each group."""
     assert (rollout.lengths == LENGTH).all()
     for row in range(GROUP - 1, len(rollout.ids), GROUP):
-        torch.testing.assert_close(logprob.view(-1, LENGTH)[row], plain_logprob(plain, batch, rollout, row), rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            logprob.view(-1, LENGTH)[row], plain_logprob(plain, batch, rollout, row), rtol=0, atol=2e-5
+        )

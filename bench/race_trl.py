@@ -59,7 +59,9 @@ class Peer:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
-        trl.trainer.utils._use_triton = lambda device: True  # score reply tokens only; the tiles stay PyTorch's
+        trl.trainer.utils._use_triton = lambda device: (
+            True
+        )  # score reply tokens only; the tiles stay PyTorch's
         suppressed = (~case.allowed).nonzero()[:, 0].tolist()
         config = GRPOConfig(
             str(out),
@@ -84,12 +86,20 @@ class Peer:
         )
         text = PROMPT_STYLES["direct"].text.format(units=case.prompter.frame.units)
         content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": text}]
-        examples = [[Image.fromarray(np.ascontiguousarray(p)) for p in (e.image, e.cue)] for e in case.examples]
-        data = Dataset.from_dict({"prompt": [[{"role": "user", "content": content}]] * PROMPTS, "images": examples})
-        self.trainer = GRPOTrainer(case.load(), reward, config, train_dataset=data, processing_class=processor_of(case))
+        examples = [
+            [Image.fromarray(np.ascontiguousarray(p)) for p in (e.image, e.cue)] for e in case.examples
+        ]
+        data = Dataset.from_dict(
+            {"prompt": [[{"role": "user", "content": content}]] * PROMPTS, "images": examples}
+        )
+        self.trainer = GRPOTrainer(
+            case.load(), reward, config, train_dataset=data, processing_class=processor_of(case)
+        )
         self.trainer.create_optimizer()
         self.trainer.current_gradient_accumulation_steps = self.microbatches = ROWS // rows_at_once
-        self.batch = next(iter(self.trainer.get_train_dataloader()))  # read once: its image decoding is left out of the race
+        self.batch = next(
+            iter(self.trainer.get_train_dataloader())
+        )  # read once: its image decoding is left out of the race
 
     def step(self) -> None:
         """What Trainer's loop does between two optimizer steps, without its callbacks."""

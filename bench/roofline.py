@@ -42,4 +42,8 @@ def timed(benchmark: Any, way: Callable[..., Any], inputs: list[tuple], *, moved
 
     benchmark.pedantic(call, rounds=rounds, warmup_rounds=3)
     rate = moved / benchmark.stats.stats.median
-    benchmark.extra_info |= {"device": DEVICE, "GB/s": round(rate / 1e9, 3), "of_copy_bandwidth": round(rate / copy_bandwidth(), 4)}
+    benchmark.extra_info |= {
+        "device": DEVICE,
+        "GB/s": round(rate / 1e9, 3),
+        "of_copy_bandwidth": round(rate / copy_bandwidth(), 4),
+    }

@@ -17,9 +17,9 @@ import torch
 from locus_fast.config import PRESETS, Config, check_together, check_value, default_preset
 from locus_fast.cost.command import OURS, PRESET, TRAINERS, parse
 from locus_fast.cost.plan import TEXT_TOKENS
-from locus_fast.cost.report import Case, chosen, report
 from locus_fast.cost.shapes import PUBLISHED, ModelShape, group_of
 from locus_fast.errors import UserError, short
+from locus_fast.run.cost_report import Case, chosen, report
 from locus_fast.run.plan import check_rank
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

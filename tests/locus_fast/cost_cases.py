@@ -15,7 +15,9 @@ from tests.small_models import CLASSES, VOCABULARY, small_model, small_prompt
 FAMILIES = sorted(CLASSES)
 GRIDS = [[(8, 12), (4, 4)], [(10, 6), (4, 8)]]  # whole windows, and ragged ones
 REPLIES = [[5, 1, 9], [3, 7, 2]]
-ENDLESS = Vocabulary(torch.arange(VOCABULARY) < 3, torch.tensor([5]))  # the id that would end a reply is never drawn
+ENDLESS = Vocabulary(
+    torch.arange(VOCABULARY) < 3, torch.tensor([5])
+)  # the id that would end a reply is never drawn
 
 
 def work(family: str):
@@ -55,9 +57,15 @@ FORMULAS = {
     torch.ops.aten.bmm: batched_product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-    torch.ops.locus_kernels.linear_logprob: lambda hidden, weight, *_, out_shape=None, **__: 2 * hidden[0] * weight[0] * weight[1],
+    torch.ops.locus_kernels.linear_logprob: lambda hidden, weight, *_, out_shape=None, **__: (
+        2 * hidden[0] * weight[0] * weight[1]
+    ),
     torch.ops.locus_kernels.linear_logprob_backward: lambda _, __, hidden, weight, *rest, out_shape=None, **___: (
-        2 * hidden[0] * weight[0] * weight[1] * (1 + sum(rest[-2:]))  # the logits again, and each gradient that is wanted
+        2
+        * hidden[0]
+        * weight[0]
+        * weight[1]
+        * (1 + sum(rest[-2:]))  # the logits again, and each gradient that is wanted
     ),
 }
 

@@ -45,7 +45,12 @@ def cues(data: Path, held_out: int = 4, seed: int = 0, **changes: Any) -> FileCu
 
 def same(first: Example, second: Example) -> bool:
     arrays = np.array_equal(first.image, second.image) and np.array_equal(first.cue, second.cue)
-    return arrays and (first.box, first.size_class, first.source, first.skipped) == (second.box, second.size_class, second.source, second.skipped)
+    return arrays and (first.box, first.size_class, first.source, first.skipped) == (
+        second.box,
+        second.size_class,
+        second.source,
+        second.skipped,
+    )
 
 
 def truncate(path: Path) -> None:

@@ -37,7 +37,11 @@ def what_the_interpreter_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = interpreter._implicit_cvt
 
     def convert(value):
-        handle = interpreter.TensorHandle(np.array([value], np.float32), tl.float32) if isinstance(value, float) else None
+        handle = (
+            interpreter.TensorHandle(np.array([value], np.float32), tl.float32)
+            if isinstance(value, float)
+            else None
+        )
         return plain(value) if handle is None else tl.tensor(handle, tl.float32)
 
     monkeypatch.setattr(interpreter, "_implicit_cvt", convert)
@@ -60,7 +64,9 @@ def trained(model, batch: PromptBatch, played: Rollout) -> tuple[Tensor, dict[st
     replies = Replies.of(batch, played.ids, [[3, 1], [2, 2]], range(2))
     logprob, _ = reply_logprob(model, prefill(model, batch), replies, 1.0)
     logprob.sum().backward()
-    return logprob.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logprob.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize(("family", "checkpointing"), [("qwen2_5_vl", False), ("qwen3_vl", True)])
@@ -74,7 +80,9 @@ def test_logprobs_and_gradients_are_the_modules_own(family: str, checkpointing: 
     torch.testing.assert_close(logprob, expected, rtol=0, atol=1e-5)
     assert gradient.keys() == expected_gradient.keys()
     for name, value in gradient.items():
-        assert (value - expected_gradient[name]).norm() <= 1e-5 * expected_gradient[name].norm().clamp(min=1e-6), name
+        assert (value - expected_gradient[name]).norm() <= 1e-5 * expected_gradient[name].norm().clamp(
+            min=1e-6
+        ), name
     unfuse(model)
     assert torch.equal(trained(model, batch, played)[0], expected)
 
@@ -87,7 +95,11 @@ def test_decoding_draws_the_same_tokens(family: str) -> None:
     for change in (unfuse, fuse):
         change(model)
         with torch.no_grad():
-            drawn.append(Decoder(model, words).generate(prefill(model, batch), Sampling(2, 3, 1.0, 1.0), seed=5, groups=[0, 1]))
+            drawn.append(
+                Decoder(model, words).generate(
+                    prefill(model, batch), Sampling(2, 3, 1.0, 1.0), seed=5, groups=[0, 1]
+                )
+            )
     assert torch.equal(drawn[0].ids, drawn[1].ids)
     torch.testing.assert_close(drawn[0].logprob, drawn[1].logprob, rtol=0, atol=1e-5)
 
@@ -111,7 +123,11 @@ def test_it_is_ligers_kernels_that_run(family: str, monkeypatch: pytest.MonkeyPa
     kernels: Counter[str] = Counter()
     for kind in (triton.runtime.jit.JITFunction, triton.runtime.interpreter.InterpretedFunction):
         run = kind.run
-        monkeypatch.setattr(kind, "run", lambda self, *a, run=run, **k: (kernels.update([self.__name__]), run(self, *a, **k))[1])
+        monkeypatch.setattr(
+            kind,
+            "run",
+            lambda self, *a, run=run, **k: (kernels.update([self.__name__]), run(self, *a, **k))[1],
+        )
     with torch.no_grad(), Operators() as operators:
         prefill(model, batch)
     gated, L, D = family == "qwen2_5_vl", 3, 3  # layers of language model and vision tower

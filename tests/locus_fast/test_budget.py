@@ -37,7 +37,17 @@ def extremes(replies: int = 8, max_tokens: int = 512) -> list[Group]:
     """The largest and the smallest prompt of the recipe."""
     bounds = Config().image_pixels, Config().cue_pixels
     sides = [(1024, 512), (512, 56)]
-    return [group_of(SHAPE, [(image, image), (cue, cue)], bounds, text_tokens=128, replies=replies, reply_tokens=max_tokens) for image, cue in sides]
+    return [
+        group_of(
+            SHAPE,
+            [(image, image), (cue, cue)],
+            bounds,
+            text_tokens=128,
+            replies=replies,
+            reply_tokens=max_tokens,
+        )
+        for image, cue in sides
+    ]
 
 
 @pytest.mark.parametrize("gib", [78, 139, 400])
@@ -71,14 +81,24 @@ def test_what_is_given_is_kept() -> None:
 
 
 def test_a_wide_rollout_leaves_less_for_training() -> None:
-    narrow, wide = (plan(SHAPE, extremes(), memory_bytes=78 * GIB, prompts=128, rollout_tokens=n, **WAYS).tokens for n in (0, 60_000))
+    narrow, wide = (
+        plan(SHAPE, extremes(), memory_bytes=78 * GIB, prompts=128, rollout_tokens=n, **WAYS).tokens
+        for n in (0, 60_000)
+    )
     assert wide < narrow
 
 
 @pytest.mark.parametrize(
     ("gib", "groups", "words"),
     [
-        (24, extremes(), ["(weights 15.45, gradients 15.45, optimizer states 15.81, reference 15.45,", "24.0 GiB that are free"]),
+        (
+            24,
+            extremes(),
+            [
+                "(weights 15.45, gradients 15.45, optimizer states 15.81, reference 15.45,",
+                "24.0 GiB that are free",
+            ],
+        ),
         (69, extremes(replies=16, max_tokens=4096), ["activations", "69.0 GiB that are free"]),
     ],
 )
@@ -111,7 +131,9 @@ def card(config: Config, gib: float) -> str:
         (11, ["--lora", "64"], ["--quantize", "nf4", "--max-new-tokens"]),
     ],
 )
-def test_the_largest_setting_that_fits_is_named_and_fits(gib: float, arguments: list[str], mend: list[str]) -> None:
+def test_the_largest_setting_that_fits_is_named_and_fits(
+    gib: float, arguments: list[str], mend: list[str]
+) -> None:
     base = ["--preset", "qwen2.5-vl-7b"]
     said = card(parse([*base, *arguments]), gib)
     assert "; this fits: " in said
@@ -137,11 +159,20 @@ def test_a_budget_that_is_given_and_too_large_is_kept_and_said() -> None:
 
 def test_parts_that_are_not_trained_take_less() -> None:
     group, frozen = extremes()[0], Trained(vision=False, projector=False)
-    whole, language, adapters = (peak_memory(SHAPE, [group], checkpointing=1, trained=t) for t in (EVERYTHING, frozen, Trained.adapters(16)))
+    whole, language, adapters = (
+        peak_memory(SHAPE, [group], checkpointing=1, trained=t)
+        for t in (EVERYTHING, frozen, Trained.adapters(16))
+    )
     assert language["gradients"] == 2 * SHAPE.text.parameters < whole["gradients"]
     assert sum(adapters.values()) < sum(language.values()) < sum(whole.values())
     assert adapters["gradients"] == 2 * 28 * SHAPE.text.adapters(16)
-    assert sum(Trained(*parts).parameters(SHAPE) for parts in ((True, False, False), (False, True, False), (False, False, True))) == SHAPE.parameters
+    assert (
+        sum(
+            Trained(*parts).parameters(SHAPE)
+            for parts in ((True, False, False), (False, True, False), (False, False, True))
+        )
+        == SHAPE.parameters
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -154,7 +185,11 @@ def test_big_models_are_planned(preset: str) -> None:
 def test_a_questions_text_is_no_longer_than_planned(style: str) -> None:
     setup = set_up(parse(["--prompt-style", style, "--eval-cues", "1"]))
     prompt = setup.inputs.prompter(setup.inputs.cues.train(0))
-    words = len(setup.origin.source.tokenizer.decode(prompt.ids[prompt.ids != setup.engine.model.config.image_token_id]).split())
+    words = len(
+        setup.origin.source.tokenizer.decode(
+            prompt.ids[prompt.ids != setup.engine.model.config.image_token_id]
+        ).split()
+    )
     assert words < TEXT_TOKENS / 1.2  # a published tokenizer's tokens of these words
 
 
@@ -162,7 +197,18 @@ def test_a_questions_text_is_no_longer_than_planned(style: str) -> None:
 def test_a_run_takes_the_devices_memory(more: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
     """And says in one line what it chose and why; refused where it does not fit, before anything is loaded."""
     monkeypatch.setattr(plan_of_run, "free_memory", lambda device: GIB)
-    arguments = [*SHORT, "--steps", "1", "--microbatch-tokens", "0", "--checkpointing", "-1", *more, "--out", str(tmp_path / "run")]
+    arguments = [
+        *SHORT,
+        "--steps",
+        "1",
+        "--microbatch-tokens",
+        "0",
+        "--checkpointing",
+        "-1",
+        *more,
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert train.main(arguments) == 0
     planned = json.loads((tmp_path / "run" / "summary.json").read_text())["plan"]
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("microbatches of ")]
@@ -184,7 +230,22 @@ def test_a_run_takes_the_devices_memory(more: list[str], tmp_path: Path, monkeyp
 
 
 def test_without_a_device_to_ask_the_choice_is_said_too(tmp_path: Path, capsys) -> None:
-    assert train.main([*SHORT, "--steps", "1", "--microbatch-tokens", "0", "--checkpointing", "-1", "--out", str(tmp_path / "run")]) == 0
+    assert (
+        train.main(
+            [
+                *SHORT,
+                "--steps",
+                "1",
+                "--microbatch-tokens",
+                "0",
+                "--checkpointing",
+                "-1",
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 0
+    )
     said = "microbatches of 32,768 tokens, every layer recomputed: not chosen by memory, there is no device to ask\n"
     assert said in capsys.readouterr().err
 
@@ -216,15 +277,33 @@ def numbers(out: Path) -> list[dict]:
 
 
 def test_out_of_memory_halves_the_budget_and_loses_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
-    assert train.main([*SHORT, "--steps", "2", "--microbatch-tokens", "700", "--out", str(tmp_path / "narrow")]) == 0
+    assert (
+        train.main([*SHORT, "--steps", "2", "--microbatch-tokens", "700", "--out", str(tmp_path / "narrow")])
+        == 0
+    )
     monkeypatch.setattr(Step, "_backward", method(OutOfMemory(2)))
-    assert train.main([*SHORT, "--steps", "2", "--microbatch-tokens", "1400", "--out", str(tmp_path / "halved")]) == 0
+    assert (
+        train.main([*SHORT, "--steps", "2", "--microbatch-tokens", "1400", "--out", str(tmp_path / "halved")])
+        == 0
+    )
     assert "out of memory: the step is done again in microbatches of 700 tokens" in capsys.readouterr().err
     assert json.loads((tmp_path / "halved" / "summary.json").read_text())["plan"]["halved"]
     for narrow, halved in zip(numbers(tmp_path / "narrow"), numbers(tmp_path / "halved"), strict=True):
-        for name in ("reward", "iou", "loss", "kl", "grad_norm", "reply_tokens", "zero_variance_groups", "flops", "fill"):
+        for name in (
+            "reward",
+            "iou",
+            "loss",
+            "kl",
+            "grad_norm",
+            "reply_tokens",
+            "zero_variance_groups",
+            "flops",
+            "fill",
+        ):
             assert halved[name] == pytest.approx(narrow[name], rel=1e-4, abs=1e-7), name
-    ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("halved", "narrow"))
+    ours, theirs = (
+        load_file(tmp_path / name / "final" / "model.safetensors") for name in ("halved", "narrow")
+    )
     base = load_file(TINY_BASE / "model.safetensors")
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=2e-6)
@@ -234,7 +313,10 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(tmp_path: Path, monke
 def test_out_of_memory_that_halving_does_not_mend(tmp_path: Path, monkeypatch, capsys) -> None:
     """A second error: saved, and one sentence."""
     monkeypatch.setattr(Step, "_backward", method(OutOfMemory(2, 4)))
-    assert train.main([*SHORT, "--steps", "2", "--microbatch-tokens", "1400", "--out", str(tmp_path / "run")]) == 2
+    assert (
+        train.main([*SHORT, "--steps", "2", "--microbatch-tokens", "1400", "--out", str(tmp_path / "run")])
+        == 2
+    )
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1
     assert "the device ran out of memory" in error[0]
@@ -244,8 +326,13 @@ def test_out_of_memory_that_halving_does_not_mend(tmp_path: Path, monkeypatch, c
 
 
 @pytest.mark.parametrize("rollout_tokens", ["0", "900"])
-def test_a_prompt_larger_than_the_halved_budget_rides_alone(rollout_tokens: str, tmp_path: Path, monkeypatch) -> None:
-    assert train.main([*SHORT, "--steps", "1", "--microbatch-tokens", "450", "--out", str(tmp_path / "whole")]) == 0
+def test_a_prompt_larger_than_the_halved_budget_rides_alone(
+    rollout_tokens: str, tmp_path: Path, monkeypatch
+) -> None:
+    assert (
+        train.main([*SHORT, "--steps", "1", "--microbatch-tokens", "450", "--out", str(tmp_path / "whole")])
+        == 0
+    )
     monkeypatch.setattr(Step, "_backward", method(OutOfMemory(1)))
     arguments = [*SHORT, "--steps", "1", "--microbatch-tokens", "450", "--rollout-tokens", rollout_tokens]
     assert train.main([*arguments, "--out", str(tmp_path / "halved")]) == 0
@@ -270,7 +357,9 @@ def test_a_further_update_is_halved_too(tmp_path: Path, monkeypatch, capsys) -> 
     (whole,), (halved,) = numbers(tmp_path / "whole"), numbers(tmp_path / "halved")
     for name in ("reward", "loss", "kl", "grad_norm", "ratio_max", "clip_low", "clip_high", "flops"):
         assert halved[name] == pytest.approx(whole[name], rel=2e-3, abs=1e-5), name
-    ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("halved", "whole"))
+    ours, theirs = (
+        load_file(tmp_path / name / "final" / "model.safetensors") for name in ("halved", "whole")
+    )
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=2e-4)
 
@@ -278,32 +367,54 @@ def test_a_further_update_is_halved_too(tmp_path: Path, monkeypatch, capsys) -> 
 @pytest.mark.parametrize("failures", [1, 2])
 def test_the_optimizers_step_without_memory(failures: int, tmp_path: Path, monkeypatch, capsys) -> None:
     """Nothing has moved when it is found out: once more without the decoder's buffers, which changes nothing; else the steps before it are saved."""
-    assert train.main([*SHORT, "--steps", "2", "--microbatch-tokens", "1400", "--out", str(tmp_path / "plain")]) == 0
+    assert (
+        train.main([*SHORT, "--steps", "2", "--microbatch-tokens", "1400", "--out", str(tmp_path / "plain")])
+        == 0
+    )
     monkeypatch.setattr(optim, "reserve", OutOfMemory(*range(2, 2 + failures), of=optim.reserve))
-    code = train.main([*SHORT, "--steps", "2", "--microbatch-tokens", "1400", "--out", str(tmp_path / "short")])
+    code = train.main(
+        [*SHORT, "--steps", "2", "--microbatch-tokens", "1400", "--out", str(tmp_path / "short")]
+    )
     ours, theirs = numbers(tmp_path / "short"), numbers(tmp_path / "plain")
     assert ours[0]["grad_norm"] == theirs[0]["grad_norm"]
     weights = load_file(tmp_path / "short" / "final" / "model.safetensors")
     if failures == 1:
         assert code == 0
         assert ours[1]["grad_norm"] == theirs[1]["grad_norm"]
-        assert all(torch.equal(weights[name], value) for name, value in load_file(tmp_path / "plain" / "final" / "model.safetensors").items())
+        assert all(
+            torch.equal(weights[name], value)
+            for name, value in load_file(tmp_path / "plain" / "final" / "model.safetensors").items()
+        )
         return
     assert code == 2
-    assert "the optimizer's step found no memory: hold the reference in fewer bytes (--reference nf4 or host)" in capsys.readouterr().err
+    assert (
+        "the optimizer's step found no memory: hold the reference in fewer bytes (--reference nf4 or host)"
+        in capsys.readouterr().err
+    )
     assert [path.name for path in (tmp_path / "short" / "checkpoints").iterdir()] == ["step-000001"]
     assert train.main(["--resume", str(tmp_path / "short"), "--reference", "host"]) == 0
     weights = load_file(tmp_path / "short" / "final" / "model.safetensors")
-    assert all(torch.equal(weights[name], value) for name, value in load_file(tmp_path / "plain" / "final" / "model.safetensors").items())
+    assert all(
+        torch.equal(weights[name], value)
+        for name, value in load_file(tmp_path / "plain" / "final" / "model.safetensors").items()
+    )
 
 
 @pytest.mark.parametrize(("calls", "code"), [((1,), 0), ((1, 2), 2)])
-def test_answering_without_memory(calls: tuple[int, ...], code: int, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_answering_without_memory(
+    calls: tuple[int, ...], code: int, tmp_path: Path, monkeypatch, capsys
+) -> None:
     monkeypatch.setattr(evaluation, "prefill", OutOfMemory(*calls, of=evaluation.prefill))
-    assert train.main([*SHORT, "--steps", "1", "--microbatch-tokens", "1400", "--out", str(tmp_path / "run")]) == code
+    assert (
+        train.main([*SHORT, "--steps", "1", "--microbatch-tokens", "1400", "--out", str(tmp_path / "run")])
+        == code
+    )
     error = capsys.readouterr().err
     assert "out of memory: answering is done again in microbatches of 700 tokens" in error
-    assert ("error: the device ran out of memory again, after the budget of a microbatch was halved: lower --microbatch-tokens" in error) == (code == 2)
+    assert (
+        "error: the device ran out of memory again, after the budget of a microbatch was halved: lower --microbatch-tokens"
+        in error
+    ) == (code == 2)
     assert (tmp_path / "run").exists() == (code == 0)
 
 

@@ -111,7 +111,11 @@ def test_it_says_what_is_trained_and_counts_that_alone(capsys) -> None:
     code, printed = cost(["--lora", "16", "--quantize", "nf4"], capsys)
     assert code == 0
     assert "adapters of rank 16 on 4-bit weights, adamw" in printed
-    memory = dict(re.findall(r"^  (gradients|optimizer states|reference) +([\d.,-]+)$", printed.split("peak memory")[1], re.M))
+    memory = dict(
+        re.findall(
+            r"^  (gradients|optimizer states|reference) +([\d.,-]+)$", printed.split("peak memory")[1], re.M
+        )
+    )
     assert float(memory["gradients"]) == pytest.approx(4 * adapters / GIB, abs=0.006)
     assert float(memory["optimizer states"]) == pytest.approx(8 * adapters / GIB, abs=0.006)
     assert memory["reference"] == "-"
@@ -123,11 +127,22 @@ def test_bytes_of_what_is_trained() -> None:
     """Gradients are written once, and read once more from the second microbatch on; frozen parts have none."""
     group = case_of(parse_cost([])).group
     ways = {"checkpointing": 1, "reference": True}
-    whole, language = (step_bytes(SHAPE, [[group]] * 2, **ways, trained=trained) for trained in (Trained(), Trained(False, False)))
+    whole, language = (
+        step_bytes(SHAPE, [[group]] * 2, **ways, trained=trained)
+        for trained in (Trained(), Trained(False, False))
+    )
     assert whole == step_bytes(SHAPE, [[group]] * 2, **ways)
     assert whole["gradients"] == 3 * 2 * SHAPE.parameters
     assert language["gradients"] == 3 * 2 * SHAPE.text.parameters
-    adapters = step_bytes(SHAPE, [[group]] * 2, **ways, trained=Trained.adapters(16), matrix_bytes=0.5, gradient_bytes=4, state_bytes=8)
+    adapters = step_bytes(
+        SHAPE,
+        [[group]] * 2,
+        **ways,
+        trained=Trained.adapters(16),
+        matrix_bytes=0.5,
+        gradient_bytes=4,
+        state_bytes=8,
+    )
     count = 28 * SHAPE.text.adapters(16)
     assert adapters["gradients"] == 3 * 4 * count
     assert adapters["optimizer"] == count * (2 * 4 + 4 + 2 * 8)
@@ -135,8 +150,17 @@ def test_bytes_of_what_is_trained() -> None:
 
 
 def test_it_takes_the_trainers_words(capsys) -> None:
-    config = settings_of(parse_cost(["--lora", "8", "--quantize", "nf4", "--image-pixels", "3136", "65536", "--dtype", "float32"]))
-    assert (config.lora, config.quantize, config.image_pixels, config.dtype) == (8, "nf4", (3136, 65536), "float32")
+    config = settings_of(
+        parse_cost(
+            ["--lora", "8", "--quantize", "nf4", "--image-pixels", "3136", "65536", "--dtype", "float32"]
+        )
+    )
+    assert (config.lora, config.quantize, config.image_pixels, config.dtype) == (
+        8,
+        "nf4",
+        (3136, 65536),
+        "float32",
+    )
     assert settings_of(parse_cost(["--reference", "none"])).kl == 0
     assert settings_of(parse_cost(["--preset", ""])) == settings_of(parse_cost([]))
     assert case_of(parse_cost(["--dtype", "float32"])).kind == torch.float32
@@ -161,10 +185,16 @@ def test_it_takes_the_trainers_words(capsys) -> None:
 
 def test_replies_are_packed_as_if_they_were_the_longest(capsys) -> None:
     """As the trainer packs them, who does not know their lengths before: shorter ones make no wider microbatch."""
-    groups = [re.search(r"microbatches of up to (\d+) groups", cost(["--reply-tokens", n], capsys)[1])[1] for n in ("20", "100", "512")]
+    groups = [
+        re.search(r"microbatches of up to (\d+) groups", cost(["--reply-tokens", n], capsys)[1])[1]
+        for n in ("20", "100", "512")
+    ]
     assert len(set(groups)) == 1
 
 
 def test_adapters_cost_what_their_base_does(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(TINY_BASE)}))
-    assert case_of(parse_cost(["--model", str(tmp_path)])).shape == case_of(parse_cost(["--preset", "tiny"])).shape
+    assert (
+        case_of(parse_cost(["--model", str(tmp_path)])).shape
+        == case_of(parse_cost(["--preset", "tiny"])).shape
+    )

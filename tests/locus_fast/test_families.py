@@ -44,10 +44,16 @@ def processor_of(folder: Path, model: Any, tokenizer: Any) -> Any:
 
     class WithoutVideo(base):
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            return None if argument_name == "video_processor" else super().check_argument_for_proper_class(argument_name, argument)
+            return (
+                None
+                if argument_name == "video_processor"
+                else super().check_argument_for_proper_class(argument_name, argument)
+            )
 
     template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
-    return WithoutVideo(Qwen2VLImageProcessorPil.from_pretrained(folder), tokenizer, None, chat_template=template)
+    return WithoutVideo(
+        Qwen2VLImageProcessorPil.from_pretrained(folder), tokenizer, None, chat_template=template
+    )
 
 
 def photograph(width: int, height: int) -> np.ndarray:
@@ -56,10 +62,16 @@ def photograph(width: int, height: int) -> np.ndarray:
 
 def as_published(processor: Any, model: Any, images: list[np.ndarray], text: str) -> dict[str, torch.Tensor]:
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
-    inputs = processor(images=[Image.fromarray(image) for image in images], text=[prompt], return_tensors="pt")
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    inputs = processor(
+        images=[Image.fromarray(image) for image in images], text=[prompt], return_tensors="pt"
+    )
     position, _ = model.model.get_rope_index(
-        inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"]
+        inputs["input_ids"],
+        mm_token_type_ids=inputs["mm_token_type_ids"],
+        image_grid_thw=inputs["image_grid_thw"],
     )
     return {**inputs, "position": position[:, 0]}
 
@@ -67,7 +79,14 @@ def as_published(processor: Any, model: Any, images: list[np.ndarray], text: str
 def prompter_of(folder: Path, model: Any, tokenizer: Any) -> Prompter:
     size = Qwen2VLImageProcessorPil.from_pretrained(folder).size
     limits = (size["shortest_edge"], size["longest_edge"])
-    return Prompter(tokenizer, model.config, PatchSpec.of(model.config, folder), style="think", image_pixels=limits, cue_pixels=limits)
+    return Prompter(
+        tokenizer,
+        model.config,
+        PatchSpec.of(model.config, folder),
+        style="think",
+        image_pixels=limits,
+        cue_pixels=limits,
+    )
 
 
 @pytest.mark.parametrize("index", range(len(SIZES)))
@@ -75,7 +94,12 @@ def test_two_images(loaded, index: int) -> None:
     model, prompter = loaded[1], prompter_of(*loaded)
     image, cue = photograph(*SIZES[index]), photograph(*SIZES[index - 1])
     prompt = prompter(Example(image, cue, (1.0, 2.0, 20.0, 21.0), "small", "random"))
-    expected = as_published(processor_of(*loaded), model, [image, cue], PROMPT_STYLES["think"].text.format(units=prompter.frame.units))
+    expected = as_published(
+        processor_of(*loaded),
+        model,
+        [image, cue],
+        PROMPT_STYLES["think"].text.format(units=prompter.frame.units),
+    )
     assert torch.equal(prompt.ids, expected["input_ids"][0])
     assert torch.equal(prompt.grids, expected["image_grid_thw"])
     assert torch.equal(prompt.position, expected["position"])
@@ -86,8 +110,13 @@ def test_two_images(loaded, index: int) -> None:
     torch.testing.assert_close(prompt.scale[:2] * torch.tensor(SIZES[index]), torch.tensor(ends).float())
 
 
-@pytest.mark.parametrize(("size", "limits"), [((900, 31), (3136, 9000)), ((30, 900), (100_000, 200_000)), ((500, 375), (65536, 65600))])
-def test_image_and_cue_have_limits_of_their_own(loaded, size: tuple[int, int], limits: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("size", "limits"),
+    [((900, 31), (3136, 9000)), ((30, 900), (100_000, 200_000)), ((500, 375), (65536, 65600))],
+)
+def test_image_and_cue_have_limits_of_their_own(
+    loaded, size: tuple[int, int], limits: tuple[int, int]
+) -> None:
     """Each is what the image processor makes of it by itself under its limits."""
     folder, model, tokenizer = loaded
     of_cue, spec = (1024, 4096), PatchSpec.of(model.config, folder)
@@ -96,11 +125,15 @@ def test_image_and_cue_have_limits_of_their_own(loaded, size: tuple[int, int], l
     prompt = prompter(Example(image, cue, (1.0, 2.0, 20.0, 21.0), "small", "random"))
     processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     alone = [
-        processor(Image.fromarray(each), return_tensors="pt", size={"shortest_edge": least, "longest_edge": most})
+        processor(
+            Image.fromarray(each), return_tensors="pt", size={"shortest_edge": least, "longest_edge": most}
+        )
         for each, (least, most) in ((image, limits), (cue, of_cue))
     ]
     assert torch.equal(prompt.grids, torch.cat([each["image_grid_thw"] for each in alone]))
-    torch.testing.assert_close(prompt.patches, torch.cat([each["pixel_values"] for each in alone]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        prompt.patches, torch.cat([each["pixel_values"] for each in alone]), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -135,12 +168,20 @@ def test_the_opening_of_a_thinking_template(loaded) -> None:
     folder, model, tokenizer = loaded
     prompter = prompter_of(*loaded)
     thinking = folder.name == "qwen3-vl"
-    assert tokenizer.decode(prompter.pieces[2]).endswith("assistant\n<think>\n" if thinking else "assistant\n")
+    assert tokenizer.decode(prompter.pieces[2]).endswith(
+        "assistant\n<think>\n" if thinking else "assistant\n"
+    )
     assert tokenizer.decode(prompter.opening) == ("<think>" if thinking else "")
     table = build_token_table(tokenizer, model.lm_head.weight.shape[0])
     for text, well_formed in ((f"<think>\n{REPLY}", not thinking), (REPLY, thinking)):
         whole = torch.tensor([[*prompter.opening, *tokenizer.encode(text, add_special_tokens=False)]])
-        reading = read_boxes(whole, torch.tensor([whole.shape[1]]), table, which=PROMPT_STYLES["think"].which, grammar="think_answer")
+        reading = read_boxes(
+            whole,
+            torch.tensor([whole.shape[1]]),
+            table,
+            which=PROMPT_STYLES["think"].which,
+            grammar="think_answer",
+        )
         assert reading.box.tolist() == [[1.0, 2.0, 30.0, 40.0]]
         assert reading.format_ok.item() or not well_formed  # the format allows a second <think>
         assert thinking or reading.format_ok.item() == well_formed
@@ -177,7 +218,9 @@ def test_the_docstring_names_every_module_that_knows_an_architecture() -> None:
     """Those that name a part of one, a family, or its placeholder: adding a record to FAMILIES does not change them."""
     package = Path(families.__file__).parent
     known = re.compile(r"language_model|\bvisual\b|qwen2_5_vl|qwen3_vl|image_token_id")
-    files = [file for file in package.rglob("*.py") if "tiny" not in file.parts and known.search(file.read_text())]
+    files = [
+        file for file in package.rglob("*.py") if "tiny" not in file.parts and known.search(file.read_text())
+    ]
     names = {str(file.relative_to(package)) for file in files} - {"families.py"}
     assert {"packing.py", "cost/shapes.py", "optim.py"} <= names
     assert {name for name in names if f"`{name}`" not in families.__doc__} == set()

@@ -12,14 +12,28 @@ from tests.small_models import small_model
 
 
 @pytest.mark.parametrize(
-    "interpret", [True, pytest.param(False, marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])]
+    "interpret",
+    [
+        True,
+        pytest.param(
+            False,
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
 )
 def test_cases(interpret: bool) -> None:
     run_cases("interpret_fused.py", interpret, folder="locus_fast")
 
 
 def fused(model) -> list[str]:
-    return [name for name, module in model.named_modules() if getattr(vars(module).get("forward"), "__func__", None) in FORWARDS]
+    return [
+        name
+        for name, module in model.named_modules()
+        if getattr(vars(module).get("forward"), "__func__", None) in FORWARDS
+    ]
 
 
 def test_only_models_on_cuda_are_fused_and_only_for_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +45,8 @@ def test_only_models_on_cuda_are_fused_and_only_for_the_trainer(monkeypatch: pyt
     assert not fused(model)
     monkeypatch.setattr(attention, "can_fuse", lambda device: True)
     attention.use_attention(model)
-    assert len(fused(model)) == 3 * (2 + 2 + 1 + 1) + 1 + 3  # language layers: norms, norms of queries and keys, MLP, attention; last norm; vision
+    assert (
+        len(fused(model)) == 3 * (2 + 2 + 1 + 1) + 1 + 3
+    )  # language layers: norms, norms of queries and keys, MLP, attention; last norm; vision
     attention.use_plain_attention(model, "sdpa")
     assert not fused(model)

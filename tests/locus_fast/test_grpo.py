@@ -30,7 +30,9 @@ def test_k3_by_hand() -> None:
         (1.3, 1.0, -1.3, False, False),
     ],
 )
-def test_clip_on_each_side_by_hand(ratio: float, advantage: float, loss: float, low: bool, high: bool) -> None:
+def test_clip_on_each_side_by_hand(
+    ratio: float, advantage: float, loss: float, low: bool, high: bool
+) -> None:
     logprob = torch.tensor([-1.0 + math.log(ratio)], dtype=torch.float64, requires_grad=True)
     old, gain = torch.tensor([[-1.0], [advantage]], dtype=torch.float64)
     total, metrics = grpo_loss(
@@ -67,7 +69,14 @@ def test_on_policy_gradient_is_the_policy_gradient() -> None:
     logprob = torch.randn(9, dtype=torch.float64, requires_grad=True)
     advantage, weight = torch.randn(9, dtype=torch.float64), torch.rand(9, dtype=torch.float64)
     loss, metrics = grpo_loss(
-        logprob, old=logprob.detach(), reference=None, advantage=advantage, weight=weight, clip_low=0.2, clip_high=0.3, kl_coefficient=0.0
+        logprob,
+        old=logprob.detach(),
+        reference=None,
+        advantage=advantage,
+        weight=weight,
+        clip_low=0.2,
+        clip_high=0.3,
+        kl_coefficient=0.0,
     )
     loss.backward()
     torch.testing.assert_close(logprob.grad, -advantage * weight)
@@ -85,7 +94,14 @@ def test_gradient_against_finite_differences() -> None:
 
     def loss(value: torch.Tensor) -> torch.Tensor:
         return grpo_loss(
-            value, old=old, reference=reference, advantage=advantage, weight=weight.abs(), clip_low=0.2, clip_high=0.3, kl_coefficient=0.07
+            value,
+            old=old,
+            reference=reference,
+            advantage=advantage,
+            weight=weight.abs(),
+            clip_low=0.2,
+            clip_high=0.3,
+            kl_coefficient=0.07,
         )[0]
 
     assert torch.autograd.gradcheck(loss, (logprob,))
@@ -107,11 +123,31 @@ def test_metrics_count_tokens() -> None:
     assert (metrics["clip_high"].item(), metrics["clip_low"].item()) == (1, 1)
     assert metrics["ratio_max"].item() == pytest.approx(1.5)
     assert metrics["kl"].item() == pytest.approx(
-        0.5 - math.log(1.5) + 2 - 1 - math.log(2) + 1 / 1.5 - 1 + math.log(1.5) + 1 / 1.5 - 1 + math.log(1.5) - (0.5 - math.log(1.5))
+        0.5
+        - math.log(1.5)
+        + 2
+        - 1
+        - math.log(2)
+        + 1 / 1.5
+        - 1
+        + math.log(1.5)
+        + 1 / 1.5
+        - 1
+        + math.log(1.5)
+        - (0.5 - math.log(1.5))
     )
 
 
-FAR = [0.0, 2.0, -2.0, -19.0, -40.0, 40.0, 100.0, -100.0]  # nats of the policy above its reference, or old policy
+FAR = [
+    0.0,
+    2.0,
+    -2.0,
+    -19.0,
+    -40.0,
+    40.0,
+    100.0,
+    -100.0,
+]  # nats of the policy above its reference, or old policy
 
 
 def far(advantage: float, **clamps: float) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -120,7 +156,9 @@ def far(advantage: float, **clamps: float) -> tuple[dict[str, torch.Tensor], lis
     other = -1.0 - torch.tensor(FAR, dtype=torch.float64)
     every = torch.full_like(other, advantage)
     numbers = {"clip_low": 0.2, "clip_high": 0.3, "kl_coefficient": 0.5, **clamps}
-    loss, metrics = grpo_loss(logprob, old=other, reference=other, advantage=every, weight=torch.ones_like(other), **numbers)
+    loss, metrics = grpo_loss(
+        logprob, old=other, reference=other, advantage=every, weight=torch.ones_like(other), **numbers
+    )
     loss.backward()
     assert logprob.grad is not None
     return metrics, logprob.grad.tolist()
@@ -135,7 +173,16 @@ def test_log_ratios_and_kl_are_clamped_by_hand() -> None:
     assert metrics["ratio_clamped"].item() == 4
     assert metrics["ratio_max"].item() == pytest.approx(math.exp(20))
     kl = [0.0, 0.5 * (1 - math.exp(-2)), 0.5 * (1 - math.exp(2)), 0.0, 0.0, 0.0, 0.0, 0.0]
-    surrogate = [1.0, math.exp(2), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]  # A < 0: the lower bound stops ratios below 0.8
+    surrogate = [
+        1.0,
+        math.exp(2),
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    ]  # A < 0: the lower bound stops ratios below 0.8
     assert gradient == pytest.approx([a + b for a, b in zip(kl, surrogate, strict=True)])
 
 
@@ -150,7 +197,16 @@ def test_clamps_are_off_by_a_number() -> None:
 
 def test_no_tokens() -> None:
     empty = torch.empty(0, requires_grad=True)
-    loss, metrics = grpo_loss(empty, old=empty, reference=empty, advantage=empty, weight=empty, clip_low=0.2, clip_high=0.3, kl_coefficient=0.1)
+    loss, metrics = grpo_loss(
+        empty,
+        old=empty,
+        reference=empty,
+        advantage=empty,
+        weight=empty,
+        clip_low=0.2,
+        clip_high=0.3,
+        kl_coefficient=0.1,
+    )
     assert loss.item() == 0
     assert metrics["kl"].item() == 0
 

@@ -27,7 +27,10 @@ def task(request, monkeypatch):
     for module in (layout, packing, rollout):
         monkeypatch.setattr(module, "send", lambda tensor, device: tensor.to(device))
     model = small_model(family)
-    prompts = [small_prompt(model, [(8, 12), (4, 4)], words=6, seed=0), small_prompt(model, [(4, 8)], words=3, seed=1)]
+    prompts = [
+        small_prompt(model, [(8, 12), (4, 4)], words=6, seed=0),
+        small_prompt(model, [(4, 8)], words=3, seed=1),
+    ]
     model = model.to("meta", torch.bfloat16)
     model.locus_backend = backends._torch_cuda()
     if fused:
@@ -38,7 +41,13 @@ def task(request, monkeypatch):
 
 def test_meta_tensors_refuse_to_be_read() -> None:
     t = torch.ones(3, device="meta")
-    for read in (lambda: t.sum().item(), lambda: t.tolist(), lambda: t.nonzero(), lambda: t[t > 0], lambda: bool(t.any())):
+    for read in (
+        lambda: t.sum().item(),
+        lambda: t.tolist(),
+        lambda: t.nonzero(),
+        lambda: t[t > 0],
+        lambda: bool(t.any()),
+    ):
         with pytest.raises((RuntimeError, NotImplementedError)):
             read()
 
@@ -49,7 +58,12 @@ def test_training(task, checkpointing: int) -> None:
     if checkpointing:
         checkpoint_activations(model, checkpointing)
     prefix = prefill(model, batch)
-    played = Rollout(*(torch.zeros(6, 5, device="meta", dtype=dtype) for dtype in (torch.int64, torch.int64, torch.float32)))
+    played = Rollout(
+        *(
+            torch.zeros(6, 5, device="meta", dtype=dtype)
+            for dtype in (torch.int64, torch.int64, torch.float32)
+        )
+    )
     replies = Replies.of(batch, played.ids, LENGTHS, [0, 1])
     logprob, entropy = reply_logprob(model, prefix, replies, 1.0)
     assert logprob.shape == entropy.shape == (22,)
@@ -62,7 +76,11 @@ def test_rollout(task, monkeypatch) -> None:
     """Six replies over two prompts that end one after the other; buffers of a fixed place, no length known to the host."""
     model, batch = task
     told = iter([6, 6, 3, 2, 1])
-    monkeypatch.setattr(rollout, "Count", lambda lag, on_cuda: types.SimpleNamespace(known=lambda most: next(told), ask=lambda running: None))
+    monkeypatch.setattr(
+        rollout,
+        "Count",
+        lambda lag, on_cuda: types.SimpleNamespace(known=lambda most: next(told), ask=lambda running: None),
+    )
     monkeypatch.setattr(rollout, "Graph", lambda function, other: function)
     words = rollout.Vocabulary(
         torch.ones(VOCABULARY, dtype=torch.bool, device="meta"),

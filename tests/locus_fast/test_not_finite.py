@@ -74,14 +74,22 @@ def test_the_first_of_many_tensors() -> None:
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for _ in range(20):
-            tensors = [torch.randn(int(torch.randint(0, 50, (), generator=generator)), generator=generator).to(dtype) for _ in range(6)]
+            tensors = [
+                torch.randn(int(torch.randint(0, 50, (), generator=generator)), generator=generator).to(dtype)
+                for _ in range(6)
+            ]
             for tensor in tensors:
                 if len(tensor) and torch.rand((), generator=generator) < 0.2:
-                    tensor[len(tensor) // 2] = float("nan") if torch.rand((), generator=generator) < 0.5 else float("inf")
+                    tensor[len(tensor) // 2] = (
+                        float("nan") if torch.rand((), generator=generator) < 0.5 else float("inf")
+                    )
             expected = next((str(i) for i, tensor in enumerate(tensors) if not tensor.isfinite().all()), None)
             assert first_not_finite((str(i), tensor) for i, tensor in enumerate(tensors)) == expected
     assert first_not_finite([("whole", torch.tensor([1]))]) is None
-    assert first_not_finite([("largest", torch.full((3,), torch.finfo(torch.float64).max, dtype=torch.float64))]) is None
+    assert (
+        first_not_finite([("largest", torch.full((3,), torch.finfo(torch.float64).max, dtype=torch.float64))])
+        is None
+    )
 
 
 def of_final(run: Path) -> dict[str, torch.Tensor]:
@@ -104,7 +112,9 @@ def test_final_of_a_run_that_diverged_at_once_is_the_base(steps: str, tmp_path: 
     assert not list((out / "checkpoints").iterdir())
 
 
-def test_final_of_a_run_that_diverged_later_is_its_last_good_checkpoint(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_final_of_a_run_that_diverged_later_is_its_last_good_checkpoint(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
     """Checkpoints are due after each step; the third step leaps."""
     call = Step.__call__
 
@@ -124,7 +134,10 @@ def test_final_of_a_run_that_diverged_later_is_its_last_good_checkpoint(tmp_path
     assert f"{out / 'final'} holds that of step 2" in error
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-000001", "step-000002"]
     final, saved = of_final(out), load_file(out / "checkpoints" / "step-000002" / "model.safetensors")
-    assert all(torch.equal(tensor, load_file(out / "final" / "model.safetensors")[name]) for name, tensor in saved.items())
+    assert all(
+        torch.equal(tensor, load_file(out / "final" / "model.safetensors")[name])
+        for name, tensor in saved.items()
+    )
     assert all(tensor.isfinite().all() for tensor in final.values())
     monkeypatch.setattr(Step, "__call__", call)
     assert train.main(["--resume", str(out), "--steps", "3"]) == 0  # as the sentence says
@@ -160,7 +173,9 @@ def test_adapters_that_diverged(tmp_path: Path, capsys) -> None:
     assert "holds the base" in the_error(capsys.readouterr().err)
     adapters = load_file(out / "final" / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in adapters.values())
-    assert not any(tensor.any() for name, tensor in adapters.items() if "lora_B" in name)  # their product is 0
+    assert not any(
+        tensor.any() for name, tensor in adapters.items() if "lora_B" in name
+    )  # their product is 0
 
 
 def test_a_run_is_saved_where_there_is_no_memory_to_probe_it(tmp_path: Path, monkeypatch) -> None:

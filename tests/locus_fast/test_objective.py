@@ -29,7 +29,16 @@ EQUAL = {"some": [True, False, True, True, False], "none": [False] * 5, "all": [
 def step(options: list[str], equal: list[bool], monkeypatch: pytest.MonkeyPatch):
     """(metrics, gradients, rollouts by prompt, advantages [prompts, group], policy and base as they were): one step of
     a policy that is off its base, with given advantages."""
-    sizes = ["--prompts", str(PROMPTS), "--group-size", str(GROUP), "--microbatch-tokens", "1500", "--kl-coef", str(KL)]
+    sizes = [
+        "--prompts",
+        str(PROMPTS),
+        "--group-size",
+        str(GROUP),
+        "--microbatch-tokens",
+        "1500",
+        "--kl-coef",
+        str(KL),
+    ]
     setup = set_up(parse([*sizes, "--max-grad-norm", "1e9", "--lr", "1e-9", "--device", "cpu", *options]))
     base = copy.deepcopy(setup.engine.model)
     reference = make_reference(setup.engine.model)
@@ -60,7 +69,9 @@ def step(options: list[str], equal: list[bool], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Scoring, "reward", given)
     optimizer = make_optimizer("adamw", parameter_groups(setup.engine.model, dict.fromkeys(PARTS, 1e-9)), 0.0)
     prompts = [setup.inputs.prompter(setup.inputs.cues.train(i)) for i in range(PROMPTS)]
-    numbers = Step(setup.config, setup.engine, setup.scoring, reference, optimizer)(prompts, 0, 0.0, lambda: False)
+    numbers = Step(setup.config, setup.engine, setup.scoring, reference, optimizer)(
+        prompts, 0, 0.0, lambda: False
+    )
     gradients = {name: p.grad for name, p in setup.engine.model.named_parameters()}
     replies = [[ids[:n] for ids, n in zip(*rollouts[group], strict=True)] for group in range(PROMPTS)]
     return numbers, gradients, prompts, replies, advantage, policy, base
@@ -108,7 +119,18 @@ def test_a_step_is_the_objective(which: str, skip: bool, mean: str, monkeypatch,
 def test_rewards_that_are_all_equal_are_said_once(tmp_path: Path, monkeypatch, capsys) -> None:
     """A run whose replies are never a box: what is wrong, once, though it goes on."""
     monkeypatch.setattr(Progress, "EQUAL_STEPS", 2)
-    sizes = ["--steps", "5", "--prompts", "2", "--group-size", "2", "--eval-cues", "4", "--max-new-tokens", "3"]
+    sizes = [
+        "--steps",
+        "5",
+        "--prompts",
+        "2",
+        "--group-size",
+        "2",
+        "--eval-cues",
+        "4",
+        "--max-new-tokens",
+        "3",
+    ]
     assert train.main([*sizes, "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().err
     assert said.count("for 2 steps all replies of a group have earned the same reward") == 1

@@ -32,7 +32,9 @@ def expand(*patterns: str, **counts: int) -> set[str]:
     """Names of patterns: {a,b} are alternatives, and #block counts from 0 to counts["block"] - 1."""
     names: set[str] = set()
     for pattern in patterns:
-        choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(re.split(r"\{(.*?)\}", pattern))]
+        choices = [
+            part.split(",") if i % 2 else [part] for i, part in enumerate(re.split(r"\{(.*?)\}", pattern))
+        ]
         names |= {"".join(chosen) for chosen in itertools.product(*choices)}
     for what, count in counts.items():
         names = {name.replace(f"#{what}", str(i)) for name in names for i in range(count)}
@@ -104,7 +106,10 @@ def test_published_names_are_the_models(full) -> None:
     """Each published tensor is one of the model's, and each of the model's is published, but for the head that is tied to the embedding."""
     name, model = full
     names, state, tied = PUBLISHED[name][0], model.state_dict(), name in ("qwen2.5-vl-3b", "qwen3-vl-4b")
-    assert len(names) == {"qwen2.5-vl-7b": 729, "qwen2.5-vl-3b": 824, "mimo-vl-7b": 825, "qwen3-vl-4b": 713}[name]
+    assert (
+        len(names)
+        == {"qwen2.5-vl-7b": 729, "qwen2.5-vl-3b": 824, "mimo-vl-7b": 825, "qwen3-vl-4b": 713}[name]
+    )
     if name == "qwen3-vl-4b":
         assert sum(name.startswith("model.visual.") for name in names) == 315
     held = {name: held_name(name, state) for name in names}

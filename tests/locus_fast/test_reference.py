@@ -17,13 +17,28 @@ from locus_fast.step.optim import parameter_groups
 from tests.locus_fast.test_adapters import CPU, logprobs, needs_peft, tiny
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-SHORT = ["--steps", "2", "--prompts", "4", "--eval-cues", "6", "--microbatch-tokens", "1500", "--device", "cpu"]
+SHORT = [
+    "--steps",
+    "2",
+    "--prompts",
+    "4",
+    "--eval-cues",
+    "6",
+    "--microbatch-tokens",
+    "1500",
+    "--device",
+    "cpu",
+]
 EXACT = ("auto", "copy", "host")
 
 
 def places_of(model) -> list[tuple]:
-    parents = [parent for layer in model.model.language_model.layers for parent in (layer.self_attn, layer.mlp)]
-    return [(parent, name) for parent in parents for name, _ in parent.named_children() if name in PROJECTIONS]
+    parents = [
+        parent for layer in model.model.language_model.layers for parent in (layer.self_attn, layer.mlp)
+    ]
+    return [
+        (parent, name) for parent in parents for name, _ in parent.named_children() if name in PROJECTIONS
+    ]
 
 
 def move(model) -> None:
@@ -62,7 +77,9 @@ def test_quantised_it_is_nearly_the_base() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "out", "within", "bias"), [(0, 5, 3, True), (1, 7, 33, False), (37, 130, 65, True)])
+@pytest.mark.parametrize(
+    ("rows", "out", "within", "bias"), [(0, 5, 3, True), (1, 7, 33, False), (37, 130, 65, True)]
+)
 def test_int8_layer(rows: int, out: int, within: int, bias: bool, dtype: torch.dtype) -> None:
     """Against float64 with the same codes: the error of the dtype alone; against the weights: half a code, 1/254 of a row's largest."""
     rng = torch.Generator().manual_seed(rows)
@@ -70,8 +87,12 @@ def test_int8_layer(rows: int, out: int, within: int, bias: bool, dtype: torch.d
     scale, shift = torch.rand(out, generator=rng) / 127, torch.randn(out, generator=rng) if bias else None
     x = torch.randn(2, rows, within, generator=rng).to(dtype)
     got = Int8Linear(codes, scale, shift if shift is None else shift.to(dtype))(x)
-    truth = x.double() @ (codes.double() * scale[:, None].double()).T + (0 if shift is None else shift.to(dtype).double())
-    eager = torch.nn.functional.linear(x, (codes * scale[:, None]).to(dtype), shift if shift is None else shift.to(dtype))
+    truth = x.double() @ (codes.double() * scale[:, None].double()).T + (
+        0 if shift is None else shift.to(dtype).double()
+    )
+    eager = torch.nn.functional.linear(
+        x, (codes * scale[:, None]).to(dtype), shift if shift is None else shift.to(dtype)
+    )
     assert got.shape == (2, rows, out)
     assert got.dtype == dtype
     assert (got - truth).abs().sum() <= 2 * (eager - truth).abs().sum() + 1e-6 * got.numel()
@@ -83,7 +104,10 @@ def test_quantised_weights(kind: str) -> None:
     pytest.importorskip("bitsandbytes")
     plain, model = tiny(), tiny()
     quantize(model, kind, CPU)
-    pairs = [(a.weight, getattr(parent, name)) for (_, _, a), (parent, name) in zip(language_linears(plain), places_of(model), strict=True)]
+    pairs = [
+        (a.weight, getattr(parent, name))
+        for (_, _, a), (parent, name) in zip(language_linears(plain), places_of(model), strict=True)
+    ]
     assert len(pairs) == 4 * 7
     for weight, layer in pairs:
         if kind == "int8":
@@ -102,7 +126,9 @@ def test_it_shares_what_is_not_trained(kind: str) -> None:
     parameter_groups(model, {"vision": 0.0, "projector": 1.0, "language": 1.0})
     held = make_reference(model, kind).held
     ours, theirs = dict(model.named_parameters()), dict(held.named_parameters())
-    assert {name for name in theirs if theirs[name] is ours.get(name)} == {name for name, p in ours.items() if not p.requires_grad}
+    assert {name for name in theirs if theirs[name] is ours.get(name)} == {
+        name for name, p in ours.items() if not p.requires_grad
+    }
     assert not any(p.requires_grad for p in theirs.values())
     assert any(p.requires_grad for p in ours.values())
 
@@ -167,7 +193,9 @@ def test_on_cuda_a_paged_layer_is_there_only_while_it_computes() -> None:
     assert all(page.is_pinned() for page in reference.pages.values())
     layers = reference.held.model.language_model.layers
     there: list[list[bool]] = []
-    layers[2].mlp.register_forward_hook(lambda *_: there.append([all(p.is_cuda for p in layer.parameters()) for layer in layers]))
+    layers[2].mlp.register_forward_hook(
+        lambda *_: there.append([all(p.is_cuda for p in layer.parameters()) for layer in layers])
+    )
     with torch.no_grad():
         base = logprobs(model)
         move(model)

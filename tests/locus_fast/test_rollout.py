@@ -16,14 +16,19 @@ from locus_fast.step.rollout import Decoder, Sampling
 from locus_fast.step.vocabulary import Vocabulary
 from tests.small_models import IMAGE, VOCABULARY, small_model, small_prompt
 
-WORDS = Vocabulary(torch.arange(VOCABULARY) < IMAGE, torch.arange(2, 40))  # many stop tokens, so that replies end at different times
+WORDS = Vocabulary(
+    torch.arange(VOCABULARY) < IMAGE, torch.arange(2, 40)
+)  # many stop tokens, so that replies end at different times
 SAMPLING = Sampling(group_size=7, max_new_tokens=12, temperature=0.8, top_p=0.95)
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
 def prefix(request):
     model = small_model(request.param)
-    prompts = [small_prompt(model, grids, words=5, seed=seed) for seed, grids in enumerate([[(8, 12), (4, 4)], [], [(4, 8)]])]
+    prompts = [
+        small_prompt(model, grids, words=5, seed=seed)
+        for seed, grids in enumerate([[(8, 12), (4, 4)], [], [(4, 8)]])
+    ]
     with torch.no_grad():
         return model, prefill(model, PromptBatch.of(prompts, model.config, "cpu"))
 
@@ -83,11 +88,22 @@ def test_a_late_count_ends_the_rollout_all_the_same(prefix, monkeypatch) -> None
 def test_replies_end_with_their_box() -> None:
     """Nothing is sampled after the box that counts; the reader finds it in what was sampled."""
     setup = set_up(parse(["--max-new-tokens", "16", "--eval-cues", "1"]))
-    batch = PromptBatch.of([setup.inputs.prompter(setup.inputs.cues.train(i)) for i in range(4)], setup.engine.model.config, "cpu")
+    batch = PromptBatch.of(
+        [setup.inputs.prompter(setup.inputs.cues.train(i)) for i in range(4)],
+        setup.engine.model.config,
+        "cpu",
+    )
     with torch.no_grad():
-        out = setup.engine.decoder.generate(prefill(setup.engine.model, batch), Sampling(8, 16, 1.0, 1.0), seed=0, groups=range(4))
-    closing = closing_table(build_token_table(setup.origin.source.tokenizer, setup.engine.model.lm_head.weight.shape[0]), "first")
-    texts = [setup.origin.source.tokenizer.decode(row[:n]) for row, n in zip(out.ids.tolist(), out.lengths.tolist(), strict=True)]
+        out = setup.engine.decoder.generate(
+            prefill(setup.engine.model, batch), Sampling(8, 16, 1.0, 1.0), seed=0, groups=range(4)
+        )
+    closing = closing_table(
+        build_token_table(setup.origin.source.tokenizer, setup.engine.model.lm_head.weight.shape[0]), "first"
+    )
+    texts = [
+        setup.origin.source.tokenizer.decode(row[:n])
+        for row, n in zip(out.ids.tolist(), out.lengths.tolist(), strict=True)
+    ]
     boxes = [text for text in texts if "]" in text]
     assert len(boxes) > 24
     assert all(text.endswith("]") for text in boxes)
@@ -130,7 +146,9 @@ def test_packing_weighs_images_and_names_what_does_not_fit() -> None:
     costs = [setup.most(prompt, 8) for prompt in prompts]
     assert all(cost > len(prompt.ids) + 8 * 16 for cost, prompt in zip(costs, prompts, strict=True))
     assert len(pack(prompts, costs, 2 * max(costs))) == 3
-    with pytest.raises(UserError, match=r"scene 0: its prompt of .* more than a microbatch of 100; raise --microbatch-tokens"):
+    with pytest.raises(
+        UserError, match=r"scene 0: its prompt of .* more than a microbatch of 100; raise --microbatch-tokens"
+    ):
         pack(prompts, costs, 100)
 
 
@@ -141,11 +159,17 @@ def test_logits_of_a_bfloat16_model_stay_in_float32(family: str) -> None:
     model = small_model(family).bfloat16()
     states: list[torch.Tensor] = []
     with torch.no_grad():
-        prefix = prefill(model, PromptBatch.of([small_prompt(model, [(4, 8)], words=5, seed=0)], model.config, "cpu"))
+        prefix = prefill(
+            model, PromptBatch.of([small_prompt(model, [(4, 8)], words=5, seed=0)], model.config, "cpu")
+        )
         states.append(prefix.last_hidden.expand(7, -1))
-        hook = model.model.language_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state[:, 0]))
+        hook = model.model.language_model.register_forward_hook(
+            lambda *call: states.append(call[-1].last_hidden_state[:, 0])
+        )
         sampling = Sampling(group_size=7, max_new_tokens=6, temperature=0.8, top_p=0.95)
-        played = Decoder(model, Vocabulary(torch.arange(VOCABULARY) < IMAGE, torch.tensor([2]))).generate(prefix, sampling, seed=4, groups=[3])
+        played = Decoder(model, Vocabulary(torch.arange(VOCABULARY) < IMAGE, torch.tensor([2]))).generate(
+            prefix, sampling, seed=4, groups=[3]
+        )
         hook.remove()
     assert played.lengths.tolist() == [6] * 7  # no row was moved
     head = model.lm_head.weight.double()

@@ -24,7 +24,20 @@ from locus_fast.files import save_tensors
 from locus_fast.run.folder import make_folder
 from locus_fast.weights.checkpoint import TINY_BASE
 
-SHORT = ["--steps", "2", "--prompts", "2", "--group-size", "2", "--eval-cues", "3", "--save-every", "1", "--device", "cpu"]
+SHORT = [
+    "--steps",
+    "2",
+    "--prompts",
+    "2",
+    "--group-size",
+    "2",
+    "--eval-cues",
+    "3",
+    "--save-every",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 def scenes(folder: Path) -> None:
@@ -33,7 +46,9 @@ def scenes(folder: Path) -> None:
     (folder / "pool").mkdir(parents=True)
     lines = []
     for i in range(3):
-        Image.fromarray(rng.integers(0, 256, (120, 160, 3), dtype=np.uint8)).save(folder / "pool" / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (120, 160, 3), dtype=np.uint8)).save(
+            folder / "pool" / f"{i}.png"
+        )
         lines += [{"image": f"{i}.png", "bbox": [10 + 40 * k, 12, 40 + 40 * k, 40]} for k in range(2)]
     (folder / "boxes.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
@@ -46,7 +61,16 @@ def run(tmp_path_factory) -> Path:
     here = os.getcwd()
     os.chdir(home)
     try:
-        paths = ["--data", "data/boxes.jsonl", "--images", "data/pool", "--model", os.path.relpath(TINY_BASE), "--out", "runs/one"]
+        paths = [
+            "--data",
+            "data/boxes.jsonl",
+            "--images",
+            "data/pool",
+            "--model",
+            os.path.relpath(TINY_BASE),
+            "--out",
+            "runs/one",
+        ]
         assert train.main([*SHORT, *paths]) == 0
     finally:
         os.chdir(here)
@@ -58,7 +82,9 @@ INSIDE = ["final", "final/", "checkpoints/step-000001", "checkpoints/step-000002
 
 @pytest.mark.parametrize("how", ["first", "option", "last", "joined", "relative", "link"])
 @pytest.mark.parametrize("place", INSIDE)
-def test_a_runs_settings_are_found_from_inside_it(place: str, how: str, run: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_a_runs_settings_are_found_from_inside_it(
+    place: str, how: str, run: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
     """Its own data and question are asked, and said first; the same cues as the run's own evaluation had."""
     folder = f"{run}/{place}"
     if how == "link":
@@ -76,7 +102,9 @@ def test_a_runs_settings_are_found_from_inside_it(place: str, how: str, run: Pat
     out, err = capsys.readouterr()
     lines = err.splitlines()
     data = run.parent.parent / "data" / "boxes.jsonl"
-    assert lines[0] == f"asking {folder}: up to 3 held-out cues of {data}, question direct, as in the run {run}"
+    assert (
+        lines[0] == f"asking {folder}: up to 3 held-out cues of {data}, question direct, as in the run {run}"
+    )
     assert "3 images, 6 boxes" in lines[1]
     if "step-000001" not in place:
         after = json.loads((run / "summary.json").read_text())["eval"]["after"]
@@ -89,7 +117,9 @@ def test_a_run_folder_is_answered_with_its_models(command, run: Path, capsys, mo
     for given, home in ((str(run), run), (f"{run}/", run), (f"{run}/checkpoints", run)):
         assert command(["--model", given, *named]) == 2
         error = capsys.readouterr().err
-        assert error.endswith(f"a folder of a run, not a model: use {home}/final or {home}/checkpoints/step-000002.\n")
+        assert error.endswith(
+            f"a folder of a run, not a model: use {home}/final or {home}/checkpoints/step-000002.\n"
+        )
     monkeypatch.chdir(run)
     assert command(["--model", ".", *named]) == 2
     assert "use final or checkpoints/step-000002." in capsys.readouterr().err
@@ -141,7 +171,9 @@ def test_options_with_a_meaning_are_those_that_are_read(run: Path, monkeypatch) 
 
     def seen(config: Config, name: str):
         caller = Path(sys._getframe(1).f_code.co_filename)
-        if caller.parent.name != "config" and caller.name != "dataclasses.py":  # which check and copy every field
+        if (
+            caller.parent.name != "config" and caller.name != "dataclasses.py"
+        ):  # which check and copy every field
             read.add(name)
         return look(config, name)
 
@@ -149,8 +181,18 @@ def test_options_with_a_meaning_are_those_that_are_read(run: Path, monkeypatch) 
     monkeypatch.setattr(Config, "__getattribute__", seen)
     setup = evaluate.set_up(config)
     setup.evaluate("", lambda: False)
-    trained = {"quantize", "lora", "checkpointing", "rollout_tokens"}  # looked at, and always as they are by default
-    trained |= {"group_size", "reward", "format_weight", "normalize_std"}  # stored for a reward, which is not asked for
+    trained = {
+        "quantize",
+        "lora",
+        "checkpointing",
+        "rollout_tokens",
+    }  # looked at, and always as they are by default
+    trained |= {
+        "group_size",
+        "reward",
+        "format_weight",
+        "normalize_std",
+    }  # stored for a reward, which is not asked for
     assert (read & Config.__dataclass_fields__.keys()) - trained <= set(EVALUATION_OPTIONS)
 
 
@@ -205,7 +247,20 @@ def test_the_run_itself_is_resumed_and_not_a_part_of_it(place: str, run: Path, c
 def test_what_is_fixed_may_be_repeated(run: Path, monkeypatch) -> None:
     """--resume with the value that the run has already is no change."""
     monkeypatch.chdir(run.parent)
-    words = ["--resume", "one", "--out", "one", "--prompts", "2", "--seed", "0", "--preset", "tiny", "--steps", "9"]
+    words = [
+        "--resume",
+        "one",
+        "--out",
+        "one",
+        "--prompts",
+        "2",
+        "--seed",
+        "0",
+        "--preset",
+        "tiny",
+        "--steps",
+        "9",
+    ]
     assert parse(words).steps == 9
     assert parse([*words, "--model", os.path.relpath(TINY_BASE)]).prompts == 2
     for other in (["--out", "two"], ["--prompts", "3"], ["--seed", "1"], ["--model", ""], ["--lora", "4"]):
@@ -232,7 +287,10 @@ def test_what_may_be_empty_is_as_if_it_were_not_given(name: str, run: Path) -> N
     """Every option whose help says what empty means."""
     assert {"preset", "model", "data", "images", "out"} <= set(EMPTY)
     assert parse([f"--{name}", ""]) == parse([])
-    assert parse([f"--{name}", "", "--model", str(run / "final")] if name != "model" else ["--model", ""]).preset == "tiny"
+    assert (
+        parse([f"--{name}", "", "--model", str(run / "final")] if name != "model" else ["--model", ""]).preset
+        == "tiny"
+    )
     if name in ("preset", "out"):
         assert parse(["--resume", str(run), f"--{name}", ""]) == parse(["--resume", str(run)])
 

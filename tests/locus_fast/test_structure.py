@@ -52,7 +52,8 @@ def imports(name: str) -> dict[str, int]:
 
 
 def room(name: str) -> str:
-    return name.split(".")[1]
+    """A command that lies in a package (`python -m locus_fast.cost`) is a room of its own."""
+    return name if name.endswith("__main__") else name.split(".")[1]
 
 
 OURS = [name for name in FILES if name.startswith("locus_fast.")]
