@@ -1,5 +1,6 @@
-"""A step of AdamW on bfloat16 weights with 8-bit moments: torchao, bitsandbytes (float32 weights), float32 moments by
-torch, and ours. The floor is one read of gradient, weight and moments, and one write of weight and moments."""
+"""A step of AdamW on bfloat16 weights with 8-bit moments: torchao, bitsandbytes (float32 weights), float32
+moments by torch, and ours. The floor is one read of gradient, weight and moments, and one write of weight and
+moments."""
 
 from __future__ import annotations
 

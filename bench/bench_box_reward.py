@@ -1,4 +1,5 @@
-"""Reward from token ids: parsing the decoded text on the host, the reference in eager PyTorch, torch.compile of it, and ours.
+"""Reward from token ids: parsing the decoded text on the host, the reference in eager PyTorch, torch.compile
+of it, and ours.
 
 On CPU ours is the reference. The floor is one read of the ids; what is left is latency.
 """

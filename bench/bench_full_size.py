@@ -1,8 +1,10 @@
-"""The trainer itself on the presets' models with random weights: prompts/s, MFU, peak memory and phases of full fine-tuning with KL.
+"""The trainer itself on the presets' models with random weights: prompts/s, MFU, peak memory and phases of
+full fine-tuning with KL.
 
-On CUDA the published sizes and the paper's recipe, five steps of 128 prompts x 8 replies on 640x480 images; without it the same run on small models
-of two architectures, so that it cannot rot, and its figures mean nothing. A random model earns nothing, so advantages are random: every group has a
-gradient. The last step is timed phase by phase, the device waited for at each boundary; the others run as they do.
+On CUDA the published sizes and the paper's recipe, five steps of 128 prompts x 8 replies on 640x480 images;
+without it the same run on small models of two architectures, so that it cannot rot, and its figures mean
+nothing. A random model earns nothing, so advantages are random: every group has a gradient. The last step is
+timed phase by phase, the device waited for at each boundary; the others run as they do.
 """
 
 from __future__ import annotations
@@ -117,7 +119,8 @@ def draw_photographs(folder: Path, count: int, width: int, height: int) -> Path:
 
 @pytest.fixture
 def phases(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Seconds of each phase of the last step, filled while it runs; and a run with random advantages that leaves no weights behind."""
+    """Seconds of each phase of the last step, filled while it runs; and a run with random advantages that
+    leaves no weights behind."""
     seconds: dict[str, float] = defaultdict(float)
     last = [False]
 

@@ -1,6 +1,8 @@
-"""GRPO loss, forward and backward, from hidden states: eager, torch.compile, Liger's fused linear loss, and ours (without CUDA: our CPU path).
+"""GRPO loss, forward and backward, from hidden states: eager, torch.compile, Liger's fused linear loss, and
+ours (without CUDA: our CPU path).
 
-All four compute the mean over B * L tokens with the clip and the KL term on, and gradients of hidden states and weight.
+All four compute the mean over B * L tokens with the clip and the KL term on, and gradients of hidden states
+and weight.
 """
 
 from __future__ import annotations

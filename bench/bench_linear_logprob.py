@@ -1,6 +1,8 @@
-"""Log-prob and entropy of tokens from hidden states: eager, torch.compile, and ours (on a machine without CUDA: our CPU path).
+"""Log-prob and entropy of tokens from hidden states: eager, torch.compile, and ours (on a machine without
+CUDA: our CPU path).
 
-Liger's fused linear cross-entropy stands beside them where there is a GPU, its kernels being Triton's: the log-prob alone, it has no entropy.
+Liger's fused linear cross-entropy stands beside them where there is a GPU, its kernels being Triton's: the
+log-prob alone, it has no entropy.
 """
 
 from __future__ import annotations

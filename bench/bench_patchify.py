@@ -1,4 +1,5 @@
-"""Image to patches: PIL and the model family's processor, eager PyTorch (its own antialiased resize), torch.compile, and ours.
+"""Image to patches: PIL and the model family's processor, eager PyTorch (its own antialiased resize),
+torch.compile, and ours.
 
 The processor and PIL work on the host and are given host images; the others start from images on the device.
 """
@@ -20,7 +21,8 @@ PROCESSOR = Qwen2VLImageProcessorPil(do_resize=False, image_mean=list(MEAN), ima
 
 
 def picture(seed: int) -> torch.Tensor:
-    """A smooth random image: on noise, clamping between the passes (as Pillow does) would set float arithmetic far apart."""
+    """A smooth random image: on noise, clamping between the passes (as Pillow does) would set float
+    arithmetic far apart."""
     coarse = torch.rand(1, 3, SOURCE[0] // 30, SOURCE[1] // 30, generator=torch.Generator().manual_seed(seed))
     smooth = torch.nn.functional.interpolate(coarse, SOURCE, mode="bilinear", align_corners=False)
     return (smooth[0].permute(1, 2, 0) * 200 + 25).to(torch.uint8).contiguous()

@@ -1,10 +1,12 @@
-"""Image and cue to patches: the families' own image processor (their PIL path), and ours, from the loader's resize to the batch's patches.
+"""Image and cue to patches: the families' own image processor (their PIL path), and ours, from the loader's
+resize to the batch's patches.
 
-Eight images and cues a pass, in turns, a pass untimed before each timed one, so that neither side pays for memory that the other gave back. The
-figures are ratios of medians: one thread each, in processor time; the loader's part of it alone, which is all that the host does where a device makes
-the patches; and by the wall clock the loader's threads against the processor as it is called. Each side is given what it likes best, the processor
-PIL images and we arrays, and both have the recipe's limits for images and for cues. Nothing is timed unless grids and patches are the processor's.
-Pillow's resize is part of both sides, and most of ours.
+Eight images and cues a pass, in turns, a pass untimed before each timed one, so that neither side pays for
+memory that the other gave back. The figures are ratios of medians: one thread each, in processor time; the
+loader's part of it alone, which is all that the host does where a device makes the patches; and by the wall
+clock the loader's threads against the processor as it is called. Each side is given what it likes best, the
+processor PIL images and we arrays, and both have the recipe's limits for images and for cues. Nothing is
+timed unless grids and patches are the processor's. Pillow's resize is part of both sides, and most of ours.
 """
 
 from __future__ import annotations

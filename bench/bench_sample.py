@@ -1,4 +1,5 @@
-"""Sampling a token from logits: eager PyTorch, torch.compile and ours. The floor is one read of the logits."""
+"""Sampling a token from logits: eager PyTorch, torch.compile and ours. The floor is one read of the
+logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""G replies over one prompt, forward and backward: keys repeated for every reply, the same compiled, and ours on each backend that runs here.
+"""G replies over one prompt, forward and backward: keys repeated for every reply, the same compiled, and ours
+on each backend that runs here.
 
 The floor is the matrix products over unique keys: replies to their prompt, and each to itself.
 """
@@ -81,7 +82,9 @@ def test_shared_prefix_attention(benchmark, name: str) -> None:
         turn.append(turn.pop(0))
         synchronize()
 
-    benchmark.group = f"shared-prefix attention, {GROUPS} x {G} replies x {L} tokens over {P}, forward + backward, {str(DTYPE).removeprefix('torch.')}"
+    dtype = str(DTYPE).removeprefix("torch.")
+    sizes = f"{GROUPS} x {G} replies x {L} tokens over {P}"
+    benchmark.group = f"shared-prefix attention, {sizes}, forward + backward, {dtype}"
     benchmark.pedantic(call, rounds=20 if DEVICE == "cuda" else 5, warmup_rounds=2)
     flops = 14 * GROUPS * G * H * D * (L * P + L * (L + 1) / 2)  # two products forward, five backward
     benchmark.extra_info |= {

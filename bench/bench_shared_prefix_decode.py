@@ -1,6 +1,8 @@
-"""One decoding step over shared prompts: SDPA with the prompt repeated for each reply, torch.compile of eager PyTorch, and ours.
+"""One decoding step over shared prompts: SDPA with the prompt repeated for each reply, torch.compile of eager
+PyTorch, and ours.
 
-The floor reads each prompt's keys and values once, and each row's own. The repeated keys are made outside the timed call.
+The floor reads each prompt's keys and values once, and each row's own. The repeated keys are made outside the
+timed call.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""A whole step. What sharing the prefill buys against the naive loop; our step on a model of real proportions; and the race against TRL.
+"""A whole step. What sharing the prefill buys against the naive loop; our step on a model of real
+proportions; and the race against TRL.
 
-The race runs both sides' steps in turn, so that whatever else the machine does falls on both; the figure is the ratio of the medians. Nothing is
-timed unless our log-probs are plain transformers' and our FLOPs are few enough: near the floor, and a seventh of TRL's.
+The race runs both sides' steps in turn, so that whatever else the machine does falls on both; the figure is
+the ratio of the medians. Nothing is timed unless our log-probs are plain transformers' and our FLOPs are few
+enough: near the floor, and a seventh of TRL's.
 """
 
 from __future__ import annotations

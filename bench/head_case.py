@@ -1,4 +1,5 @@
-"""What the two benchmarks of the head share: sizes, rotating inputs, timing with synchronisation, and the rate of a plain matrix product.
+"""What the two benchmarks of the head share: sizes, rotating inputs, timing with synchronisation, and the
+rate of a plain matrix product.
 
 Legend: T tokens, V vocabulary, D hidden size.
 """
@@ -42,7 +43,8 @@ def head_sets(T: int, D: int, V: int, dtype: torch.dtype) -> list[tuple[Tensor, 
 
 
 def matmul_rate(T: int, D: int, V: int, dtype: torch.dtype) -> float:
-    """FLOP/s of the library's hidden @ weight.T at this size, the roofline: the best of six, in this process."""
+    """FLOP/s of the library's hidden @ weight.T at this size, the roofline: the best of six, in this
+    process."""
     hidden, weight = (
         torch.randn(T, D, device=DEVICE, dtype=dtype),
         torch.randn(V, D, device=DEVICE, dtype=dtype),
@@ -64,8 +66,9 @@ def measure(
     case: tuple[int, int, int, torch.dtype],
     passes: int,
 ) -> None:
-    """Time `run` over the rotated sets, each timing synchronised. extra_info: TFLOP/s counted over the floor's `passes` of 2 T D V operations, the
-    fraction of the matrix product's rate, and on CUDA the peak memory above the inputs in MiB."""
+    """Time `run` over the rotated sets, each timing synchronised. extra_info: TFLOP/s counted over the
+    floor's `passes` of 2 T D V operations, the fraction of the matrix product's rate, and on CUDA the peak
+    memory above the inputs in MiB."""
     T, D, V, dtype = case
     turn = iter(range(1 << 60))
 

@@ -1,8 +1,10 @@
-"""What both runners of the race get: a model with a real one's proportions, the same images, the same two prompts, and how FLOPs are counted.
+"""What both runners of the race get: a model with a real one's proportions, the same images, the same two
+prompts, and how FLOPs are counted.
 
-A real 7B spends nine parts in its layers to one in its head and about a fifth of a prompt's work in its vision tower. So does this one, at width
-256: with a real vocabulary on a tiny trunk the head would be all of it. Replies are forced to their full length, because a random model's are
-noise: the tokens that could end one are never drawn.
+A real 7B spends nine parts in its layers to one in its head and about a fifth of a prompt's work in its
+vision tower. So does this one, at width 256: with a real vocabulary on a tiny trunk the head would be all of
+it. Replies are forced to their full length, because a random model's are noise: the tokens that could end one
+are never drawn.
 
 Legend: B prompts, G replies of each, L tokens of each reply, R = B * G rows.
 """
@@ -55,7 +57,8 @@ FAMILIES = {
 
 
 def race_tokenizer() -> Any:
-    """The tiny tokenizer with made-up words, up to VOCABULARY tokens, padded on the left as generation wants it."""
+    """The tiny tokenizer with made-up words, up to VOCABULARY tokens, padded on the left as generation wants
+    it."""
     tokenizer = build_tokenizer()
     tokenizer.add_tokens([f"<word {n}>" for n in range(VOCABULARY - len(tokenizer))])
     tokenizer.padding_side = "left"
@@ -63,7 +66,8 @@ def race_tokenizer() -> Any:
 
 
 def race_model(family: str, tokenizer: Any) -> Any:
-    """Random float32 weights; hidden 256, 8 layers, two query heads a key head; 9.4M parameters in the layers, 1.0M in the head."""
+    """Random float32 weights; hidden 256, 8 layers, two query heads a key head; 9.4M parameters in the
+    layers, 1.0M in the head."""
     config_class, model_class, vision = FAMILIES[family]
     text = {
         "vocab_size": VOCABULARY,
@@ -129,14 +133,16 @@ def example(rng: np.random.Generator, image: tuple[int, int], cue: tuple[int, in
 
 
 def luck(rows: int) -> torch.Tensor:
-    """A share of the reward, float32 [rows], that differs within a group: random replies hold no box, and equal rewards would have no gradient."""
+    """A share of the reward, float32 [rows], that differs within a group: random replies hold no box, and
+    equal rewards would have no gradient."""
     return torch.arange(rows) % GROUP / GROUP
 
 
 def attention_flops(
     q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, out_shape: Any = None, **__: Any
 ) -> int:
-    """Both products of attention from the shapes [S, H, N, D], masked or not, as the counter does for a GPU's attention."""
+    """Both products of attention from the shapes [S, H, N, D], masked or not, as the counter does for a GPU's
+    attention."""
     return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
 
 
@@ -148,7 +154,8 @@ def attention_backward_flops(
 
 
 def count_flops(step: Callable[[], Any]) -> int:
-    """Operations of the matrix products in `step()`, the CPU's attention included, which the counter passes over by default."""
+    """Operations of the matrix products in `step()`, the CPU's attention included, which the counter passes
+    over by default."""
     aten = torch.ops.aten
     cpu_attention = {
         aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
@@ -160,11 +167,11 @@ def count_flops(step: Callable[[], Any]) -> int:
 
 
 def floor_flops(model: Any, prompts: Sequence[Prompt], kl: bool) -> tuple[int, int]:
-    """What a step cannot do without: (vision tower, prompts and replies once forward and twice backward, and once more for a reference; the one pass
-    over the replies that decoding them is).
+    """What a step cannot do without: (vision tower, prompts and replies once forward and twice backward, and
+    once more for a reference; the one pass over the replies that decoding them is).
 
-    As the counter has it, attention costs all of its rectangle, masked or not; a reply's is L queries by P + L keys.
-    model: plain transformers, as `Case.load` gives it.
+    As the counter has it, attention costs all of its rectangle, masked or not; a reply's is L queries by P +
+    L keys. model: plain transformers, as `Case.load` gives it.
     """
     core, text, prefix, suffix = model.model, model.config.text_config, 0, 0
     weights = sum(p.numel() for p in core.language_model.layers.parameters() if p.ndim == 2)

@@ -53,7 +53,8 @@ class Ours:
         self.seconds[name].append(time.perf_counter() - began)
 
     def step(self) -> tuple[PromptBatch, Rollout, Tensor]:
-        """One update on fresh replies; returns what the correctness gate compares: prompts, replies, their log-probs [T] before the update."""
+        """One update on fresh replies; returns what the correctness gate compares: prompts, replies, their
+        log-probs [T] before the update."""
         self.seed += 1
         self.optimizer.zero_grad(set_to_none=True)
         with self.phase("preprocess"):
@@ -107,7 +108,8 @@ class Ours:
 
 
 def plain_logprob(model: Any, batch: PromptBatch, rollout: Rollout, row: int) -> Tensor:
-    """Log-probs [L] of one reply by plain transformers, its whole prompt and images run again for it alone."""
+    """Log-probs [L] of one reply by plain transformers, its whole prompt and images run again for it
+    alone."""
     prompt, reply = batch.prompts[row // GROUP], rollout.ids[row]
     ids = torch.cat([prompt.ids, reply])[None]
     is_image = (ids == model.config.image_token_id).int()
@@ -123,8 +125,9 @@ def plain_logprob(model: Any, batch: PromptBatch, rollout: Rollout, row: int) ->
 
 
 def check(plain: Any, batch: PromptBatch, rollout: Rollout, logprob: Tensor) -> None:
-    """Raises AssertionError unless every reply has its full length and a step's log-probs [T] are plain transformers' (`plain`, which has the weights
-    that the step began with) for the last reply of each group."""
+    """Raises AssertionError unless every reply has its full length and a step's log-probs [T] are plain
+    transformers' (`plain`, which has the weights that the step began with) for the last reply of each group.
+    """
     assert (rollout.lengths == LENGTH).all()
     for row in range(GROUP - 1, len(rollout.ids), GROUP):
         torch.testing.assert_close(

@@ -1,7 +1,9 @@
-"""The peer: TRL's GRPOTrainer on the same model, prompts, images and number of rollouts, at the settings that suit it best on a CPU.
+"""The peer: TRL's GRPOTrainer on the same model, prompts, images and number of rollouts, at the settings that
+suit it best on a CPU.
 
-No gradient checkpointing, no logging, no saving; the head scores reply tokens only, as it does where Triton runs. Image processor and tokenizer
-are joined by hand, because the stock processor asks for torchvision's video processor, which a CPU installation does not have.
+No gradient checkpointing, no logging, no saving; the head scores reply tokens only, as it does where Triton
+runs. Image processor and tokenizer are joined by hand, because the stock processor asks for torchvision's
+video processor, which a CPU installation does not have.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ def reward(completions: list[Any], **_: Any) -> list[float]:
 class Peer:
     """A GRPOTrainer driven by hand; `step()` is one optimizer update on fresh replies of every prompt.
 
-    rows_at_once: replies of a forward and backward pass. On a CPU two are quickest: sixteen, four and one took 1.5, 1.1 and 1.3 times as long.
+    rows_at_once: replies of a forward and backward pass. On a CPU two are quickest: sixteen, four and one
+    took 1.5, 1.1 and 1.3 times as long.
     """
 
     def __init__(self, case: Case, kl: bool, out: Path, rows_at_once: int = 2):

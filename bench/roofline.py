@@ -1,4 +1,5 @@
-"""What the benchmarks of small operators share: synchronised timing, inputs past the cache, and a copy's bandwidth in the same process."""
+"""What the benchmarks of small operators share: synchronised timing, inputs past the cache, and a copy's
+bandwidth in the same process."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def copy_bandwidth() -> float:
 
 
 def timed(benchmark: Any, way: Callable[..., Any], inputs: list[tuple], *, moved: int, rounds: int) -> None:
-    """Time `way` on each of `inputs` in turn; `moved`: the bytes that one call must at least read and write."""
+    """Time `way` on each of `inputs` in turn; `moved`: the bytes that one call must at least read and
+    write."""
     turn = iter(range(10**9))
 
     def call() -> None:

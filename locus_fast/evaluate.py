@@ -1,4 +1,5 @@
-"""Cue search on held-out data: `python -m locus_fast.evaluate MODEL --data ...`. A table, and one line of JSON."""
+"""Cue search on held-out data: `python -m locus_fast.evaluate MODEL --data ...`. A table, and one line of
+JSON."""
 
 from __future__ import annotations
 
@@ -35,12 +36,15 @@ def asked(config: Config, run: Path | None) -> str:
     """What is asked of which model, in one line."""
     cues = f"up to {config.eval_cues:,} held-out cues of {config.data or 'drawn scenes'}"
     whose = f"as in the run {run}" if run else f"preset {config.preset}"
-    return f"asking {config.model or 'the embedded tiny base'}: {cues}, prompt style {config.prompt_style}, {whose}"
+    return (
+        f"asking {config.model or 'the embedded tiny base'}: {cues}, prompt style {config.prompt_style}, "
+        f"{whose}"
+    )
 
 
 def main(arguments: list[str]) -> int:
-    """The command: a table on standard error, the summary as one JSON line on standard output. Returns the exit code:
-    0, 2 for a mistake in the input, 130 after Ctrl-C."""
+    """The command: a table on standard error, the summary as one JSON line on standard output. Returns the
+    exit code: 0, 2 for a mistake in the input, 130 after Ctrl-C."""
     try:
         config, run = parse(arguments)
         with Interrupt() as interrupt:

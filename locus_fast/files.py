@@ -1,5 +1,5 @@
-"""Files that a user names and files that a run leaves: what would never end when it is read, and who may
-read what is written. What is written is there whole or not at all. Imports no PyTorch until a tensor is saved."""
+"""Files that a user names and files that a run leaves: what would never end when it is read, and who may read
+what is written. What is written is there whole or not at all. Imports no PyTorch until a tensor is saved."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """LOCUS training: `python -m locus_fast.train` (with `--help` for every option).
 
-A run, top to bottom: what there is already, model and data, the base's answers to held-out cues, the steps, what is
-saved, the trained model's answers. The algorithm is in `step/step.py`, its loss in `step/losses.py`.
+A run, top to bottom: what there is already, model and data, the base's answers to held-out cues, the steps,
+what is saved, the trained model's answers. The algorithm is in `step/step.py`, its loss in `step/losses.py`.
 
-There is no second engine and no weight sync: the sampler is the policy. Left out on purpose: a value network, partial
-groups, and any correction for a sampler that differs from the trainer.
+There is no second engine and no weight sync: the sampler is the policy. Left out on purpose: a value network,
+partial groups, and any correction for a sampler that differs from the trainer.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ from locus_fast.step.step import Step
 
 def train(config: Config, out: Path, stop: Interrupt) -> dict[str, Any]:
     """One run into the folder `out`, or what is missing of one; returns the summary. `stop` is asked between
-    microbatches, and told what a Ctrl-C would do. Whatever ends the run but a third Ctrl-C, what was done is saved."""
+    microbatches, and told what a Ctrl-C would do. Whatever ends the run but a third Ctrl-C, what was done is
+    saved."""
     started = time.perf_counter()
     begun = read_run(config) if config.resume else Begun()
     lacking = missing(config, begun) if begun.checkpoint else ["steps", FINAL]
@@ -85,9 +86,9 @@ def train(config: Config, out: Path, stop: Interrupt) -> dict[str, Any]:
 def learn_and_save(
     config: Config, step: Step, inputs: Inputs, metrics: Metrics, saver: Saver, begun: int
 ) -> int:
-    """The steps after the first `begun`, each with its line of metrics, their state saved on the way and at the end,
-    however that came. Returns how many steps are done then. Raises UserError for what ended the run early, and for a
-    state that is not finite."""
+    """The steps after the first `begun`, each with its line of metrics, their state saved on the way and at
+    the end, however that came. Returns how many steps are done then. Raises UserError for what ended the run
+    early, and for a state that is not finite."""
     done = begun
     failure: Exception | None = None
     try:
@@ -109,8 +110,8 @@ def learn_and_save(
 
 
 def steps(config: Config, step: Step, inputs: Inputs, done: int, stop: Interrupt) -> Iterator[dict[str, Any]]:
-    """Runs the steps after the first `done` and yields each one's metrics, until the last one or until `stop` says
-    so."""
+    """Runs the steps after the first `done` and yields each one's metrics, until the last one or until `stop`
+    says so."""
     numbers = range(done * config.prompts, config.steps * config.prompts)
     prompts = inputs.train(numbers, config.workers, ahead=2 * config.prompts)
     model = step.engine.model

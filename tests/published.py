@@ -1,7 +1,9 @@
-"""Small random checkpoints that lie as the published ones do: config.json in each family's own form, tensor names, shards, tokenizer and templates.
+"""Small random checkpoints that lie as the published ones do: config.json in each family's own form, tensor
+names, shards, tokenizer and templates.
 
-The names and the forms of the configs are those of Qwen2.5-VL-7B-Instruct, Qwen3-VL-4B-Thinking and MiMo-VL-7B-RL; the templates keep the
-published ones' structure (default system turn, vision tokens around each image, how the reply is opened), not their text.
+The names and the forms of the configs are those of Qwen2.5-VL-7B-Instruct, Qwen3-VL-4B-Thinking and
+MiMo-VL-7B-RL; the templates keep the published ones' structure (default system turn, vision tokens around
+each image, how the reply is opened), not their text.
 """
 
 from __future__ import annotations
@@ -43,8 +45,10 @@ PLAIN = ["<think>", "</think>"]  # added tokens that are text
 TURNS = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' }}"
     "{%- if message.content is string %}{{- message.content }}{%- else %}{%- for part in message.content %}"
-    "{%- if part.type == 'image' or 'image_url' in part %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}"
-    "{%- elif 'text' in part %}{{- part.text }}{%- endif %}{%- endfor %}{%- endif %}{{- '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if part.type == 'image' or 'image_url' in part %}{{- '<|vision_start|><|image_pad|><|vision_end|>' "
+    "}}"
+    "{%- elif 'text' in part %}{{- part.text }}{%- endif %}{%- endfor %}{%- endif %}"
+    "{{- '<|im_end|>\n' }}{%- endfor %}"
 )
 SYSTEM = "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nNAME<|im_end|>\n' }}{%- endif %}"
 OPENING = "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\nTHINK' }}{%- endif %}"
@@ -95,7 +99,8 @@ def bpe() -> Tokenizer:
 
 
 def config_of(family: str) -> dict[str, Any]:
-    """config.json in the form in which the family publishes it: flat for Qwen2.5-VL and MiMo-VL, nested for Qwen3-VL."""
+    """config.json in the form in which the family publishes it: flat for Qwen2.5-VL and MiMo-VL, nested for
+    Qwen3-VL."""
     tokens = {
         "image_token_id": bpe().token_to_id("<|image_pad|>"),
         "video_token_id": bpe().token_to_id("<|video_pad|>"),
@@ -183,7 +188,8 @@ def config_of(family: str) -> dict[str, Any]:
 
 
 def published_name(name: str, family: str) -> str:
-    """A tensor's name in the published files: Qwen2.5-VL and MiMo-VL keep the names from before both parts moved under `model`."""
+    """A tensor's name in the published files: Qwen2.5-VL and MiMo-VL keep the names from before both parts
+    moved under `model`."""
     return (
         name
         if family == "qwen3-vl"

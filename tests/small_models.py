@@ -23,7 +23,8 @@ CLASSES = {
 
 
 def small_model(family: str, seed: int = 0, **text_settings: int):
-    """Float32, two query heads a key head, window attention or deep stack, and our attention. text_settings: of another language model."""
+    """Float32, two query heads a key head, window attention or deep stack, and our attention. text_settings:
+    of another language model."""
     config_class, model_class = CLASSES[family]
     text = {
         "hidden_size": 64,
@@ -70,7 +71,8 @@ def small_model(family: str, seed: int = 0, **text_settings: int):
 
 
 def small_prompt(model, grids: list[tuple[int, int]], words: int, seed: int, image: int = IMAGE) -> Prompt:
-    """A prompt with images of these (rows, columns) of patches, and `words` random tokens in each text piece."""
+    """A prompt with images of these (rows, columns) of patches, and `words` random tokens in each text
+    piece."""
     rng = torch.Generator().manual_seed(seed)
     vision = model.config.vision_config
     merge, patch = vision.spatial_merge_size, vision.patch_size
@@ -96,7 +98,8 @@ def small_prompt(model, grids: list[tuple[int, int]], words: int, seed: int, ima
 
 
 def naive_logprob(model, prompts: list[Prompt], replies: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-    """Log-probabilities of each reply's tokens by plain transformers: the whole prompt and its images again for every reply, one row at a time."""
+    """Log-probabilities of each reply's tokens by plain transformers: the whole prompt and its images again
+    for every reply, one row at a time."""
     use_plain_attention(model, "sdpa")
     out = []
     for prompt, group in zip(prompts, replies, strict=True):

@@ -48,8 +48,8 @@ OF_FILES = ("box_format", "mix", "min_side", "padding", "scale")  # drawn scenes
 
 
 def parse(arguments: list[str], prog: str = "python -m locus_fast.train") -> Config:
-    """The configuration of a training run's command line. Raises UserError for an unknown option, or for a value that
-    cannot be or that a resumed run does not take."""
+    """The configuration of a training run's command line. Raises UserError for an unknown option, or for a
+    value that cannot be or that a resumed run does not take."""
     parser = Parser(prog=prog, description=DESCRIPTION, allow_abbrev=False)
     add_options(parser, Config)
     words = given(parser, arguments)
@@ -68,8 +68,8 @@ def parse(arguments: list[str], prog: str = "python -m locus_fast.train") -> Con
 
 
 def resolve(words: dict[str, Any], settings: dict[str, Any] | None = None) -> Config:
-    """The configuration of what was given, over the settings of a run or else over a preset. Raises UserError for a
-    value that cannot be."""
+    """The configuration of what was given, over the settings of a run or else over a preset. Raises UserError
+    for a value that cannot be."""
     words = {name: value for name, value in words.items() if value or name not in EMPTY_IS_NOT_GIVEN}
     if settings is None:
         preset = words.get("preset") or default_preset(words.get("model", ""))
@@ -93,7 +93,8 @@ def _same(name: str, asked: Any, kept: Any) -> bool:
 
 
 def stored(config: Config) -> dict[str, Any]:
-    """The settings as a run folder keeps them: with whole paths, so that they hold in every working folder."""
+    """The settings as a run folder keeps them: with whole paths, so that they hold in every working
+    folder."""
     settings = dataclasses.asdict(dataclasses.replace(config, resume=""))
     for name in PATHS:
         is_hub_id = name == "model" and not Path(settings[name]).is_dir()
@@ -104,8 +105,8 @@ def stored(config: Config) -> dict[str, Any]:
 
 
 def of_run(folder: Path) -> dict[str, Any]:
-    """The settings of a run folder, those of earlier versions under today's names. Raises UserError if it is none, or
-    has settings that no version knew."""
+    """The settings of a run folder, those of earlier versions under today's names. Raises UserError if it is
+    none, or has settings that no version knew."""
     file = folder / "config.json"
     if (run := run_around(folder)) and run != folder.resolve():
         raise UserError(

@@ -68,13 +68,14 @@ def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def default_preset(model: str) -> str:
-    """The preset of a model, or of adapters, that is named without one; a hub id, or a folder that loading will
-    complain about, has the paper's."""
+    """The preset of a model, or of adapters, that is named without one; a hub id, or a folder that loading
+    will complain about, has the paper's."""
     if model and may_hold_adapters(model):
         model = str(read_object(Path(model) / "adapter_config.json").get("base_model_name_or_path") or model)
     return "tiny" if not model or "coordinate_extent" in read_object(Path(model) / "config.json") else "paper"
 
 
 def may_hold_adapters(model: str) -> bool:
-    """Whether a model may turn out to be adapters: the embedded base, and a folder with a model's config, are none."""
+    """Whether a model may turn out to be adapters: the embedded base, and a folder with a model's config, are
+    none."""
     return bool(model) and not os.path.isfile(Path(model) / "config.json")

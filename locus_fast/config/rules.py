@@ -79,8 +79,8 @@ RULES: dict[str, Rule] = {
 
 
 def check(config: Config, settled: bool = False) -> Config:
-    """The configuration itself, if every value can be, and with the others. settled: `lora` is known to be the rank
-    of what is trained, those of the adapters that --model holds included."""
+    """The configuration itself, if every value can be, and with the others. settled: `lora` is known to be
+    the rank of what is trained, those of the adapters that --model holds included."""
     for f in dataclasses.fields(Config):
         check_value(f.name, getattr(config, f.name))
     return check_together(config, settled)
@@ -116,7 +116,10 @@ def check_together(config: Config, settled: bool) -> Config:
         why = "with --lora the reference is the policy without its adapters, at no cost"
         raise UserError(f"--reference {config.reference}: {why}; leave it away.")
     if config.export_limits and config.export == "adapter":
-        why = "--export-limits writes into an image processor's config, and with --export adapter final/ has none"
+        why = (
+            "--export-limits writes into an image processor's config, and with --export adapter final/ has "
+            "none"
+        )
         raise UserError(f"{why}: give one of the two.")
     if config.delta and config.loss == "cispo":
         raise UserError(

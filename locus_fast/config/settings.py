@@ -1,7 +1,7 @@
 """Every setting of a run: its default, its meaning and its choices. The only place with defaults.
 
-Nothing here imports PyTorch, so that `--help` answers at once. The registries that a choice names live with their
-code; a test holds the two lists equal.
+Nothing here imports PyTorch, so that `--help` answers at once. The registries that a choice names live with
+their code; a test holds the two lists equal.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def option(group: str, default: Any, help: str, choices: Iterable[str] = ()) -> 
 
 @dataclass(frozen=True)
 class Config:
-    """One run. The defaults are the LOCUS recipe (arXiv 2606.16586); a preset changes what its model needs."""
+    """One run. The defaults are the LOCUS recipe (arXiv 2606.16586); a preset changes what its model
+    needs."""
 
     preset: str = option(
         "run",
@@ -91,8 +92,10 @@ class Config:
     box_format: str = option(
         "data",
         "auto",
-        "the four numbers of a box in --data; auto: xywh in COCO and xyxy in JSONL, in pixels; xyxy: x1, y1, x2, y2 in"
-        " pixels; xywh: x, y, width, height in pixels; normalized: x1, y1, x2, y2 from 0 to 1; thousand: x1, y1, x2,"
+        "the four numbers of a box in --data; auto: xywh in COCO and xyxy in JSONL, in pixels; xyxy: x1, "
+        "y1, x2, y2 in"
+        " pixels; xywh: x, y, width, height in pixels; normalized: x1, y1, x2, y2 from 0 to 1; thousand: "
+        "x1, y1, x2,"
         " y2 from 0 to 1000",
         BOX_FORMATS,
     )
@@ -130,14 +133,17 @@ class Config:
     loss: str = option(
         "loss",
         "grpo",
-        "the objective; dr_grpo is grpo with --loss-agg seq-mean-token-sum-norm --normalize-std false, bnpo and dapo"
-        " are grpo with --loss-agg token-mean; gspo has --loss-agg seq-mean-token-mean unless another is given",
+        "the objective; dr_grpo is grpo with --loss-agg seq-mean-token-sum-norm --normalize-std false, bnpo "
+        "and dapo"
+        " are grpo with --loss-agg token-mean; gspo has --loss-agg seq-mean-token-mean unless another is "
+        "given",
         LOSSES,
     )
     loss_agg: str = option(
         "loss",
         "token-mean",
-        "what a token's loss is weighed by: every token of the batch alike; every reply alike, as the mean of its"
+        "what a token's loss is weighed by: every token of the batch alike; every reply alike, as the mean "
+        "of its"
         " tokens; every reply alike, as their sum over --max-new-tokens",
         LOSS_AGGREGATIONS,
     )
@@ -157,7 +163,8 @@ class Config:
     log_ratio_clamp: float = option(
         "loss",
         20.0,
-        "most nats between two log-probs that a ratio is made of; a token past it has no gradient; 0: no clamp",
+        "most nats between two log-probs that a ratio is made of; a token past it has no gradient; 0: no "
+        "clamp",
     )
     kl_clamp: float = option(
         "loss", 10.0, "most nats of a token's KL; a token past it has no gradient; 0: no clamp"
@@ -165,7 +172,8 @@ class Config:
     skip_zero_variance: bool = option(
         "loss",
         False,
-        "leave groups whose rewards are all equal out of the update: cheaper, but their tokens' KL is not held then;"
+        "leave groups whose rewards are all equal out of the update: cheaper, but their tokens' KL is not "
+        "held then;"
         " without KL and entropy terms always so",
     )
     updates_per_batch: int = option("loss", 1, "optimizer updates on each batch of rollouts")
@@ -197,7 +205,8 @@ class Config:
     merge: bool = option(
         "memory",
         False,
-        "true: the adapters that --model holds are merged and all weights trained; false: trained further, or kept under those of --lora",
+        "true: the adapters that --model holds are merged and all weights trained; false: trained further, "
+        "or kept under those of --lora",
     )
     reference: str = option(
         "memory",
@@ -212,15 +221,18 @@ class Config:
     microbatch_tokens: int = option(
         "memory",
         0,
-        "budget of a microbatch, its FLOPs in those of language tokens: images, prompts, longest replies; 0: what the memory holds",
+        "budget of a microbatch, its FLOPs in those of language tokens: images, prompts, longest replies; "
+        "0: what the memory holds",
     )
     rollout_tokens: int = option(
         "memory",
         0,
-        "budget of a rollout where it is wider than a microbatch: its prompts are then prefilled again to train on",
+        "budget of a rollout where it is wider than a microbatch: its prompts are then prefilled again to "
+        "train on",
     )
     checkpointing: int = option(
         "memory",
         -1,
-        "recompute every how many-th layer in backward; 0: none, -1: the faster of 0 and 1 that the memory holds",
+        "recompute every how many-th layer in backward; 0: none, -1: the faster of 0 and 1 that the memory "
+        "holds",
     )

@@ -1,4 +1,5 @@
-"""The cost ledger: what a step must compute, move and hold, counted from a model's shape without weights. `python -m locus_fast.cost` prints it."""
+"""The cost ledger: what a step must compute, move and hold, counted from a model's shape without weights.
+`python -m locus_fast.cost` prints it."""
 
 from locus_fast.cost.flops import (
     group_cost,

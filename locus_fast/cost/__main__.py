@@ -32,7 +32,8 @@ def settings_of(words: dict[str, Any]) -> Config:
     preset = words.get("preset") or (default_preset(model) if model else PRESET)
     if preset not in PRESETS or not (model or preset in ("tiny", *PUBLISHED)):
         raise UserError(
-            f"--preset must be one of tiny, {', '.join(PUBLISHED)}, not '{short(preset)}'; another model's folder can be given as --model."
+            f"--preset must be one of tiny, {', '.join(PUBLISHED)}, not '{short(preset)}'; another model's "
+            "folder can be given as --model."
         )
     own = {name: value for name, value in words.items() if name not in OURS}
     for name in TRAINERS:

@@ -1,13 +1,15 @@
 """FLOPs of a step, counted from shapes alone.
 
-A matrix product of [m, k] and [k, n] is 2 m k n FLOPs. A pass over tokens costs that for every weight matrix; attention costs 4 D FLOPs a head for
-each query-key pair (scores, and their product with the values). The backward of a product is two products. Norms, rotations and activations are
-left out, as everywhere in this field.
+A matrix product of [m, k] and [k, n] is 2 m k n FLOPs. A pass over tokens costs that for every weight matrix;
+attention costs 4 D FLOPs a head for each query-key pair (scores, and their product with the values). The
+backward of a product is two products. Norms, rotations and activations are left out, as everywhere in this
+field.
 
-The floor is what any exact step must do: each prompt and each reply token once forward and twice backward (once through what is frozen, and not at
-all before the first thing that is trained), the recomputation that activation checkpointing asks for, the reference once, and decoding. What is spent
-(`executed`) adds what fused kernels do again in backward, the logits' tiles and the attention scores, and the decoding of rows that ended before
-they were moved out.
+The floor is what any exact step must do: each prompt and each reply token once forward and twice backward
+(once through what is frozen, and not at all before the first thing that is trained), the recomputation that
+activation checkpointing asks for, the reference once, and decoding. What is spent (`executed`) adds what
+fused kernels do again in backward, the logits' tiles and the attention scores, and the decoding of rows that
+ended before they were moved out.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: str) -> float | None:
-    """The device's dense bfloat16 FLOP/s, by its name (`torch.cuda.get_device_name`); None where it is not known, as on a CPU."""
+    """The device's dense bfloat16 FLOP/s, by its name (`torch.cuda.get_device_name`); None where it is not
+    known, as on a CPU."""
     return next(
         (
             peak
@@ -58,7 +61,8 @@ def peak_flops(device: str) -> float | None:
 
 
 def causal_pairs(tokens: int, causal: str) -> int:
-    """Query-key pairs of a causal sequence: the triangle with its diagonal, or the whole square as `torch.utils.flop_counter` counts it."""
+    """Query-key pairs of a causal sequence: the triangle with its diagonal, or the whole square as
+    `torch.utils.flop_counter` counts it."""
     return tokens * (tokens + 1) // 2 if causal == "exact" else tokens * tokens
 
 
@@ -93,9 +97,10 @@ def step_flops(
 ) -> Table:
     """FLOPs of one microbatch's step by part and pass; those of a step are the sums over its microbatches.
 
-    reference: whether there is a KL term; trained: what has gradients; executed: what is spent rather than the floor; causal: "exact", or "square" to
-    compare with `torch.utils.flop_counter`. Groups that are not active stop after decoding. checkpointing: 0, or every how many-th layer is
-    recomputed, all but its last product, which nothing in backward reads.
+    reference: whether there is a KL term; trained: what has gradients; executed: what is spent rather than
+    the floor; causal: "exact", or "square" to compare with `torch.utils.flop_counter`. Groups that are not
+    active stop after decoding. checkpointing: 0, or every how many-th layer is recomputed, all but its last
+    product, which nothing in backward reads.
     """
     active = [group for group in groups if group.active]
     through = (
@@ -130,7 +135,8 @@ def vision_flops(
     trained: Trained,
     twice: float,
 ) -> Table:
-    """The tower's rows of `step_flops`. through: groups that go through backward; twice: attention's backward over its forward."""
+    """The tower's rows of `step_flops`. through: groups that go through backward; twice: attention's backward
+    over its forward."""
     block, last = block_flops(vision)
     embed, mergers = tower_ends(vision)
     again = recomputed(vision.depth, checkpointing) * (block - last)
@@ -175,7 +181,8 @@ def language_flops(
     causal: str,
     executed: bool,
 ) -> Table:
-    """The language model's rows of `step_flops`, but for decoding. Adapters run beside every matrix, but not in the reference."""
+    """The language model's rows of `step_flops`, but for decoding. Adapters run beside every matrix, but not
+    in the reference."""
     L, whole, rank = text.layers, trained.language, trained.rank
     layer, beside = 2 * text.matrices, 2 * text.adapters(rank)
     last = 2 * text.hidden * (rank or text.intermediate)
@@ -221,7 +228,8 @@ def language_flops(
 
 
 def decode_flops(shape: ModelShape, groups: Sequence[Group], executed: bool, rank: int = 0) -> Table:
-    """FLOPs of sampling, the last three rows of the table. executed: rows go on until the next smaller number of rows holds all that still run.
+    """FLOPs of sampling, the last three rows of the table. executed: rows go on until the next smaller number
+    of rows holds all that still run.
 
     A prompt's first logits are computed once for all its replies. rank: of adapters, 0 for none."""
     text = shape.text
@@ -249,10 +257,12 @@ def repeated_flops(
     reference: bool,
     trained: Trained = EVERYTHING,
 ) -> Table:
-    """The same step by a trainer that runs vision tower and prompt again for every reply in every pass, its sampler's prefill included.
+    """The same step by a trainer that runs vision tower and prompt again for every reply in every pass, its
+    sampler's prefill included.
 
-    Old log-probs are taken to be free (aligned sampler and trainer), and inactive groups are trained on like any other. This favours it: padding, a
-    second pass for old log-probs and what its kernels recompute are not counted.
+    Old log-probs are taken to be free (aligned sampler and trainer), and inactive groups are trained on like
+    any other. This favours it: padding, a second pass for old log-probs and what its kernels recompute are
+    not counted.
     """
     one_each = [Group(group.grids, group.prompt, (n,)) for group in groups for n in group.replies]
     table = step_flops(shape, one_each, checkpointing=checkpointing, reference=reference, trained=trained)
@@ -268,7 +278,8 @@ def total(table: Table, columns: Iterable[str] = COLUMNS) -> float:
 def model_flops(
     shape: ModelShape, groups: Sequence[Group], *, reference: bool, trained: Trained = EVERYTHING
 ) -> float:
-    """What MFU counts: the floor without any recomputation, vision tower and decoding included, over one microbatch."""
+    """What MFU counts: the floor without any recomputation, vision tower and decoding included, over one
+    microbatch."""
     return total(step_flops(shape, groups, checkpointing=0, reference=reference, trained=trained))
 
 
@@ -282,10 +293,11 @@ def rates(flops: float, seconds: float, device: str) -> dict[str, float]:
 def group_cost(
     shape: ModelShape, grids: Sequence[tuple[int, int]], prompt_tokens: int, reply_tokens: int
 ) -> float:
-    """A group's forward pass in language-token equivalents, for packing: the FLOPs of its vision tower, prompt and replies over those of one
-    token's language layers without attention.
+    """A group's forward pass in language-token equivalents, for packing: the FLOPs of its vision tower,
+    prompt and replies over those of one token's language layers without attention.
 
-    grids: (rows, columns) of patches; reply_tokens: of all its replies together. The replies' attention to themselves, which is short, is left out.
+    grids: (rows, columns) of patches; reply_tokens: of all its replies together. The replies' attention to
+    themselves, which is short, is left out.
     """
     vision, text = shape.vision, shape.text
     tower = sum(h * w for h, w in grids) * (vision.depth * block_flops(vision)[0] + sum(tower_ends(vision)))

@@ -1,16 +1,20 @@
 """Peak memory of a step by part, counted from shapes alone.
 
-What backward needs of one token in one language layer, in elements of the activations' type, for the eager modules of `transformers`: in each of two
-norms the output before and after its weight (2 hidden), and its input in float32; queries, attention output, keys and values; the gate before and
-after its activation, the up projection and their product (4 intermediate). A vision block is counted the same way. liger-kernel's operators, `fused`
-below, keep of a norm its input as it came and its output, and do without the gate after its activation. Of a frozen layer the inputs of
-its weights need not stay; an adapter keeps its matrix's input in float32. With activation checkpointing only each layer's input stays, and one layer
-at a time is recomputed. Keys and values of prompts stay either way.
+What backward needs of one token in one language layer, in elements of the activations' type, for the eager
+modules of `transformers`: in each of two norms the output before and after its weight (2 hidden), and its
+input in float32; queries, attention output, keys and values; the gate before and after its activation, the up
+projection and their product (4 intermediate). A vision block is counted the same way. liger-kernel's
+operators, `fused` below, keep of a norm its input as it came and its output, and do without the gate after
+its activation. Of a frozen layer the inputs of its weights need not stay; an adapter keeps its matrix's input
+in float32. With activation checkpointing only each layer's input stays, and one layer at a time is
+recomputed. Keys and values of prompts stay either way.
 
-The decoder keeps its buffers through the step: replies' keys for the longest reply allowed, and a copy of the prompts', on CUDA rounded up.
+The decoder keeps its buffers through the step: replies' keys for the longest reply allowed, and a copy of the
+prompts', on CUDA rounded up.
 
-The peak is the largest of the step's moments: decoding, the reference's pass, the head's backward, the last layer's backward of replies, of
-prompts and of the tower, the gradient of the embedding table, and the optimizer's step.
+The peak is the largest of the step's moments: decoding, the reference's pass, the head's backward, the last
+layer's backward of replies, of prompts and of the tower, the gradient of the embedding table, and the
+optimizer's step.
 """
 
 from __future__ import annotations
@@ -32,7 +36,8 @@ from locus_fast.cost.traffic import STATE_BYTES, kept_bytes
 from locus_fast.errors import UserError
 
 REFERENCES = ("none", "copy", "int8", "nf4", "host")
-# Bytes of a quantised matrix element, its scales included: one float32 for each row (int8, taken as free), or a byte for each block of 64 and a
+# Bytes of a quantised matrix element, its scales included: one float32 for each row (int8, taken as free), or
+# a byte for each block of 64 and a
 # float32 for 256 of those (nf4).
 QUANTISED = {"int8": 1.0, "nf4": 0.5 + (1 + 4 / 256) / 64}
 
@@ -40,7 +45,8 @@ QUANTISED = {"int8": 1.0, "nf4": 0.5 + (1 + 4 / 256) / 64}
 def text_layer_bytes(
     text: TextShape, width: int, trained: Trained = EVERYTHING, fused: bool = False
 ) -> float:
-    """What backward keeps of one token in one language layer, for activations of `width` bytes; its keys and values are counted apart."""
+    """What backward keeps of one token in one language layer, for activations of `width` bytes; its keys and
+    values are counted apart."""
     norm = (
         width if fused else 4 + width * trained.language
     )  # of an element: its input, in float32, and for its weight's gradient what that scales
@@ -61,8 +67,8 @@ def text_layer_bytes(
 
 
 def block_bytes(vision: VisionShape, width: int, fused: bool = False) -> float:
-    """The same of one patch in one vision block. Queries and keys after their rotation, the product that holds the values, and the output: 6
-    hidden."""
+    """The same of one patch in one vision block. Queries and keys after their rotation, the product that
+    holds the values, and the output: 6 hidden."""
     norms = 2 * (2 * width + 4 * (vision.gated and not fused)) * vision.hidden
     return (
         norms
@@ -80,15 +86,16 @@ def tower_ends_bytes(vision: VisionShape, width: int) -> float:
 
 
 def recomputes_last(layers: int, checkpointing: int) -> bool:
-    """Whether the last layer is recomputed: another is only when a layer behind it has given back what it kept, which is as much."""
+    """Whether the last layer is recomputed: another is only when a layer behind it has given back what it
+    kept, which is as much."""
     return checkpointing > 0 and (layers - 1) % checkpointing == 0
 
 
 def decoder_bytes(
     shape: ModelShape, groups: Sequence[Group], max_tokens: int, width: int, static: bool
 ) -> float:
-    """The decoder's buffers for the replies of these groups: keys and values of up to max_tokens tokens each and of the prompts, ids and log-probs.
-    static: of the sizes that CUDA graphs are captured for."""
+    """The decoder's buffers for the replies of these groups: keys and values of up to max_tokens tokens each
+    and of the prompts, ids and log-probs. static: of the sizes that CUDA graphs are captured for."""
     rows, prompt = sum(len(group.replies) for group in groups), sum(group.prompt for group in groups)
     if static:
         rows, prompt = rung(rows), -(-prompt // PROMPT_STEP) * PROMPT_STEP
@@ -98,8 +105,9 @@ def decoder_bytes(
 def reference_bytes(
     shape: ModelShape, kind: str, weight_bytes: float = 2, trained: Trained = EVERYTHING
 ) -> float:
-    """Device memory of the reference model: a copy of what is trained (with adapters nothing), or held otherwise. Quantised, the language layers'
-    matrices shrink; on the host, two layers are on the device at a time, and for the whole pass the embeddings and the head."""
+    """Device memory of the reference model: a copy of what is trained (with adapters nothing), or held
+    otherwise. Quantised, the language layers' matrices shrink; on the host, two layers are on the device at a
+    time, and for the whole pass the embeddings and the head."""
     if kind == "none":
         return 0.0
     text, copied = shape.text, trained.parameters(shape)
@@ -132,13 +140,16 @@ def peak_memory(
     width: int = 2,
     tile: float = 0,
 ) -> dict[str, float]:
-    """Bytes by part at the largest moment of a step whose biggest microbatch is `groups`; their sum is the peak.
+    """Bytes by part at the largest moment of a step whose biggest microbatch is `groups`; their sum is the
+    peak.
 
-    checkpointing: 0, or every how many-th layer is recomputed; reference: one of REFERENCES; trained: what has gradients and states; quantised: the
-    language layers' matrices are nf4; max_tokens: longest reply allowed, by default the longest there is; rollout: the widest rollout where it is
-    wider than `groups`; static: decoder buffers as on CUDA; fused: with liger-kernel's operators; weight_bytes, gradient_bytes, state_bytes: of each
-    parameter (an adapter's weight has 4); width: of an activation's element; tile: the logits that the head holds at a time (0 for a fused kernel).
-    Gradients are counted in full: from the second microbatch on they are there.
+    checkpointing: 0, or every how many-th layer is recomputed; reference: one of REFERENCES; trained: what
+    has gradients and states; quantised: the language layers' matrices are nf4; max_tokens: longest reply
+    allowed, by default the longest there is; rollout: the widest rollout where it is wider than `groups`;
+    static: decoder buffers as on CUDA; fused: with liger-kernel's operators; weight_bytes, gradient_bytes,
+    state_bytes: of each parameter (an adapter's weight has 4); width: of an activation's element; tile: the
+    logits that the head holds at a time (0 for a fused kernel). Gradients are counted in full: from the
+    second microbatch on they are there.
     """
     if reference not in REFERENCES:
         raise UserError(f"--reference must be one of {', '.join(REFERENCES)}, not '{reference}'.")

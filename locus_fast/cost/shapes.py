@@ -1,4 +1,5 @@
-"""The dimensions of a model and of its work, as plain numbers: what the cost and memory ledgers count from, without weights.
+"""The dimensions of a model and of its work, as plain numbers: what the cost and memory ledgers count from,
+without weights.
 
 Legend: N patches of an image, P prompt tokens, G replies a group, n tokens of a reply.
 """
@@ -43,13 +44,15 @@ def rung(rows: int) -> int:
 
 
 def recomputed(layers: int, checkpointing: int) -> int:
-    """How many of so many layers are recomputed in backward: none for 0, else every `checkpointing`-th, the first included."""
+    """How many of so many layers are recomputed in backward: none for 0, else every `checkpointing`-th, the
+    first included."""
     return -(-layers // checkpointing) if checkpointing else 0
 
 
 @dataclass(frozen=True)
 class VisionShape:
-    """A vision tower. `gated` blocks have three MLP matrices, others two; `normed_twice` blocks keep a float32 copy in each norm (RMSNorm)."""
+    """A vision tower. `gated` blocks have three MLP matrices, others two; `normed_twice` blocks keep a
+    float32 copy in each norm (RMSNorm)."""
 
     depth: int
     hidden: int
@@ -103,7 +106,8 @@ class VisionShape:
         return self.hidden * (1 if self.gated else 2) + merger + len(self.deepstack) * (2 * wide + merger)
 
     def sequences(self, rows: int, columns: int) -> list[int]:
-        """Patches of each attention window of an image of rows x columns patches, cut as Qwen2.5-VL cuts it (arXiv 2502.13923, section 2.1.1)."""
+        """Patches of each attention window of an image of rows x columns patches, cut as Qwen2.5-VL cuts it
+        (arXiv 2502.13923, section 2.1.1)."""
         side = self.window // self.factor
 
         def cuts(patches: int) -> list[int]:
@@ -184,7 +188,8 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run trains: whole parts of the model; or adapters of a rank beside the language layers' matrices, and then nothing else."""
+    """What a run trains: whole parts of the model; or adapters of a rank beside the language layers'
+    matrices, and then nothing else."""
 
     vision: bool = True
     projector: bool = True
@@ -244,7 +249,8 @@ class Group:
 
     @property
     def fed(self) -> list[int]:
-        """Reply tokens that go through the model: all but each last, since the prompt's last state predicts the first."""
+        """Reply tokens that go through the model: all but each last, since the prompt's last state predicts
+        the first."""
         return [n - 1 for n in self.replies]
 
     @cached_property
@@ -278,8 +284,8 @@ def group_of(
 ) -> Group:
     """The work of one prompt with images of these sizes.
 
-    sizes: (width, height) of image and cue in pixels; pixels: fewest and most pixels each is resized to; text_tokens: of the prompt, the chat
-    template and the image marks included.
+    sizes: (width, height) of image and cue in pixels; pixels: fewest and most pixels each is resized to;
+    text_tokens: of the prompt, the chat template and the image marks included.
     """
     vision = shape.vision
     grids = []

@@ -29,13 +29,16 @@ def step_bytes(
     gradient_bytes: float = 2,
     state_bytes: float = STATE_BYTES,
 ) -> dict[str, float]:
-    """Bytes of device memory that a step reads and writes for weights, keys and values, gradients and optimizer states, by part: bfloat16 but for
-    8-bit AdamW states. Activations are left out. repeat: a trainer that keeps the prompt's keys once a reply, in one pass over prompt and reply.
+    """Bytes of device memory that a step reads and writes for weights, keys and values, gradients and
+    optimizer states, by part: bfloat16 but for 8-bit AdamW states. Activations are left out. repeat: a
+    trainer that keeps the prompt's keys once a reply, in one pass over prompt and reply.
 
-    A decoding step reads the language model's weights once for all rows, a prompt's keys once a group, and each reply's own past. A pass reads every
-    weight once; backward reads it once more for the inputs' gradient, and writes (from the second microbatch on, reads too) the weights' gradient.
-    trained: what has gradients and states; matrix_bytes: of an element of the language layers' matrices (less if they are quantised);
-    gradient_bytes, state_bytes: of each trained parameter, an adapter's weight having as many bytes as its gradient.
+    A decoding step reads the language model's weights once for all rows, a prompt's keys once a group, and
+    each reply's own past. A pass reads every weight once; backward reads it once more for the inputs'
+    gradient, and writes (from the second microbatch on, reads too) the weights' gradient. trained: what has
+    gradients and states; matrix_bytes: of an element of the language layers' matrices (less if they are
+    quantised); gradient_bytes, state_bytes: of each trained parameter, an adapter's weight having as many
+    bytes as its gradient.
     """
     text, kept = shape.text, kept_bytes(shape)
     adapters = text.layers * text.adapters(trained.rank) * gradient_bytes
@@ -63,8 +66,9 @@ def step_bytes(
 
 @dataclass(frozen=True)
 class Launches:
-    """Kernels that a model starts in one pass in bfloat16: a + b a layer, with attention over packed sequences as one. Counted as the operators that
-    are not views, and liger-kernel's own, on the path that CUDA takes; tests/locus_fast/test_cost.py repeats the count."""
+    """Kernels that a model starts in one pass in bfloat16: a + b a layer, with attention over packed
+    sequences as one. Counted as the operators that are not views, and liger-kernel's own, on the path that
+    CUDA takes; tests/locus_fast/test_cost.py repeats the count."""
 
     vision: tuple[int, int]  # forward
     vision_backward: tuple[int, int]
@@ -80,7 +84,8 @@ LAUNCHES = {  # (architecture, whether norms, gates and rotations are fused)
     ("qwen3_vl", False): Launches((30, 24), (53, 54), 22, (28, 54), (26, 119), 52),
     ("qwen3_vl", True): Launches((30, 13), (53, 40), 11, (21, 16), (13, 56), 14),
 }
-# A layer, beyond the one attention that is counted: replies attend in two pieces and merge them, decoding writes its keys.
+# A layer, beyond the one attention that is counted: replies attend in two pieces and merge them, decoding
+# writes its keys.
 MERGE, MERGE_BACKWARD, DECODE = 8, 5, 3
 SAMPLE = {
     False: 44,
@@ -96,8 +101,8 @@ def step_launches(
     reference: bool,
     fused: bool,
 ) -> dict[str, int]:
-    """Kernel launches of a step by part, without CUDA graphs (which make a decoding step one launch) and without the optimizer's. fused: with
-    liger-kernel's operators (locus_fast.fused)."""
+    """Kernel launches of a step by part, without CUDA graphs (which make a decoding step one launch) and
+    without the optimizer's. fused: with liger-kernel's operators (locus_fast.fused)."""
     counts, D, L = LAUNCHES[shape.architecture, fused], shape.vision.depth, shape.text.layers
     tower = counts.vision[0] + counts.vision[1] * D
     prompt = counts.text[0] + counts.text[1] * L
@@ -121,6 +126,6 @@ def step_launches(
 
 
 def step_syncs(microbatches: Sequence[Sequence[Group]]) -> dict[str, int]:
-    """Host syncs of a step by cause: where the host waits for the device. No pass and no decoding step has one
-    (tests/locus_fast/test_no_waiting.py)."""
+    """Host syncs of a step by cause: where the host waits for the device. No pass and no decoding step has
+    one (tests/locus_fast/test_no_waiting.py)."""
     return {"lengths and zero-variance groups": len(microbatches), "gradient norm and metrics": 1}

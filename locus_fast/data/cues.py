@@ -23,10 +23,10 @@ _HELD_OUT_STREAM = (0x68656C64, 0x6F757400)  # never the start of a training str
 class FileCues:
     """Examples from a BoxTable; a `locus_fast.data.example.CueSource`.
 
-    Pictures are held out whole, whatever their files are called (`locus_fast.data.split`). The choice depends on
-    the data and the recipe, not on the training seed. If none of the images that would be asked can be used,
-    the next in rank are held out instead, and those that cannot be used are on neither side. A table without
-    boxes gets random ones.
+    Pictures are held out whole, whatever their files are called (`locus_fast.data.split`). The choice depends
+    on the data and the recipe, not on the training seed. If none of the images that would be asked can be
+    used, the next in rank are held out instead, and those that cannot be used are on neither side. A table
+    without boxes gets random ones.
 
     Boxes belong to the upright image (EXIF orientation applied): an image whose decoded size is not the
     table's is passed over, as an unreadable one is.

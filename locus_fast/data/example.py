@@ -1,4 +1,5 @@
-"""One cue search task, and where tasks come from. Boxes are xyxy in pixels of the image that they belong to."""
+"""One cue search task, and where tasks come from. Boxes are xyxy in pixels of the image that they belong
+to."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class Example:
 
 
 class CueSource(Protocol):
-    """Where examples come from. Both methods are pure functions of (the source's seed, index): any order, any thread."""
+    """Where examples come from. Both methods are pure functions of (the source's seed, index): any order, any
+    thread."""
 
     held_out_count: int
 

@@ -1,6 +1,6 @@
-"""LoRA (arXiv 2106.09685) by peft, in place: the model stays the transformers model that `locus_fast.model.policy`
-knows, and its language model's linear layers gain float32 adapters. Nothing else is trained. Over nf4 weights
-(`locus_fast.model.quantize`) it is QLoRA.
+"""LoRA (arXiv 2106.09685) by peft, in place: the model stays the transformers model that
+`locus_fast.model.policy` knows, and its language model's linear layers gain float32 adapters. Nothing else is
+trained. Over nf4 weights (`locus_fast.model.quantize`) it is QLoRA.
 
 There is no dropout: the sampler is the policy, so its log-probs must be those of the training forward.
 

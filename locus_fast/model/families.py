@@ -136,7 +136,8 @@ class Family:
     thinking: str = "<think>"  # a template whose generation prompt ends in it has begun the reply's thinking
 
 
-# MiMo-VL is a Qwen2.5-VL by its config, and speaks of pixels too; its template, tokenizer and sizes are in its folder.
+# MiMo-VL is a Qwen2.5-VL by its config, and speaks of pixels too; its template, tokenizer and sizes are in
+# its folder.
 FAMILIES = {
     "qwen2_5_vl": Family(QWEN2_5_VL, extent=None),
     "qwen3_vl": Family(QWEN3_VL, extent=1000),
@@ -152,7 +153,8 @@ def family_named(model_type: object) -> Family:
     """The family of a config's `model_type`; UserError if there is none."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
-            f"model type '{model_type}' is not one of the families that can be trained: {', '.join(sorted(FAMILIES))}."
+            f"model type '{model_type}' is not one of the families that can be trained: "
+            f"{', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[model_type]
 
@@ -177,7 +179,8 @@ def frame_of(config: Any) -> Frame:
 
 
 def shape_of(config: Any) -> ModelShape:
-    """The dimensions of a model for the cost ledger, from its config. Raises UserError for an unknown family."""
+    """The dimensions of a model for the cost ledger, from its config. Raises UserError for an unknown
+    family."""
     kind, text, vision = family_of(config).architecture, config.text_config, config.vision_config
     head_dim = getattr(text, "head_dim", None) if kind.free_head_dim else None
     return ModelShape(
@@ -214,8 +217,8 @@ def shape_of(config: Any) -> ModelShape:
 
 
 def part_of(name: str, family: Family) -> str:
-    """The part, one of `PARTS`, that a parameter belongs to by its name, which may have a prefix (adapters wrap the
-    model)."""
+    """The part, one of `PARTS`, that a parameter belongs to by its name, which may have a prefix (adapters
+    wrap the model)."""
     words = name.split(".")
     if "visual" not in words:
         return "language"

@@ -36,8 +36,9 @@ class Prefix:
 
 
 def checkpoint_activations(model: Any, every: int = 1) -> None:
-    """Recompute the activations of every `every`-th block of the vision tower and layer of the language model in backward, the first of each
-    included, and go to training mode, without which they do not. Non-reentrant, so that the remembered keys and values stay in the graph."""
+    """Recompute the activations of every `every`-th block of the vision tower and layer of the language model
+    in backward, the first of each included, and go to training mode, without which they do not.
+    Non-reentrant, so that the remembered keys and values stay in the graph."""
     options = {
         "use_reentrant": False,
         "preserve_rng_state": False,
@@ -46,7 +47,8 @@ def checkpoint_activations(model: Any, every: int = 1) -> None:
         model.activation_checkpointing_enable(options)
     else:
         model.gradient_checkpointing_enable(options)
-    model.disable_input_require_grads()  # or a frozen tower's patches would have a backward, and a frozen embedding's tokens
+    # or a frozen tower's patches would have a backward, and a frozen embedding's tokens
+    model.disable_input_require_grads()
     for layers in (model.model.visual.blocks, model.model.language_model.layers):
         for index, layer in enumerate(layers):
             layer.gradient_checkpointing = index % every == 0
@@ -59,7 +61,8 @@ def trains_vision(model: Any) -> bool:
 
 
 def encode_images(model: Any, patches: Tensor, grids: Tensor, layout: VisionLayout | None) -> Features:
-    """The vision tower over packed images, each once; without a gradient where all of it is frozen. grids on the host."""
+    """The vision tower over packed images, each once; without a gradient where all of it is frozen. grids on
+    the host."""
     if layout is None:
         return Features(None, None)
     visual, context = model.model.visual, VisionPass(layout, backend_of(model))
@@ -71,7 +74,8 @@ def encode_images(model: Any, patches: Tensor, grids: Tensor, layout: VisionLayo
 
 
 def prefill(model: Any, batch: PromptBatch, features: Features | None = None) -> Prefix:
-    """Vision tower and language model over the packed prompts, once a group, with whatever gradient mode is on.
+    """Vision tower and language model over the packed prompts, once a group, with whatever gradient mode is
+    on.
 
     features: the vision tower's, where they are known already (a reference that shares a frozen tower).
     """
@@ -97,10 +101,12 @@ def prefill(model: Any, batch: PromptBatch, features: Features | None = None) ->
 
 
 def detach_prefix(prefix: Prefix) -> tuple[Prefix, Callable[[], None]]:
-    """(the prefix to compute replies on, what takes its gradient on through the prompts when the replies' backward has run).
+    """(the prefix to compute replies on, what takes its gradient on through the prompts when the replies'
+    backward has run).
 
-    One backward through both would hold every weight's gradient of the replies' pass until the prompts' pass adds its own: as much memory as the
-    language model's gradients. Cut in two, each is added to the gradients that are there at once. The given prefix should not be used any more.
+    One backward through both would hold every weight's gradient of the replies' pass until the prompts' pass
+    adds its own: as much memory as the language model's gradients. Cut in two, each is added to the gradients
+    that are there at once. The given prefix should not be used any more.
     """
     ends = [t for pair in prefix.kv.values() for t in pair] + [prefix.last_hidden]
     leaves = [t.detach().requires_grad_(t.requires_grad) for t in ends]
@@ -116,8 +122,8 @@ def detach_prefix(prefix: Prefix) -> tuple[Prefix, Callable[[], None]]:
 
 
 def next_logits(model: Any, hidden: Tensor) -> Tensor:
-    """The head's logits, float32 [S, V], of states [S, D] in the model's dtype: never rounded to it, as the training
-    forward's are not, so that sampler and trainer agree on the log-probs of equal states."""
+    """The head's logits, float32 [S, V], of states [S, D] in the model's dtype: never rounded to it, as the
+    training forward's are not, so that sampler and trainer agree on the log-probs of equal states."""
     weight = model.lm_head.weight
     if weight.dtype == torch.float32:
         return torch.nn.functional.linear(hidden, weight)
@@ -127,7 +133,8 @@ def next_logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 def reply_hidden(model: Any, prefix: Prefix, replies: Replies) -> Tensor:
-    """The states that predict each reply token, [T, D]: one forward pass over all replies on the kept keys and values."""
+    """The states that predict each reply token, [T, D]: one forward pass over all replies on the kept keys
+    and values."""
     if len(replies.fed) == 0:  # every reply is a single token
         return prefix.last_hidden[replies.predictor]
     context = ReplyPass(replies.layout, backend_of(model), prefix.kv)

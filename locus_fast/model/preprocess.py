@@ -1,4 +1,5 @@
-"""Images to what a vision tower takes: resized bytes on the host, in a loader's thread, and normalised patches wherever the bytes were sent."""
+"""Images to what a vision tower takes: resized bytes on the host, in a loader's thread, and normalised
+patches wherever the bytes were sent."""
 
 from __future__ import annotations
 
@@ -48,8 +49,9 @@ class PatchSpec:
 
     @staticmethod
     def of(config: Any, folder: Path) -> PatchSpec:
-        """From a model's config and the config of its image processor, see `processor_config`. Raises UserError
-        without three means and three deviations, and for a processor that makes other patches than these."""
+        """From a model's config and the config of its image processor, see `processor_config`. Raises
+        UserError without three means and three deviations, and for a processor that makes other patches than
+        these."""
         vision, (path, stated) = config.vision_config, processor_config(folder)
         try:
             mean, std = (tuple(float(v) for v in stated[key]) for key in ("image_mean", "image_std"))
@@ -82,8 +84,9 @@ def _same(got: Any, value: Any) -> bool:
 
 
 def describe_limits(here: tuple[int, int], own: tuple[int, int], factor: int, exported: bool) -> str:
-    """One line where images are trained with another fewest and most of pixels than the model's own image processor has;
-    else nothing. factor: pixels of a language token's side; exported: whether final/ gets the limits of training."""
+    """One line where images are trained with another fewest and most of pixels than the model's own image
+    processor has; else nothing. factor: pixels of a language token's side; exported: whether final/ gets the
+    limits of training."""
     if here == own:
         return ""
     words = [f"{least:,} to {most:,} pixels" for least, most in (here, own)]
@@ -106,8 +109,9 @@ def describe_limits(here: tuple[int, int], own: tuple[int, int], factor: int, ex
 def patches_of(pixels: Tensor, grids: Tensor, spec: PatchSpec) -> Tensor:
     """Normalised patches of resized images, image after image, on the device of `pixels`.
 
-    pixels: uint8, the bytes of every image [height, width, 3] end to end; grids: int64 [images, 3] on the host, frames, rows and columns of patches.
-    Returns float32 [patches, 3 * frames * patch**2], the same numbers as `locus_kernels.patchify`, whose kernels make them on CUDA.
+    pixels: uint8, the bytes of every image [height, width, 3] end to end; grids: int64 [images, 3] on the
+    host, frames, rows and columns of patches. Returns float32 [patches, 3 * frames * patch**2], the same
+    numbers as `locus_kernels.patchify`, whose kernels make them on CUDA.
     """
     sizes = [(rows * spec.patch, columns * spec.patch) for _, rows, columns in grids.tolist()]
     images = [
@@ -116,7 +120,8 @@ def patches_of(pixels: Tensor, grids: Tensor, spec: PatchSpec) -> Tensor:
     ]
     layout = {"patch": spec.patch, "frames": spec.frames, "merge": spec.merge}
     if pixels.device.type != "cpu" and images:
-        return patchify_images(images, sizes, **layout, mean=spec.mean, std=spec.std)[0]  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        return patchify_images(images, sizes, **layout, mean=spec.mean, std=spec.std)[0]
     count, values = pixels.numel() // (3 * spec.patch**2), 3 * spec.frames * spec.patch**2
     patches = torch.from_numpy(
         np.empty((count, values), np.float32)
@@ -131,7 +136,8 @@ def patches_of(pixels: Tensor, grids: Tensor, spec: PatchSpec) -> Tensor:
 
 
 def _write_patches(image: Tensor, patches: Tensor, spec: PatchSpec) -> None:
-    """On the CPU: bytes to planes of floats, each normalised in place, then each value to its place in its patch, once a frame."""
+    """On the CPU: bytes to planes of floats, each normalised in place, then each value to its place in its
+    patch, once a frame."""
     planes = image.permute(2, 0, 1).contiguous().float()
     for plane, scale, shift in zip(planes, *normalization(spec.mean, spec.std), strict=True):
         plane.mul_(scale).sub_(shift)

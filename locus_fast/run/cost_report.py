@@ -121,7 +121,8 @@ def report(case: Case, choice: Choice) -> Iterator[str]:
         for (w, h), (rows, columns) in zip(case.images, group.grids, strict=True)
     ]
     yield f"image {cells[0]}; cue {cells[1]}"
-    yield f"a prompt of {group.prompt} tokens, {len(group.replies)} replies of {group.replies[0]}; {config.prompts} prompts a step"
+    replies = f"{len(group.replies)} replies of {group.replies[0]}"
+    yield f"a prompt of {group.prompt} tokens, {replies}; {config.prompts} prompts a step"
     yield f"in {len(microbatches)} microbatches of up to {width} groups: {made.reason}"
     yield ""
     ways: dict[str, Any] = {
@@ -136,7 +137,10 @@ def report(case: Case, choice: Choice) -> Iterator[str]:
     eager = sum(step_launches(shape, microbatches, **ways, fused=False).values())
     parts = ", ".join(f"{part} {n:,}" for part, n in launches.items())
     whose = "" if trained.language and trained.tower else " with all weights trained"
-    yield f"kernel launches of a step{whose}, without graphs: {parts}; sum {sum(launches.values()):,} (without liger-kernel {eager:,})"
+    yield (
+        f"kernel launches of a step{whose}, without graphs: {parts}; "
+        f"sum {sum(launches.values()):,} (without liger-kernel {eager:,})"
+    )
     yield (
         "host syncs of a step: "
         + ", ".join(f"{cause} {n:,}" for cause, n in syncs.items())
@@ -158,7 +162,10 @@ def training(case: Case) -> str:
         for part, rate in zip(("vision tower", "projector", "language model"), config.lr_scale, strict=True)
         if rate == 0
     ]
-    return f"{' and '.join(frozen) + ' frozen' if frozen else 'full fine-tuning'}, {kind} weights and gradients, {optimizer}"
+    return (
+        f"{' and '.join(frozen) + ' frozen' if frozen else 'full fine-tuning'}, {kind} weights and "
+        f"gradients, {optimizer}"
+    )
 
 
 def flop_lines(shape: ModelShape, group: Group, ways: dict[str, Any]) -> Iterator[str]:
@@ -180,18 +187,28 @@ def flop_lines(shape: ModelShape, group: Group, ways: dict[str, Any]) -> Iterato
         ["sum", *(scaled(total(ours, [c]), unit) for c in COLUMNS), *(scaled(value, unit) for value in sums)]
     )
     yield from table_lines(["part", *COLUMNS, "sum", "floor", "repeat"], rows)
-    yield f"  over the floor: {sums[0] / sums[1]:.3f} x; a trainer that repeats the prompt: {sums[2] / sums[0]:.2f} x ours"
+    yield (
+        f"  over the floor: {sums[0] / sums[1]:.3f} x; "
+        f"a trainer that repeats the prompt: {sums[2] / sums[0]:.2f} x ours"
+    )
     useful = model_flops(shape, [group], reference=ways["reference"], trained=ways["trained"])
     packed = group_cost(shape, group.grids, group.prompt, sum(group.replies))
-    yield f"  model FLOPs (no recomputation): {scaled(useful, unit)} {name}; the group packs as {packed:,.0f} tokens"
+    yield (
+        f"  model FLOPs (no recomputation): {scaled(useful, unit)} {name}; "
+        f"the group packs as {packed:,.0f} tokens"
+    )
     unused = total(step_flops(shape, [replace(group, active=False)], **ways, executed=True))
     if ways["reference"]:
         yield (
-            f"  if its rewards are all equal it costs the same, for its KL; with --skip-zero-variance {scaled(unused, unit)} {name}, "
+            "  if its rewards are all equal it costs the same, for its KL; with --skip-zero-variance "
+            f"{scaled(unused, unit)} {name}, "
             f"{unused / sums[0]:.2f} of that"
         )
     else:
-        yield f"  if its rewards are all equal it has no gradient without a KL, and costs {scaled(unused, unit)} {name}"
+        yield (
+            f"  if its rewards are all equal it has no gradient without a KL, "
+            f"and costs {scaled(unused, unit)} {name}"
+        )
 
 
 def byte_lines(case: Case, microbatches: list[list[Group]], ways: dict[str, Any]) -> Iterator[str]:

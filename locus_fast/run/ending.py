@@ -19,8 +19,8 @@ from locus_fast.run.setup import Setup
 def summarise(
     out: Path, setup: Setup, metrics: Metrics, done: int, answers: Sequence[Evaluation | None], seconds: float
 ) -> dict[str, Any]:
-    """Writes a run's summary and pictures into its folder, and returns the summary. answers: to the held-out cues
-    before and after `done` steps, None where it was told to end; seconds: that the whole run took."""
+    """Writes a run's summary and pictures into its folder, and returns the summary. answers: to the held-out
+    cues before and after `done` steps, None where it was told to end; seconds: that the whole run took."""
     before, after = answers
     summary = {
         "eval": {

@@ -63,8 +63,8 @@ class Evaluation:
 def evaluate(
     config: Config, engine: Engine, inputs: Inputs, scoring: Scoring, label: str, stop: Callable[[], bool]
 ) -> Evaluation | None:
-    """Ask every held-out cue once, greedily. None if `stop` said so before the end. Raises UserError if the device's
-    memory does not do, or if the model's answers are not finite."""
+    """Ask every held-out cue once, greedily. None if `stop` said so before the end. Raises UserError if the
+    device's memory does not do, or if the model's answers are not finite."""
     count = inputs.cues.held_out_count
     done: list[Evaluation] = []
     prompts = inputs.held_out(config.workers, ahead=AHEAD)
@@ -91,8 +91,8 @@ def evaluate(
 def answer(
     engine: Engine, scoring: Scoring, chunk: list[Prompt], start: int, longest: int, stop: Callable[[], bool]
 ) -> Evaluation | None:
-    """Greedy answers of at most `longest` tokens to held-out prompts, the first of which is cue `start`, in their
-    order. None if `stop` said so between microbatches."""
+    """Greedy answers of at most `longest` tokens to held-out prompts, the first of which is cue `start`, in
+    their order. None if `stop` said so between microbatches."""
     sampling = Sampling(group_size=1, max_new_tokens=longest, temperature=0.0, top_p=1.0)
     done, order = [], []
     for numbers, batch in engine.microbatches(chunk, start, longest, engine.budget.tokens):
@@ -101,7 +101,8 @@ def answer(
         rollout = engine.decoder.generate(prefill(engine.model, batch), sampling, seed=0, groups=numbers)
         if not rollout.logprob.isfinite().all():
             raise UserError(
-                "the model answers held-out cues with log-probs that are not finite (NaN or infinite): take other weights, or give --dtype float32."
+                "the model answers held-out cues with log-probs that are not finite (NaN or infinite): take "
+                "other weights, or give --dtype float32."
             )
         done.append(_judged(scoring, batch, rollout.ids, rollout.lengths))
         order += [number - start for number in numbers]

@@ -30,17 +30,20 @@ def cue_source(config: Config) -> CueSource:
         return FileCues(table, recipe, seed=config.seed, held_out=config.eval_cues)
     if config.images:
         raise UserError(
-            "--images was given without --data: say where the boxes are, or give the folder of images as --data."
+            "--images was given without --data: say where the boxes are, or give the folder of images as "
+            "--data."
         )
     if config.preset != "tiny":
         raise UserError(
-            "--data is missing: give a COCO instances*.json, a JSONL of boxes, or a folder of images to train this model on."
+            "--data is missing: give a COCO instances*.json, a JSONL of boxes, or a folder of images to "
+            "train this model on."
         )
     return SceneCues(config.seed, config.eval_cues)
 
 
 def prompter_of(config: Config, source: Source) -> Prompter:
-    """What turns examples into the model's prompts. Raises UserError for a question that its template cannot ask."""
+    """What turns examples into the model's prompts. Raises UserError for a question that its template cannot
+    ask."""
     prompter = Prompter(
         source.tokenizer,
         source.config,

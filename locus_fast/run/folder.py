@@ -21,8 +21,8 @@ METRICS, SUMMARY, CURVE, SAMPLES, FINAL = "metrics.jsonl", "summary.json", "curv
 
 
 def make_folder(config: Config) -> Path:
-    """Makes the run's folder; raises UserError if it is there already, unless it is to be resumed, or if it cannot be
-    made. A folder that is not named takes the first free name of this second."""
+    """Makes the run's folder; raises UserError if it is there already, unless it is to be resumed, or if it
+    cannot be made. A folder that is not named takes the first free name of this second."""
     if config.resume:
         return Path(config.resume)
     default = Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -44,9 +44,9 @@ def make_folder(config: Config) -> Path:
 
 @contextmanager
 def run_folder(config: Config) -> Iterator[Path]:
-    """The run's folder, made or to be resumed, held by this process alone. One that was made is removed again where
-    the run ended before its first step. Raises UserError as `make_folder` and `locked` do, and for memory that the
-    device does not have."""
+    """The run's folder, made or to be resumed, held by this process alone. One that was made is removed again
+    where the run ended before its first step. Raises UserError as `make_folder` and `locked` do, and for
+    memory that the device does not have."""
     out, made = make_folder(config), not config.resume
     try:
         with locked(out):

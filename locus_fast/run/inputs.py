@@ -52,8 +52,8 @@ class Inputs:
 def prefetch(
     make: Callable[[int], Prompt], numbers: Iterable[int], workers: int, ahead: int
 ) -> Generator[Prompt]:
-    """make(number) for each number, in order, computed by threads up to `ahead` numbers early (decoding and resizing
-    release the GIL)."""
+    """make(number) for each number, in order, computed by threads up to `ahead` numbers early (decoding and
+    resizing release the GIL)."""
     waiting: deque[Future[Prompt]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:

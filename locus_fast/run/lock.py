@@ -58,7 +58,8 @@ def _take(folder: Path) -> IO[str]:
             stream = path.open("a+")
         except OSError as error:
             raise UserError(
-                f"{folder} cannot be written ({error.strerror}): correct its permissions, or copy it to where it can."
+                f"{folder} cannot be written ({error.strerror}): correct its permissions, or copy it to "
+                "where it can."
             ) from None
         if not _lock(stream):
             with stream:

@@ -31,15 +31,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def plan_run(config: Config, source: Source, device: torch.device, out: Path | None) -> Plan:
-    """The plan of a training run into the folder `out`, None to evaluate alone. Raises UserError if the weights are of
-    a type that is not trained, or if the disk or the device has no room."""
+    """The plan of a training run into the folder `out`, None to evaluate alone. Raises UserError if the
+    weights are of a type that is not trained, or if the disk or the device has no room."""
     if out is None:
         return unplanned(config.microbatch_tokens, config.checkpointing)
     kind = weight_dtype(source.folder, source.config, DTYPES[config.dtype])
     if kind not in DTYPES.values():
         stored = str(kind).removeprefix("torch.")
         raise UserError(
-            f"{source.folder}: its weights are {stored}, in which small updates are lost: give --dtype bfloat16 or --dtype float32."
+            f"{source.folder}: its weights are {stored}, in which small updates are lost: give --dtype "
+            "bfloat16 or --dtype float32."
         )
     shape = shape_of(source.config)
     check_rank(config, shape)
@@ -48,7 +49,8 @@ def plan_run(config: Config, source: Source, device: torch.device, out: Path | N
 
 
 def open_model(config: Config, source: Source, device: torch.device, role: str) -> Any:
-    """The model on the device, quantised or with adapters to train as the settings say. role: of those of the source."""
+    """The model on the device, quantised or with adapters to train as the settings say. role: of those of the
+    source."""
     model = load_source(
         source, torch.device("cpu") if config.quantize != "off" else device, DTYPES[config.dtype]
     )
@@ -56,7 +58,8 @@ def open_model(config: Config, source: Source, device: torch.device, role: str) 
         merge_adapters(source.adapters, model)
     if name := first_not_finite(model.named_parameters()):
         raise UserError(
-            f"{source.folder}: {name} holds values that are not finite (NaN or infinite): fetch it again, or take an earlier state."
+            f"{source.folder}: {name} holds values that are not finite (NaN or infinite): fetch it again, "
+            "or take an earlier state."
         )
     if config.quantize != "off":
         quantize(

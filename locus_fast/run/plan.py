@@ -1,5 +1,5 @@
-"""What a run may use of its device: planned from the model's shape and the free memory before any weight is loaded, and
-what to say where it does not fit."""
+"""What a run may use of its device: planned from the model's shape and the free memory before any weight is
+loaded, and what to say where it does not fit."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ def state_bytes(config: Config, kind: torch.dtype) -> float:
 def plan_for(config: Config, shape: ModelShape, kind: torch.dtype, device: torch.device) -> Plan:
     """The plan of a training run of a model of this shape and type of weights, from the device's free memory.
 
-    Prompts are taken to be between the fewest and the most pixels that an image and its cue may have, and replies as long as they may be. Raises
-    UserError if one does not fit, which names the largest setting that does.
+    Prompts are taken to be between the fewest and the most pixels that an image and its cue may have, and
+    replies as long as they may be. Raises UserError if one does not fit, which names the largest setting that
+    does.
     """
     memory = free_memory(device)
     if memory is None:
@@ -64,18 +65,20 @@ def is_planned(config: Config, shape: ModelShape, kind: torch.dtype, memory: int
 
 
 def check_rank(config: Config, shape: ModelShape) -> None:
-    """Raises UserError for adapters that are wider than the model: they would hold no more than the weights do."""
+    """Raises UserError for adapters that are wider than the model: they would hold no more than the weights
+    do."""
     if config.lora > (width := shape.text.hidden):
         raise UserError(
-            f"--lora {config.lora}: the language model is {width:,} wide; give a rank of at most that, such as {RANK}."
+            f"--lora {config.lora}: the language model is {width:,} wide; give a rank of at most that, such "
+            f"as {RANK}."
         )
 
 
 def planned(
     config: Config, shape: ModelShape, kind: torch.dtype, memory: int, fused: bool | None = None
 ) -> Plan:
-    """The plan of a run of a model of this shape and type of weights in so many bytes. fused: with liger-kernel's
-    operators; None: as a CUDA device has them here."""
+    """The plan of a run of a model of this shape and type of weights in so many bytes. fused: with
+    liger-kernel's operators; None: as a CUDA device has them here."""
     return plan(
         shape,
         extremes(config, shape),
@@ -126,11 +129,11 @@ def ways_of(config: Config, kind: torch.dtype, fused: bool | None = None) -> dic
 
 
 def remedy(config: Config, fits: Callable[[Config], bool], spoken: int = 0) -> str:
-    """Words that name the largest setting that fits, where a run as asked for does not: given besides what was asked
-    for, they fit.
+    """Words that name the largest setting that fits, where a run as asked for does not: given besides what
+    was asked for, they fit.
 
-    fits: whether settings do, whose budgets are to be chosen (`--microbatch-tokens 0`); spoken: the tokens of a reply
-    that the cost command asks about, which no allowed length may be below.
+    fits: whether settings do, whose budgets are to be chosen (`--microbatch-tokens 0`); spoken: the tokens of
+    a reply that the cost command asks about, which no allowed length may be below.
     """
     for words, changed in remedies(config):
         low, high = 0, changed.max_new_tokens + 1
@@ -146,7 +149,8 @@ def remedy(config: Config, fits: Callable[[Config], bool], spoken: int = 0) -> s
 
 def remedies(config: Config) -> Iterator[tuple[list[str], Config]]:
     """(options, configuration with them) that take less and less memory: budgets to be chosen, recomputation,
-    references in fewer bytes and none, adapters. Options that were given and do not go with these are taken back."""
+    references in fewer bytes and none, adapters. Options that were given and do not go with these are taken
+    back."""
     words: list[str] = []
     if config.microbatch_tokens:
         words, config = [*words, "--microbatch-tokens 0"], replace(config, microbatch_tokens=0)

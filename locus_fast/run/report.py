@@ -1,5 +1,5 @@
-"""What a run tells people: metrics as JSON lines and TensorBoard events, the progress bar, the last line. Its pictures:
-`run.pictures`."""
+"""What a run tells people: metrics as JSON lines and TensorBoard events, the progress bar, the last line. Its
+pictures: `run.pictures`."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ class Progress:
         self.dropped = self.dropped_in_a_row = self.equal_in_a_row = 0
 
     def show(self, row: dict[str, Any]) -> None:
-        """A step's figures beside the bar, a dash for what it has not got, and how many steps were dropped so far, if
-        any."""
+        """A step's figures beside the bar, a dash for what it has not got, and how many steps were dropped so
+        far, if any."""
         self.dropped += row["dropped_step"]
         self.dropped_in_a_row = self.dropped_in_a_row + 1 if row["dropped_step"] else 0
         names = {"reward": "reward", "iou": "IoU", "valid": "valid", "kl": "KL", "grad_norm": "grad"}
@@ -121,13 +121,19 @@ class Progress:
 def why_no_signal(row: dict[str, Any]) -> str:
     """What to say of a step in which the replies of every group earned the same, and what may be done."""
     if row["valid"] == 0:
-        why = "no reply holds a box that can be read: the model may need another --prompt-style, or more --max-new-tokens"
+        why = (
+            "no reply holds a box that can be read: the model may need another --prompt-style, or more "
+            "--max-new-tokens"
+        )
     elif row["iou"] == 0:
         why = (
             "no box touches its target: the model may speak other coordinates, or the cues be too hard for it"
         )
     else:
-        why = "each group's replies are alike: raise --temperature or --group-size, or give cues that are harder"
+        why = (
+            "each group's replies are alike: raise --temperature or --group-size, or give cues that are "
+            "harder"
+        )
     return f"all replies of a group have earned the same reward, so nothing is learned from it; {why}."
 
 

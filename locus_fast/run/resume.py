@@ -102,7 +102,8 @@ def read_metrics(path: Path, done: int) -> list[str]:
                 text = json.dumps({"step": number})
             else:
                 raise UserError(
-                    f"{path} line {number} is not the metrics of step {number} ({_first_line(error)}): {advice}."
+                    f"{path} line {number} is not the metrics of step {number} ({_first_line(error)}): "
+                    f"{advice}."
                 ) from None
         kept.append(text + "\n")
     if len(kept) < done:
@@ -228,7 +229,10 @@ def check_layout(config: Config, begun: Begun, kind: torch.dtype) -> None:
             if name == "lora"
             else f"resume with {option_of(name)} {old}"
         )
-        what = f"its {begun.checkpoint.name} was trained with {option_of(name)} {old}, whose tensors are not those of {option_of(name)} {new}"
+        what = (
+            f"its {begun.checkpoint.name} was trained with {option_of(name)} {old}, whose tensors are not "
+            f"those of {option_of(name)} {new}"
+        )
         raise UserError(f"--resume {config.resume}: {what}: {back}, or {fresh(Path(config.resume))}.")
 
 

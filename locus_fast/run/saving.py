@@ -52,8 +52,8 @@ class Saver:
         self.probe = setup.inputs.prompter(setup.inputs.cues.held_out(0))
 
     def restore(self, checkpoint: Path | None) -> None:
-        """Takes the weights and the optimizer's state of a checkpoint, None for none. Raises UserError if it is not
-        whole, or not finite."""
+        """Takes the weights and the optimizer's state of a checkpoint, None for none. Raises UserError if it
+        is not whole, or not finite."""
         if checkpoint:
             load_checkpoint(checkpoint, self.setup.engine.model, self.optimizer)
             if fault := self.fault():
@@ -141,9 +141,15 @@ class Saver:
         if found := checkpoints(self.out):
             load_saved_weights(found[-1][0], self.setup.engine.model)
             self._export(self.setup.engine.model)
-            return f"{what}: {self.out / FINAL} holds that of step {found[-1][1]}; lower --lr, and go on from there with --resume."
+            return (
+                f"{what}: {self.out / FINAL} holds that of step {found[-1][1]}; lower --lr, and go on from "
+                "there with --resume."
+            )
         self._export(self._base())
-        return f"{what}: {self.out / FINAL} holds the base, since there is no checkpoint; start again with a lower --lr."
+        return (
+            f"{what}: {self.out / FINAL} holds the base, since there is no checkpoint; start again with a "
+            "lower --lr."
+        )
 
     def _base(self) -> Any:
         """The model as it was before the first step, in host memory."""

@@ -39,8 +39,8 @@ class Setup:
 
 
 def set_up(config: Config, out: Path | None = None) -> Setup:
-    """Load everything a run needs; raises UserError for what cannot be used, as much of it as can be known before the
-    weights are read.
+    """Load everything a run needs; raises UserError for what cannot be used, as much of it as can be known
+    before the weights are read.
 
     out: the folder of a training run, for which device and disk must have room; None to evaluate alone.
     """

@@ -21,7 +21,8 @@ from locus_fast.step.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Engine:
-    """The policy and what it runs on. Costs are in language-token equivalents, see `cost.flops.group_cost`."""
+    """The policy and what it runs on. Costs are in language-token equivalents, see
+    `cost.flops.group_cost`."""
 
     device: torch.device
     model: Any
@@ -57,8 +58,8 @@ class Engine:
     def microbatches(
         self, prompts: Sequence[Prompt], first: int, reply_tokens: int, budget: float
     ) -> Iterator[tuple[list[int], PromptBatch]]:
-        """Prompts packed within the budget, with so many reply tokens each at most: (their numbers, counted from
-        `first`; the batch on the device)."""
+        """Prompts packed within the budget, with so many reply tokens each at most: (their numbers, counted
+        from `first`; the batch on the device)."""
         costs = [self.cost(prompt, reply_tokens) for prompt in prompts]
         for chosen in self.pack(prompts, costs, budget):
             batch = PromptBatch.of([prompts[i] for i in chosen], self.model.config, self.device)

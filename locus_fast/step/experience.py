@@ -1,4 +1,5 @@
-"""What a microbatch leaves to train on, and its packing anew: some of its groups, or narrower microbatches."""
+"""What a microbatch leaves to train on, and its packing anew: some of its groups, or narrower
+microbatches."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from locus_fast.step.rollout import Rollout
 
 @dataclass(frozen=True)
 class Experience:
-    """A microbatch's rollouts and all that training on them needs. A group is active if it has a gradient. R replies,
-    T tokens of the active groups' replies."""
+    """A microbatch's rollouts and all that training on them needs. A group is active if it has a gradient. R
+    replies, T tokens of the active groups' replies."""
 
     batch: PromptBatch
     rollout: Rollout
@@ -41,11 +42,11 @@ class Experience:
 def experience_of(
     config: Config, batch: PromptBatch, rollout: Rollout, scored: BoxReward, always_active: bool
 ) -> tuple[Experience, int]:
-    """(what a microbatch's rollouts leave to train on, their share of the batch's denominator), with the one readback
-    of a microbatch.
+    """(what a microbatch's rollouts leave to train on, their share of the batch's denominator), with the one
+    readback of a microbatch.
 
-    A group whose rewards are all equal has advantages of 0: it has a gradient only if the objective has one without
-    advantages (always_active: the KL, the entropy), and if such groups are not to be skipped."""
+    A group whose rewards are all equal has advantages of 0: it has a gradient only if the objective has one
+    without advantages (always_active: the KL, the entropy), and if such groups are not to be skipped."""
     R = len(rollout.ids)
     host = torch.cat([rollout.lengths, rollout.truncated.long(), scored.zero_variance.long()]).tolist()
     tokens, truncated, zero_variance = host[:R], host[R : 2 * R], host[2 * R :]
@@ -58,8 +59,8 @@ def experience_of(
 
 
 def select(engine: Engine, whole: Experience, groups: Sequence[int]) -> Experience:
-    """Some of an experience's groups, packed anew; itself for all of them. What is known of its tokens needs all its
-    groups to be active."""
+    """Some of an experience's groups, packed anew; itself for all of them. What is known of its tokens needs
+    all its groups to be active."""
     if len(groups) == len(whole.lengths):
         return whole
     first = [0]
@@ -77,8 +78,8 @@ def select(engine: Engine, whole: Experience, groups: Sequence[int]) -> Experien
 
 
 def microbatches(engine: Engine, whole: Experience) -> Iterator[Experience]:
-    """The microbatches to train on of rollouts that may be wider than one: their active groups, whose lengths are
-    known by now."""
+    """The microbatches to train on of rollouts that may be wider than one: their active groups, whose lengths
+    are known by now."""
     prompts = [whole.batch.prompts[b] for b in whole.active]
     costs = [
         engine.cost(prompt, sum(whole.lengths[b])) for prompt, b in zip(prompts, whole.active, strict=True)

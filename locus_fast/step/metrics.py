@@ -1,4 +1,5 @@
-"""What a step adds up over its microbatches, on the device, and the metrics that it makes of them with one readback."""
+"""What a step adds up over its microbatches, on the device, and the metrics that it makes of them with one
+readback."""
 
 from __future__ import annotations
 
@@ -59,8 +60,8 @@ class Totals:
         )
 
     def add_loss(self, loss: Tensor, tokens: int, sums: dict[str, Tensor], first: bool) -> None:
-        """A microbatch's summed loss [] over so many tokens, and `sums`, as `losses.Objective` gives them. first: on
-        the first update, whose entropy is that of the policy that sampled."""
+        """A microbatch's summed loss [] over so many tokens, and `sums`, as `losses.Objective` gives them.
+        first: on the first update, whose entropy is that of the policy that sampled."""
         self.peak(ratio_max=sums["ratio_max"])
         self.add(loss=loss, updated_tokens=float(tokens))
         self.add(
@@ -92,8 +93,9 @@ def add_flops(
     columns: Sequence[str],
     prefilled_again: bool = False,
 ) -> None:
-    """Counts the FLOPs of some passes (columns of `cost.flops`) over a microbatch from its shapes: the model's, those
-    of the floor, and those spent. prefilled_again: its active prompts once more, apart from the others."""
+    """Counts the FLOPs of some passes (columns of `cost.flops`) over a microbatch from its shapes: the
+    model's, those of the floor, and those spent. prefilled_again: its active prompts once more, apart from
+    the others."""
     groups = [
         Group(
             tuple((h, w) for _, h, w in prompt.grids.tolist()), len(prompt.ids), tuple(lengths), b in active
@@ -121,8 +123,8 @@ def add_flops(
 def summarise(
     totals: Totals, step: int, norms: Tensor, lr: float, skipped: int, began: float
 ) -> dict[str, Any]:
-    """The metrics of step `step` (from 0), which began at `began` by `time.perf_counter`; norms [updates]; skipped:
-    images. Those that depend on time: seconds, mfu and the ones that end in _per_s."""
+    """The metrics of step `step` (from 0), which began at `began` by `time.perf_counter`; norms [updates];
+    skipped: images. Those that depend on time: seconds, mfu and the ones that end in _per_s."""
     sums = totals.read(norm=norms[-1] + 0 * norms.sum())  # not finite if one of them is not
     seconds = time.perf_counter() - began  # until the device had done the step
     dropped = sums["not_finite"] > 0 or not math.isfinite(sums["norm"])

@@ -1,12 +1,12 @@
-"""Sampling replies over the shared prefix: static buffers, one CUDA graph for each number of rows, and a device that
-never idles.
+"""Sampling replies over the shared prefix: static buffers, one CUDA graph for each number of rows, and a
+device that never idles.
 
-Every decoding step feeds each slot's last token, attends to the group's prompt and the slot's own past, and samples.
-The number of replies still running reaches the host some steps late; when it falls below the next smaller number of
-rows (`cost.shapes.LADDER`), the running slots are moved together and the others dropped.
+Every decoding step feeds each slot's last token, attends to the group's prompt and the slot's own past, and
+samples. The number of replies still running reaches the host some steps late; when it falls below the next
+smaller number of rows (`cost.shapes.LADDER`), the running slots are moved together and the others dropped.
 
-Legend: B prompts, G replies a prompt, R = B * G rows of the rollout, S slots at work, K key heads, D head dimension, L
-longest reply, V vocabulary.
+Legend: B prompts, G replies a prompt, R = B * G rows of the rollout, S slots at work, K key heads, D head
+dimension, L longest reply, V vocabulary.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Sampling:
 
 
 class Decoder:
-    """The policy's sampler. Keep one for a run: on CUDA its buffers and graphs are used again by every microbatch that
-    fits them.
+    """The policy's sampler. Keep one for a run: on CUDA its buffers and graphs are used again by every
+    microbatch that fits them.
 
-    static: buffers that stay where they are, and steps that only the device can tell apart, as graphs need; by default
-    on CUDA.
+    static: buffers that stay where they are, and steps that only the device can tell apart, as graphs need;
+    by default on CUDA.
     """
 
     def __init__(self, model: Any, vocabulary: Vocabulary, static: bool | None = None):
@@ -82,11 +82,12 @@ class Decoder:
     def generate(self, prefix: Prefix, sampling: Sampling, *, seed: int, groups: Sequence[int]) -> Rollout:
         """Replies of every prompt in the prefix.
 
-        groups: the identity of each prompt in this seed's stream, so that a prompt's replies do not depend on the
-        microbatch it fell into.
+        groups: the identity of each prompt in this seed's stream, so that a prompt's replies do not depend on
+        the microbatch it fell into.
         """
         training = self.model.training
-        self.model.eval()  # in training mode, layers that recompute would look at the random state: no graph may
+        # in training mode, layers that recompute would look at the random state: no graph may
+        self.model.eval()
         try:
             with torch.no_grad():
                 return self._generate(prefix, sampling, seed, groups)
@@ -132,7 +133,8 @@ class Decoder:
         return slots
 
     def _exact(self, prefix: Prefix, needed: Extent, sampling: Sampling) -> Slots:
-        """Buffers for this rollout alone. Key heads outside, so that prompts of one length are a batch of matrices."""
+        """Buffers for this rollout alone. Key heads outside, so that prompts of one length are a batch of
+        matrices."""
         packed = prefix.batch.pairs.queries
         self.prompt_kv = {
             layer: tuple(t.detach().transpose(0, 1).contiguous().transpose(0, 1) for t in pair)
@@ -143,8 +145,8 @@ class Decoder:
         return self.slots
 
     def _static(self, prefix: Prefix, needed: Extent, sampling: Sampling, seed: int) -> Slots:
-        """Buffers that are rounded up, and kept while they are large enough: graphs hold their addresses, and the
-        sampling and the seed as constants."""
+        """Buffers that are rounded up, and kept while they are large enough: graphs hold their addresses, and
+        the sampling and the seed as constants."""
         wanted, same = needed.rounded(sampling.group_size), (sampling, seed) == (self.sampling, self.seed)
         kept = self.slots
         if kept is None or not same or not kept.extent.holds(wanted):
@@ -197,8 +199,8 @@ class Decoder:
         slots.running[:S] = running & ~ends
 
     def step(self, longest_own: int | None) -> None:
-        """Feed every slot its last token and sample the next. longest_own: tokens of their own past, None where only
-        the device knows."""
+        """Feed every slot its last token and sample the next. longest_own: tokens of their own past, None
+        where only the device knows."""
         slots, language = self.slots, self.model.model.language_model
         assert slots is not None
         S = slots.rows
@@ -210,8 +212,8 @@ class Decoder:
         self.choose(next_logits(self.model, out.last_hidden_state[:, 0]))
 
     def advance(self, at: int) -> None:
-        """One step; on CUDA by the graph of this number of slots, which the second step of its kind captures (the
-        first warms up)."""
+        """One step; on CUDA by the graph of this number of slots, which the second step of its kind captures
+        (the first warms up)."""
         assert self.slots is not None
         if not self.is_static:
             self.step(at)

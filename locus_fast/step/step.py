@@ -3,8 +3,8 @@
 For each microbatch of whole groups:
 
     prompts -- prefill, gradients on, once a group --> keys and values of every layer, kept in the graph
-        -> decode G replies on them -> token ids -> reward -> advantage
-        -> one forward over all reply tokens on the same keys and values -> loss -> backward, replies and then prompts
+        -> decode G replies on them -> token ids -> reward -> advantage -> one forward over all reply tokens
+        on the same keys and values -> loss -> backward, replies and then prompts
 
 and then one optimizer step. A group is *active* if it has a gradient.
 """
@@ -62,7 +62,8 @@ class Step:
         return Step(config, engine, scoring, None, optimizer_of(config, engine.model))
 
     def begin(self) -> None:
-        """Takes the model as it is now for the reference, and has it trained with activations recomputed as planned."""
+        """Takes the model as it is now for the reference, and has it trained with activations recomputed as
+        planned."""
         model = self.engine.model
         self.reference = make_reference(model, self.config.reference) if self.config.kl_coef > 0 else None
         if self.engine.plan.checkpointing:
@@ -71,9 +72,9 @@ class Step:
     def __call__(
         self, prompts: list[Prompt], step: int, began: float, stop: Callable[[], bool]
     ) -> dict[str, Any] | None:
-        """Rollouts of these prompts and the updates on them; the metrics of step `step` (from 0), which began at
-        `began` by `time.perf_counter`, or None if `stop` said so before the first update. It is asked between
-        microbatches."""
+        """Rollouts of these prompts and the updates on them; the metrics of step `step` (from 0), which began
+        at `began` by `time.perf_counter`, or None if `stop` said so before the first update. It is asked
+        between microbatches."""
         config, engine = self.config, self.engine
         done = engine.budget.retry(lambda: self._first_gradient(prompts, step, stop), engine.decoder)
         if done is None:
@@ -84,7 +85,8 @@ class Step:
         for again in range(config.updates_per_batch):
             if again:
                 totals.join(engine.budget.retry(lambda: self._further_gradient(experiences), engine.decoder))
-            # a policy whose own log-probs are not numbers earns no reward, and so has no gradient that shows it
+            # a policy whose own log-probs are not numbers earns no reward, and so has no gradient that shows
+            # it
             usable = torch.as_tensor(totals.sums["not_finite"] == 0)
             seed = config.seed + step * config.updates_per_batch + again
             norms.append(self._update(denominator, usable, factor, seed))
@@ -96,13 +98,14 @@ class Step:
         """What to say of a run that ends for want of memory."""
         return self.engine.budget.too_small(self.engine.plan.checkpointing)
 
-    # ------------------------------------------------------------------------------------ rollout, reward, advantage
+    # ------------------------------------------------------------------------------------ rollout, reward,
+    # advantage
     def _first_gradient(
         self, prompts: list[Prompt], step: int, stop: Callable[[], bool]
     ) -> tuple[Totals, list[Experience], int] | None:
-        """Rollouts, and the gradient of their summed loss: (sums for the metrics, what further updates need, the
-        denominator), or None if `stop` said so. Rollouts follow from the seed and the weights alone, so it can be
-        done again."""
+        """Rollouts, and the gradient of their summed loss: (sums for the metrics, what further updates need,
+        the denominator), or None if `stop` said so. Rollouts follow from the seed and the weights alone, so
+        it can be done again."""
         config, engine = self.config, self.engine
         totals, experiences, denominator = Totals(), [], 0
         self.optimizer.zero_grad(set_to_none=True)
@@ -139,17 +142,18 @@ class Step:
         return totals, experiences, denominator
 
     def _reuse_pays(self, whole: Experience) -> bool:
-        """Whether the rollout's prefix should be trained on: its backward goes through the other groups' prompts too,
-        and a forward pass of the active ones alone costs less where they are few. A backward costs two forwards, and
-        one more where it is recomputed."""
+        """Whether the rollout's prefix should be trained on: its backward goes through the other groups'
+        prompts too, and a forward pass of the active ones alone costs less where they are few. A backward
+        costs two forwards, and one more where it is recomputed."""
         prompts = [self.engine.cost(prompt, 0) for prompt in whole.batch.prompts]
         active = sum(prompts[group] for group in whole.active)
         return active >= (2 + (self.engine.plan.checkpointing > 0)) * (sum(prompts) - active)
 
-    # ------------------------------------------------------------------------------------------------ loss, backward
+    # ------------------------------------------------------------------------------------------------ loss,
+    # backward
     def _learn(self, experience: Experience, prefix: Prefix, totals: Totals) -> Experience:
-        """The gradient of the summed loss of the active groups' replies, on the prefix. Returns the active groups
-        with what further updates on them need. The reference sees the active groups alone."""
+        """The gradient of the summed loss of the active groups' replies, on the prefix. Returns the active
+        groups with what further updates on them need. The reference sees the active groups alone."""
         totals.add(cost=sum(map(self.engine.cost, experience.batch.prompts, map(sum, experience.lengths))))
         totals.add(room=float(self.engine.budget.tokens))
         alone = select(self.engine, experience, experience.active)
@@ -164,8 +168,8 @@ class Step:
         return replace(alone, old=logprob, reference=reference)
 
     def _reference_logprob(self, experience: Experience, shared: Prefix | None) -> Tensor | None:
-        """Log-probs [T] of the reference policy, None without one. shared: a prefix whose vision features are the
-        reference's too, because the tower is frozen."""
+        """Log-probs [T] of the reference policy, None without one. shared: a prefix whose vision features are
+        the reference's too, because the tower is frozen."""
         if self.reference is None:
             return None
         with torch.no_grad(), self.reference.model() as model:
@@ -173,8 +177,8 @@ class Step:
             return reply_logprob(model, prefix, experience.replies, self.config.temperature)[0]
 
     def _backward(self, hidden: Tensor, experience: Experience, totals: Totals) -> Tensor:
-        """Adds the gradient of a microbatch's summed loss, given the states [T, D] that predict its replies' tokens.
-        Returns the tokens' log-probs [T]."""
+        """Adds the gradient of a microbatch's summed loss, given the states [T, D] that predict its replies'
+        tokens. Returns the tokens' log-probs [T]."""
         replies = experience.replies
         rest = {
             "old": experience.old,
@@ -191,8 +195,8 @@ class Step:
         return logprob
 
     def _further_gradient(self, experiences: list[Experience]) -> Totals:
-        """The gradient of the same rollouts' loss at the weights as they are now: the prefix again, against the stored
-        old log-probs. Returns what it adds to the metrics."""
+        """The gradient of the same rollouts' loss at the weights as they are now: the prefix again, against
+        the stored old log-probs. Returns what it adds to the metrics."""
         totals = Totals()
         self.optimizer.zero_grad(set_to_none=True)
         for whole in experiences:
@@ -205,10 +209,11 @@ class Step:
                 self._count_flops(totals, experience, FURTHER_PASSES)
         return totals
 
-    # -------------------------------------------------------------------------------------------------------- update
+    # --------------------------------------------------------------------------------------------------------
+    # update
     def _update(self, denominator: int, usable: Tensor, factor: float, seed: int) -> Tensor:
-        """The optimizer's step, which finds out before anything has moved whether it has room. Returns the gradient's
-        norm."""
+        """The optimizer's step, which finds out before anything has moved whether it has room. Returns the
+        gradient's norm."""
         move = partial(
             clip_and_step,
             self.optimizer,

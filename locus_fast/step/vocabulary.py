@@ -16,7 +16,8 @@ from locus_fast.model.families import family_of
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which ids a reply may hold, and what ends it: a stop id, or that it has said what the reader looks for."""
+    """Which ids a reply may hold, and what ends it: a stop id, or that it has said what the reader looks
+    for."""
 
     allowed: Tensor  # bool [V]
     stops: Tensor  # int64 [stops]
@@ -31,11 +32,11 @@ class Vocabulary:
         which: str = "first",
         opening: Sequence[int] = (),
     ) -> Vocabulary:
-        """Rows past the tokenizer and vision tokens are never drawn: a placeholder in a reply would be taken for an
-        image that is not there.
+        """Rows past the tokenizer and vision tokens are never drawn: a placeholder in a reply would be taken
+        for an image that is not there.
 
-        table, which: replies end with the box that `box_reward` counts; without a table only with a stop id. opening:
-        ids that the prompt has written of the reply already.
+        table, which: replies end with the box that `box_reward` counts; without a table only with a stop id.
+        opening: ids that the prompt has written of the reply already.
         """
         config, rows = model.config, model.lm_head.weight.shape[0]
         allowed = torch.arange(rows) < len(tokenizer)
@@ -49,7 +50,8 @@ class Vocabulary:
         )
         if None in stops:
             raise UserError(
-                "neither the model's generation_config.json nor its tokenizer names an end-of-sequence token: "
+                "neither the model's generation_config.json nor its tokenizer names an end-of-sequence "
+                "token: "
                 "name it in one of them, or a reply could not end."
             )
         device, closing, start = model.lm_head.weight.device, None, START

@@ -1,11 +1,14 @@
-"""Makes the embedded base checkpoint: `python -m locus_fast.tiny.base` (under an hour on two cores), written to `locus_fast/tiny/base/`.
+"""Makes the embedded base checkpoint: `python -m locus_fast.tiny.base` (under an hour on two cores), written
+to `locus_fast/tiny/base/`.
 
-The model learns cue search on drawn scenes by cross-entropy, in two phases. *Find*: exact boxes, from scenes of one or two objects to the full
-5 to 12. *Loosen*: a short phase on boxes enlarged by a random factor, so that the base finds the object and draws its box badly, as a real base
-model does: what GRPO then has to improve is what an IoU reward speaks of.
+The model learns cue search on drawn scenes by cross-entropy, in two phases. *Find*: exact boxes, from scenes
+of one or two objects to the full 5 to 12. *Loosen*: a short phase on boxes enlarged by a random factor, so
+that the base finds the object and draws its box badly, as a real base model does: what GRPO then has to
+improve is what an IoU reward speaks of.
 
-Two auxiliary losses make so small a model learn in minutes: attention mass of two heads in two layers on the box and on the edge that is being
-spoken of, and a linear read-out of the coordinate from the third layer. Neither is in the checkpoint or in the trainer.
+Two auxiliary losses make so small a model learn in minutes: attention mass of two heads in two layers on the
+box and on the edge that is being spoken of, and a linear read-out of the coordinate from the third layer.
+Neither is in the checkpoint or in the trainer.
 """
 
 from __future__ import annotations
@@ -69,7 +72,8 @@ def recording_attention(module, q, k, v, attention_mask=None, scaling=None, drop
 
 
 def forward(model: Any, batch: Branches, record: dict) -> Tensor:
-    """Logits of the reply tokens, [S, K * REPLY_LENGTH, vocabulary]; attention probabilities and the third layer's states go into `record`."""
+    """Logits of the reply tokens, [S, K * REPLY_LENGTH, vocabulary]; attention probabilities and the third
+    layer's states go into `record`."""
     core = model.model
     features = encode_images(
         model, batch.patches, batch.grids, VisionLayout.of(batch.grids, model.config.vision_config, "cpu")
@@ -102,7 +106,8 @@ def token_loss(logits: Tensor, batch: Branches) -> Tensor:
 
 
 def attention_loss(record: dict, batch: Branches) -> Tensor:
-    """-log of the attention mass that predicting positions put on the box (first auxiliary layer) and on the edge they speak of (second)."""
+    """-log of the attention mass that predicting positions put on the box (first auxiliary layer) and on the
+    edge they speak of (second)."""
     on_box = batch.cells_of_box[:, :, None].expand(-1, -1, REPLY_LENGTH, -1)
     on_edge = on_box.clone()
     on_edge[:, :, DIGITS] = batch.cells_of_edge.repeat_interleave(2, 2)
@@ -115,7 +120,8 @@ def attention_loss(record: dict, batch: Branches) -> Tensor:
 
 
 def coordinates(tokens: Tensor, zero: int) -> Tensor:
-    """The numbers of replies, float32 [..., 4] from reply tokens [..., REPLY_LENGTH]; zero: the id of the digit 0."""
+    """The numbers of replies, float32 [..., 4] from reply tokens [..., REPLY_LENGTH]; zero: the id of the
+    digit 0."""
     return (tokens[..., DIGITS] - zero).unflatten(-1, (4, 2)).float() @ torch.tensor([10.0, 1.0])
 
 
@@ -181,7 +187,8 @@ def train_phase(model: Any, task: Task, steps: int, loosen: float) -> None:
             token, attention, coordinate = np.mean(figures[-50:], 0)
             spent = time.perf_counter() - started
             print(
-                f"{step + 1} {spent:.0f}s objects {objects} token {token:.3f} attention {attention:.3f} coordinate {coordinate:.4f}",
+                f"{step + 1} {spent:.0f}s objects {objects} token {token:.3f} attention {attention:.3f} "
+                f"coordinate {coordinate:.4f}",
                 flush=True,
             )
 

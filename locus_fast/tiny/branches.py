@@ -1,6 +1,8 @@
-"""Training rows of the base: a scene's image tokens once, then one branch a cue (its tokens, the question, the reply), kept apart by a mask.
+"""Training rows of the base: a scene's image tokens once, then one branch a cue (its tokens, the question,
+the reply), kept apart by a mask.
 
-Tokens and positions are those of `prompts.py`; sharing the image makes six questions cost little more than one.
+Tokens and positions are those of `prompts.py`; sharing the image makes six questions cost little more than
+one.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Branches:
-    """S scenes of one size with K cues each. A row is the image's tokens, then K branches of one width, short cues padded in front."""
+    """S scenes of one size with K cues each. A row is the image's tokens, then K branches of one width, short
+    cues padded in front."""
 
     ids: Tensor  # int64 [S, row]
     position: Tensor  # int64 [3, S, row]
@@ -79,7 +82,8 @@ class Branches:
 def draw_branches(
     rng: np.random.Generator, task: Task, scenes: int, cues: int, objects: tuple[int, int], loosen: float
 ) -> Branches:
-    """Scenes of one random size with this many objects; replies state the cue's region, enlarged by a random factor of up to `loosen`."""
+    """Scenes of one random size with this many objects; replies state the cue's region, enlarged by a random
+    factor of up to `loosen`."""
     size = IMAGE_SIZES[int(rng.integers(len(IMAGE_SIZES)))]
     cells = (size[1] // CELL, size[0] // CELL)
     image_start = len(task.pieces[0])
@@ -138,7 +142,8 @@ def draw_branches(
 
 
 def branch_mask(real: Tensor, shared: int, width: int) -> Tensor:
-    """Causal, without padding, and from a branch only to the shared part and itself: 0 or -1e4, float32 [S, 1, row, row]. real bool [S, row]."""
+    """Causal, without padding, and from a branch only to the shared part and itself: 0 or -1e4, float32 [S,
+    1, row, row]. real bool [S, row]."""
     place = torch.arange(real.shape[1])
     branch = torch.where(place < shared, -1, (place - shared) // width)
     seen = (place[None] <= place[:, None]) & ((branch[:, None] == branch[None]) | (branch[None] < 0))
@@ -174,7 +179,8 @@ def box_cells(box: Tensor, grid_h: int, grid_w: int) -> tuple[Tensor, Tensor]:
 
 
 def loosened(rng: np.random.Generator, box: Box, size: tuple[int, int], most: float) -> tuple[float, ...]:
-    """The box with its width and height grown by a random factor of 1 to `most`, clipped to the image; `size` is (width, height)."""
+    """The box with its width and height grown by a random factor of 1 to `most`, clipped to the image; `size`
+    is (width, height)."""
     if most <= 1:
         return box
     grow = (rng.uniform(1.0, most) - 1) * np.array([box[2] - box[0], box[3] - box[1]])

@@ -1,6 +1,8 @@
-"""The embedded model: a Qwen3-VL of 1.6M parameters, with what a model so small needs and a large one does not.
+"""The embedded model: a Qwen3-VL of 1.6M parameters, with what a model so small needs and a large one does
+not.
 
-That is a sine/cosine position table and weights initialised at fan-in scale: with the usual 0.02 it stays on a plateau for hours.
+That is a sine/cosine position table and weights initialised at fan-in scale: with the usual 0.02 it stays on
+a plateau for hours.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Procedurally drawn scenes: the embedded default's data, a pure function of (seed, index).
 
-A scene is a textured ground with 5 to 12 separate objects of varied shape, colour, pattern and size; about half of them are distractors that share
-a colour or a shape with an earlier one. The cue is one object with up to 10% of padding, rescaled by 0.8 to 2.0, as the LOCUS recipe does for
-tiny cues. Four image sizes and aspect ratios are mixed.
+A scene is a textured ground with 5 to 12 separate objects of varied shape, colour, pattern and size; about
+half of them are distractors that share a colour or a shape with an earlier one. The cue is one object with up
+to 10% of padding, rescaled by 0.8 to 2.0, as the LOCUS recipe does for tiny cues. Four image sizes and aspect
+ratios are mixed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ Look = tuple[int, int, np.ndarray, np.ndarray]  # shape, pattern, two RGB colour
 def draw_scene(
     rng: np.random.Generator, size: tuple[int, int], objects: tuple[int, int]
 ) -> tuple[np.ndarray, list[Box]]:
-    """An RGB scene (uint8 [height, width, 3]) of `size` (width, height) and the xyxy boxes of its objects, drawn without overlap."""
+    """An RGB scene (uint8 [height, width, 3]) of `size` (width, height) and the xyxy boxes of its objects,
+    drawn without overlap."""
     width, height = size
     scene = draw_ground(rng, width, height)
     boxes: list[Box] = []
@@ -62,7 +64,8 @@ def draw_ground(rng: np.random.Generator, width: int, height: int) -> np.ndarray
 
 
 def choose_look(rng: np.random.Generator, looks: list[Look]) -> Look:
-    """A random shape, pattern and two colours; half of the time one of them is shared with an earlier object."""
+    """A random shape, pattern and two colours; half of the time one of them is shared with an earlier
+    object."""
     shape, pattern = int(rng.integers(len(SHAPES))), int(rng.integers(len(PATTERNS)))
     first, second = rng.integers(0, 256, 3), rng.integers(0, 256, 3)
     if looks and rng.random() < 0.5:
@@ -75,7 +78,8 @@ def choose_look(rng: np.random.Generator, looks: list[Look]) -> Look:
 
 
 def draw_object(look: Look, w: int, h: int) -> tuple[np.ndarray, np.ndarray]:
-    """The colours of an object that fills its w x h box (float32 [h, w, 3]) and its coverage (float32 [h, w, 1] in 0..1)."""
+    """The colours of an object that fills its w x h box (float32 [h, w, 3]) and its coverage (float32 [h, w,
+    1] in 0..1)."""
     shape, pattern, first, second = look
     W, H = w * SMOOTH, h * SMOOTH
     mask = Image.new("L", (W, H), 0)
@@ -130,7 +134,8 @@ def cut_cue(rng: np.random.Generator, scene: np.ndarray, box: Box) -> tuple[np.n
 
 
 class SceneCues:
-    """The CueSource of drawn scenes. Held-out scenes are the same for every seed and share no random stream with training scenes."""
+    """The CueSource of drawn scenes. Held-out scenes are the same for every seed and share no random stream
+    with training scenes."""
 
     def __init__(self, seed: int, held_out: int):
         self.seed, self.held_out_count = seed, held_out
@@ -145,11 +150,15 @@ class SceneCues:
 
     def describe(self) -> str:
         """One line on what is drawn."""
-        return f"drawn scenes of {OBJECTS[0]} to {OBJECTS[1]} objects in {len(IMAGE_SIZES)} image sizes, {self.held_out_count} held out"
+        return (
+            f"drawn scenes of {OBJECTS[0]} to {OBJECTS[1]} objects in {len(IMAGE_SIZES)} image sizes, "
+            f"{self.held_out_count} held out"
+        )
 
     def _example(self, rng: np.random.Generator, source: str) -> Example:
         size = IMAGE_SIZES[int(rng.integers(len(IMAGE_SIZES)))]
         scene, boxes = draw_scene(rng, size, OBJECTS)
         box = boxes[int(rng.integers(len(boxes)))]
         cue, region = cut_cue(rng, scene, box)
-        return Example(scene, cue, tuple(map(float, region)), size_class_of(box, *size), source)  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        return Example(scene, cue, tuple(map(float, region)), size_class_of(box, *size), source)

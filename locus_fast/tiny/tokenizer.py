@@ -1,6 +1,8 @@
-"""The embedded default's tokenizer: byte-level BPE of a few hundred tokens, one token a digit, Qwen's special tokens and chat layout.
+"""The embedded default's tokenizer: byte-level BPE of a few hundred tokens, one token a digit, Qwen's special
+tokens and chat layout.
 
-Merges are learned from the questions of `prompts.py` and from replies, so that a question is a handful of tokens and a box is 13.
+Merges are learned from the questions of `prompts.py` and from replies, so that a question is a handful of
+tokens and a box is 13.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ VOCABULARY = 512
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% "
+    "endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )

@@ -1,7 +1,9 @@
-"""The published layout of a model's folder: which files hold its weights, which stored tensor is which of the model's, and the way back.
+"""The published layout of a model's folder: which files hold its weights, which stored tensor is which of the
+model's, and the way back.
 
-What is written has the same files, the same tensors in each at the same places, and the same bytes where the model's values are the source's.
-The safetensors format (a length, a JSON header, the tensors' bytes) is written here, so that never more than a tensor or two are in host memory.
+What is written has the same files, the same tensors in each at the same places, and the same bytes where the
+model's values are the source's. The safetensors format (a length, a JSON header, the tensors' bytes) is
+written here, so that never more than a tensor or two are in host memory.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ OTHER_WEIGHTS = {
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: the one, else the shards that the index names. UserError if there are none or the index cannot be read."""
+    """The safetensors files of a model: the one, else the shards that the index names. UserError if there are
+    none or the index cannot be read."""
     if (folder / WHOLE).is_file():
         return [folder / WHOLE]
     index = folder / INDEX
@@ -60,7 +63,8 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted({str(name) for name in content["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{index} cannot be read as the index of a model's shards ({type(error).__name__}: {error}): fetch it again."
+            f"{index} cannot be read as the index of a model's shards ({type(error).__name__}: {error}): "
+            "fetch it again."
         ) from None
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
@@ -74,15 +78,23 @@ def _without_weights(folder: Path) -> str:
     """The sentence for a folder with neither of the two files."""
     if pickled := sorted(file.name for file in folder.glob("pytorch_model*.bin")):
         call = "M.from_pretrained(sys.argv[1], dtype='auto').save_pretrained(sys.argv[1])"
-        command = f'python -c "import sys; from transformers import AutoModelForImageTextToText as M; {call}" {shlex.quote(str(folder))}'
-        return f"{folder} has its weights in pickle format ({pickled[0]}), which is never loaded as it may run code; convert them with: {command}"
+        code = f"import sys; from transformers import AutoModelForImageTextToText as M; {call}"
+        command = f'python -c "{code}" {shlex.quote(str(folder))}'
+        return (
+            f"{folder} has its weights in pickle format ({pickled[0]}), which is never loaded as it may run "
+            f"code; convert them with: {command}"
+        )
     others = sorted(file.name for file in folder.iterdir() if file.suffix in OTHER_WEIGHTS)
     found = f" (there is {others[0]})" if others else ""
-    return f"{folder} has neither {WHOLE} nor {INDEX}{found}: give the folder of a model in Hugging Face layout, with all of its files."
+    return (
+        f"{folder} has neither {WHOLE} nor {INDEX}{found}: give the folder of a model in Hugging Face "
+        "layout, with all of its files."
+    )
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], bytes]:
-    """(header, its bytes) of a safetensors file: for each tensor dtype, shape and data_offsets, and perhaps `__metadata__`. UserError if damaged."""
+    """(header, its bytes) of a safetensors file: for each tensor dtype, shape and data_offsets, and perhaps
+    `__metadata__`. UserError if damaged."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -121,7 +133,8 @@ def _damaged(file: Path) -> str:
 
 
 def read_headers(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Each stored tensor of a model with its file and header entry. UserError if any is stored in a type that is not trained: a quantised model."""
+    """Each stored tensor of a model with its file and header entry. UserError if any is stored in a type that
+    is not trained: a quantised model."""
     entries = {
         name: (file, entry)
         for file in weight_files(folder)
@@ -131,7 +144,8 @@ def read_headers(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     for name, (file, entry) in entries.items():
         if entry["dtype"] not in DTYPES:
             raise UserError(
-                f"{file}: {name} is stored as {entry['dtype']}; give the model's unquantised checkpoint ({', '.join(CODES.values())})."
+                f"{file}: {name} is stored as {entry['dtype']}; give the model's unquantised checkpoint "
+                f"({', '.join(CODES.values())})."
             )
     if not entries:
         raise UserError(f"{folder}: its weight files hold no tensors; fetch the model again.")
@@ -145,7 +159,8 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 @torch.no_grad()
 def load_weights(folder: Path, model: Any) -> None:
-    """Copy the weights of a folder into a model, one tensor at a time. UserError if they are not those of this model."""
+    """Copy the weights of a folder into a model, one tensor at a time. UserError if they are not those of
+    this model."""
     state = model.state_dict()
     missing = {_identity(tensor) for tensor in state.values()}
     for file in weight_files(folder):
@@ -156,7 +171,8 @@ def load_weights(folder: Path, model: Any) -> None:
                 value = shard.get_tensor(stored)
                 if value.shape != state[name].shape:
                     raise UserError(
-                        f"{file}: {stored} has shape {list(value.shape)}, and the model's {list(state[name].shape)}."
+                        f"{file}: {stored} has shape {list(value.shape)}, and the model's "
+                        f"{list(state[name].shape)}."
                     )
                 state[name].copy_(value)
                 missing.discard(_identity(state[name]))
@@ -171,11 +187,13 @@ def _identity(tensor: Tensor) -> tuple[int, torch.Size]:
 
 @torch.no_grad()
 def write_model(model: Any, source: Path, folder: Path, dtype: torch.dtype | None) -> dict[str, int]:
-    """The model into the existing folder as `source` lies: its files, names and shards, everything but the weights copied as it stands.
+    """The model into the existing folder as `source` lies: its files, names and shards, everything but the
+    weights copied as it stands.
 
-    dtype: of the written tensors; None for those they have in `source`. Where they differ, config.json and the index say so. A stored tensor that
-    the model does not hold is copied; of tied weights each that is stored gets the common value. Adapters are merged into what they adapt.
-    Returns the CRC-32 of each file of weights.
+    dtype: of the written tensors; None for those they have in `source`. Where they differ, config.json and
+    the index say so. A stored tensor that the model does not hold is copied; of tied weights each that is
+    stored gets the common value. Adapters are merged into what they adapt. Returns the CRC-32 of each file of
+    weights.
     """
     state, files = merged_state(model), weight_files(source)
     sizes, changed, sums = zip(

@@ -48,11 +48,13 @@ def attention_backward(_, q, k, v, *__, out_shape=None, **___) -> int:
 
 
 def batched_product(a, b, *_, out_shape=None, **__) -> int:
-    """Without outer products: that is how older versions of `transformers` multiply positions by frequencies."""
+    """Without outer products: that is how older versions of `transformers` multiply positions by
+    frequencies."""
     return 2 * a[0] * a[1] * a[2] * b[2] * (a[2] > 1)
 
 
-# The CPU's attention and our operators, by the same rules as the CUDA ones that torch.utils.flop_counter knows.
+# The CPU's attention and our operators, by the same rules as the CUDA ones that torch.utils.flop_counter
+# knows.
 FORMULAS = {
     torch.ops.aten.bmm: batched_product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,

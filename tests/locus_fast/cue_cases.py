@@ -28,7 +28,8 @@ def noise(width: int = WIDTH, height: int = HEIGHT, seed: int = 0) -> np.ndarray
 
 
 def dataset(folder: Path, bboxes_of: Iterable[list[Any]]) -> Path:
-    """A COCO file and its noise images 0.png, 1.png, ..., each with the boxes (xywh) of one entry of `bboxes_of`."""
+    """A COCO file and its noise images 0.png, 1.png, ..., each with the boxes (xywh) of one entry of
+    `bboxes_of`."""
     images, annotations = [], []
     for place, bboxes in enumerate(bboxes_of):
         Image.fromarray(noise(seed=place)).save(folder / f"{place}.png")

@@ -9,7 +9,8 @@ import torch
 
 
 def leave_kernels_out(monkeypatch: pytest.MonkeyPatch, with_values: bool = False) -> Counter[str]:
-    """From here on kernels do nothing but are counted, by name. with_values: what they would have written is zero."""
+    """From here on kernels do nothing but are counted, by name. with_values: what they would have written is
+    zero."""
     triton = pytest.importorskip("triton")
     pytest.importorskip("liger_kernel.transformers.functional")
     launches: Counter[str] = Counter()

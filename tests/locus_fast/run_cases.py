@@ -68,8 +68,8 @@ class Child:
     """A training command in a process of its own, with code that is run before it."""
 
     def __init__(self, arguments: list[str], before: str = ""):
-        modules = "from locus_fast import train\nfrom locus_fast.run import evaluation\nfrom locus_fast.step.step import Step\n"
-        modules += "from locus_fast.weights import checkpoint\n"
+        modules = "from locus_fast import train\nfrom locus_fast.run import evaluation\n"
+        modules += "from locus_fast.step.step import Step\nfrom locus_fast.weights import checkpoint\n"
         script = f"import os, sys, time\n{modules}{before}\nsys.exit(train.main(sys.argv[1:]))"
         command = [sys.executable, "-u", "-c", script, *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)

@@ -146,7 +146,8 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     ),
     "DoRA": (
         keys(use_dora=True),
-        f"{CONFIG}: use_dora is true, a variant of LoRA that is not computed here: merge it into its base with peft first.",
+        f"{CONFIG}: use_dora is true, a variant of LoRA that is not computed here: merge it into its base "
+        "with peft first.",
     ),
     "an unknown variant": (keys(use_rolora={"a": 1}), 'use_rolora is {"a": 1}, a variant of LoRA'),
     "saved modules": (keys(modules_to_save=["lm_head"]), 'modules_to_save is ["lm_head"], a variant of LoRA'),
@@ -174,7 +175,8 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     ),
     "another rank": (
         keys(r=8),
-        f"{WEIGHTS}: {PREFIX}.0.mlp.down_proj.lora_A.weight has shape [4, 384], and should have [8, 384], by rank 8 of {CONFIG}",
+        f"{WEIGHTS}: {PREFIX}.0.mlp.down_proj.lora_A.weight has shape [4, 384], and should have [8, 384], "
+        f"by rank 8 of {CONFIG}",
     ),
     "another rank by pattern": (
         keys(rank_pattern={"q_proj": 2}),
@@ -213,7 +215,8 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "B alone": (without(f"{Q}.lora_A.weight"), f"{Q}.lora_B.weight has no lora_A beside it"),
     "a layer without tensors": (
         without(f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"),
-        f"target_modules of {CONFIG} names model.language_model.layers.0.self_attn.q_proj, of which {WEIGHTS} has no tensors",
+        f"target_modules of {CONFIG} names model.language_model.layers.0.self_attn.q_proj, of which "
+        f"{WEIGHTS} has no tensors",
     ),
     "a layer that is not named": (
         keys(target_modules=["k_proj"]),
@@ -241,7 +244,8 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     ),
     "vision tower": (
         also(*(f"base_model.model.model.visual.blocks.0.attn.qkv.lora_{side}.weight" for side in "AB")),
-        "2 tensors that are no adapters of the language model's linear layers, the first base_model.model.model.visual.blocks.0.attn.qkv",
+        "2 tensors that are no adapters of the language model's linear layers, the first "
+        "base_model.model.model.visual.blocks.0.attn.qkv",
     ),
     "head": (
         also(*(f"base_model.model.lm_head.lora_{side}.weight" for side in "AB")),

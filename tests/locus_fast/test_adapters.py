@@ -1,4 +1,5 @@
-"""LoRA and QLoRA: no effect at first, the base with the adapters off, training of the adapters alone, resuming, and both exports."""
+"""LoRA and QLoRA: no effect at first, the base with the adapters off, training of the adapters alone,
+resuming, and both exports."""
 
 from __future__ import annotations
 
@@ -226,7 +227,8 @@ def test_merged_export(quantized: bool, tmp_path: Path) -> None:
 
 @needs_peft
 def test_adapter_export_is_pefts(tmp_path: Path) -> None:
-    """peft puts it on the base and computes the same; and so does `--model` with the adapter's folder, without peft."""
+    """peft puts it on the base and computes the same; and so does `--model` with the adapter's folder,
+    without peft."""
     model = tiny()
     add_adapters(model, 8, 16.0)
     scatter(model)
@@ -246,7 +248,8 @@ def test_adapter_export_is_pefts(tmp_path: Path) -> None:
 @needs_peft
 @pytest.mark.parametrize("family", FAMILIES)
 def test_published_layouts(family: str, tmp_path: Path) -> None:
-    """Shards, biases and bfloat16: what was not adapted is the source's to the byte, and both exports compute what the policy does."""
+    """Shards, biases and bfloat16: what was not adapted is the source's to the byte, and both exports compute
+    what the policy does."""
     source = write_checkpoint(tmp_path / "source", family)
     model, _ = load_model(source, CPU)
     add_adapters(model, 4, 8.0)
@@ -278,7 +281,8 @@ def test_published_layouts(family: str, tmp_path: Path) -> None:
 
 @needs_peft
 def test_qlora_in_bfloat16_with_biases(tmp_path: Path) -> None:
-    """The 4-bit layers keep their biases, gradients reach every adapter through them, and the merged weights are theirs plus the product."""
+    """The 4-bit layers keep their biases, gradients reach every adapter through them, and the merged weights
+    are theirs plus the product."""
     pytest.importorskip("bitsandbytes")
     source = write_checkpoint(tmp_path / "source", "qwen2.5-vl")
     model, _ = load_model(source, CPU)
@@ -379,7 +383,8 @@ def run(tmp_path_factory) -> Path:
 
 @needs_peft
 def test_a_run(run: Path) -> None:
-    """The first step's policy is its reference; then it moves. What was not adapted is the base's, to the bit."""
+    """The first step's policy is its reference; then it moves. What was not adapted is the base's, to the
+    bit."""
     metrics = rows(run)
     assert len(metrics) == 3
     assert metrics[0]["kl"] == 0 < metrics[-1]["kl"]
@@ -436,8 +441,8 @@ def test_a_checkpoint_of_another_rank(run: Path, tmp_path: Path, capsys) -> None
     (out / "config.json").write_text(json.dumps({**settings, "lora": 4, "steps": 4}))
     assert train.main(["--resume", str(out)]) == 2
     assert (
-        "step-000003 was trained with --lora 8, whose tensors are not those of --lora 4: set lora to 8 in its config.json"
-        in capsys.readouterr().err
+        "step-000003 was trained with --lora 8, whose tensors are not those of --lora 4: set lora to 8 in "
+        "its config.json" in capsys.readouterr().err
     )
     note = out / "checkpoints" / "step-000003" / "optimizer" / "step.json"
     note.write_text('{"step": 3}')  # as one that does not say what it was trained with

@@ -1,4 +1,5 @@
-"""Numbers of any size: refused in one sentence, or no more work than a small one. And files that never end."""
+"""Numbers of any size: refused in one sentence, or no more work than a small one. And files that never
+end."""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ def test_every_whole_number_has_a_largest() -> None:
 
 @pytest.mark.parametrize("name", LARGEST)
 def test_whole_numbers_are_bounded_with_the_reason(name: str) -> None:
-    """Up to the largest they are taken; then the sentence names the option and the bound, whatever the digits."""
+    """Up to the largest they are taken; then the sentence names the option and the bound, whatever the
+    digits."""
     most = LARGEST[name]
     parse(words(name, str(most)))
     for value in (most + 1, 10**12, 10**30, int("9" * 30)):
@@ -140,7 +142,8 @@ def test_checkpoints_still_due_are_counted_without_listing_them(tmp_path: Path) 
 
 
 def test_a_plan_does_not_list_every_reply() -> None:
-    """A group's replies are added up once, not again for each of the groups that are tried in a microbatch."""
+    """A group's replies are added up once, not again for each of the groups that are tried in a
+    microbatch."""
     made = planned(
         Config(prompts=8192, replies=512, max_tokens=64), PUBLISHED["qwen2.5-vl-7b"], torch.bfloat16, 10**15
     )
@@ -158,7 +161,8 @@ def test_a_plan_does_not_list_every_reply() -> None:
 
 
 def test_reading_short_replies_does_not_pay_for_a_long_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU the reader goes over the longest reply, not over all the places there are; the readings are the same."""
+    """On the CPU the reader goes over the longest reply, not over all the places there are; the readings are
+    the same."""
     tokenizer = build_tokenizer()
     table = build_token_table(tokenizer, len(tokenizer))
     texts = ["[1, 2, 3, 4]", "", "no box", " [10,20,30,40] and [0, 0, 1, 1]"]
@@ -189,7 +193,8 @@ def test_adapters_are_no_wider_than_the_model(rank: str, tmp_path: Path, capsys)
     assert not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------------ files that never end
+# ------------------------------------------------------------------------------------------ files that never
+# end
 def endless(folder: Path) -> dict[str, Path]:
     """A file of each kind by its name in a sentence, all with a name that ends in .json."""
     os.mkfifo(folder / "pipe.json")

@@ -189,8 +189,10 @@ def test_the_sentence_says_what_cannot_be_and_where(tmp_path: Path) -> None:
         "xywh",
     )
     assert refusal(path) == (
-        f"{path}: 2 of its 4 boxes cannot be x1, y1, x2, y2 in pixels of their images: 2 reversed (first: boxes.jsonl line 1); give --box-format "
-        "xywh if they are x, y, width, height in pixels, and --box-format xyxy to read them as x1, y1, x2, y2 in pixels all the same"
+        f"{path}: 2 of its 4 boxes cannot be x1, y1, x2, y2 in pixels of their images: 2 reversed (first: "
+        "boxes.jsonl line 1); give --box-format "
+        "xywh if they are x, y, width, height in pixels, and --box-format xyxy to read them as x1, y1, x2, "
+        "y2 in pixels all the same"
     )
     assert read_boxes(path, None, "xyxy").dropped_text() == "2 reversed (first: boxes.jsonl line 1)"
 

@@ -195,7 +195,8 @@ def test_a_questions_text_is_no_longer_than_planned(style: str) -> None:
 
 @pytest.mark.parametrize("more", [[], pytest.param(["--lora", "4"], marks=needs_peft)])
 def test_a_run_takes_the_devices_memory(more: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
-    """And says in one line what it chose and why; refused where it does not fit, before anything is loaded."""
+    """And says in one line what it chose and why; refused where it does not fit, before anything is
+    loaded."""
     monkeypatch.setattr(plan_of_run, "free_memory", lambda device: GIB)
     arguments = [
         *SHORT,
@@ -214,7 +215,8 @@ def test_a_run_takes_the_devices_memory(more: list[str], tmp_path: Path, monkeyp
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("microbatches of ")]
     assert said == [planned["reason"]]
     assert re.fullmatch(
-        r"microbatches of [\d,]+ tokens, (no|every) layer recomputed: up to 0\.\d of 1\.0 GiB with the longest replies, \d+ of the largest prompts "
+        r"microbatches of [\d,]+ tokens, (no|every) layer recomputed: "
+        r"up to 0\.\d of 1\.0 GiB with the longest replies, \d+ of the largest prompts "
         r"\(\d+ tokens\); by FLOPs and bytes faster than the other way",
         said[0],
     )
@@ -246,7 +248,8 @@ def test_without_a_device_to_ask_the_choice_is_said_too(tmp_path: Path, capsys) 
         )
         == 0
     )
-    said = "microbatches of 32,768 tokens, every layer recomputed: not chosen by memory, there is no device to ask\n"
+    said = "microbatches of 32,768 tokens, every layer recomputed: "
+    said += "not chosen by memory, there is no device to ask\n"
     assert said in capsys.readouterr().err
 
 
@@ -254,7 +257,8 @@ BACKWARD = Step._backward
 
 
 class OutOfMemory:
-    """A function, by default the trainer's backward, that at given calls does its work and then finds no memory."""
+    """A function, by default the trainer's backward, that at given calls does its work and then finds no
+    memory."""
 
     def __init__(self, *calls: int, of=BACKWARD):
         self.function, self.calls, self.count = of, calls, 0
@@ -343,7 +347,8 @@ def test_a_prompt_larger_than_the_halved_budget_rides_alone(
 
 
 def test_a_further_update_is_halved_too(tmp_path: Path, monkeypatch, capsys) -> None:
-    """Against the stored log-probs, which go with their groups: the run is the one with narrow microbatches."""
+    """Against the stored log-probs, which go with their groups: the run is the one with narrow
+    microbatches."""
     arguments = [*SHORT, "--steps", "1", "--updates-per-batch", "3", "--lr", "1e-3", "--kl-coef", "0.1"]
     assert train.main([*arguments, "--microbatch-tokens", "1400", "--out", str(tmp_path / "whole")]) == 0
     calls = OutOfMemory()
@@ -366,7 +371,8 @@ def test_a_further_update_is_halved_too(tmp_path: Path, monkeypatch, capsys) -> 
 
 @pytest.mark.parametrize("failures", [1, 2])
 def test_the_optimizers_step_without_memory(failures: int, tmp_path: Path, monkeypatch, capsys) -> None:
-    """Nothing has moved when it is found out: once more without the decoder's buffers, which changes nothing; else the steps before it are saved."""
+    """Nothing has moved when it is found out: once more without the decoder's buffers, which changes nothing;
+    else the steps before it are saved."""
     assert (
         train.main([*SHORT, "--steps", "2", "--microbatch-tokens", "1400", "--out", str(tmp_path / "plain")])
         == 0
@@ -412,8 +418,8 @@ def test_answering_without_memory(
     error = capsys.readouterr().err
     assert "out of memory: answering is done again in microbatches of 700 tokens" in error
     assert (
-        "error: the device ran out of memory again, after the budget of a microbatch was halved: lower --microbatch-tokens"
-        in error
+        "error: the device ran out of memory again, after the budget of a microbatch was halved: lower "
+        "--microbatch-tokens" in error
     ) == (code == 2)
     assert (tmp_path / "run").exists() == (code == 0)
 

@@ -1,4 +1,5 @@
-"""Checkpoints in the published layout: loaded in their own dtype, trained, written back as they came, and read by plain transformers."""
+"""Checkpoints in the published layout: loaded in their own dtype, trained, written back as they came, and
+read by plain transformers."""
 
 from __future__ import annotations
 
@@ -162,7 +163,8 @@ def compare_logits(plain, ours) -> None:
 
 
 def test_another_dtype(source: Path, tmp_path: Path) -> None:
-    """In float32 the model is written as its source unless float32 is asked for; then the config and the index say so."""
+    """In float32 the model is written as its source unless float32 is asked for; then the config and the
+    index say so."""
     model, _ = load_model(source, CPU, torch.float32)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     save_model(model, source, tmp_path / "same")
@@ -186,7 +188,8 @@ def test_another_dtype(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_mixed_dtypes(tmp_path: Path) -> None:
-    """What is loaded in fewer bits than it is stored in, and not trained, is written back as it was stored."""
+    """What is loaded in fewer bits than it is stored in, and not trained, is written back as it was
+    stored."""
     source = write_checkpoint(tmp_path / "source", "qwen2.5-vl")
     tensors = tensors_of(source)
     generator = torch.Generator().manual_seed(0)
@@ -236,7 +239,8 @@ def test_a_run_resumes_from_the_bits_it_left(source: Path, tmp_path: Path) -> No
 
 
 def test_tied_and_unknown_tensors(tmp_path: Path) -> None:
-    """A source that stores the tied head gets the tied value back, and what the model does not hold is carried along."""
+    """A source that stores the tied head gets the tied value back, and what the model does not hold is
+    carried along."""
     source = write_checkpoint(tmp_path / "source", "qwen3-vl")
     tensors = tensors_of(source)
     embedding = "model.language_model.embed_tokens.weight"

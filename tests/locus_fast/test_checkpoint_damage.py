@@ -81,8 +81,8 @@ def test_a_state_that_does_not_say_whose_it_is(run: Path, capsys) -> None:
     error = refused(run, capsys)
     assert "the optimizer's state is of another optimizer or other parameters" in error
     assert (
-        f"resume with the --optimizer, --lr-scale and --dtype that it was trained with, or start a new run with --model {run / LAST}"
-        in error
+        "resume with the --optimizer, --lr-scale and --dtype that it was trained with, or start a new run "
+        f"with --model {run / LAST}" in error
     )
     assert "remove" not in error
 

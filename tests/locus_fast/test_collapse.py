@@ -73,8 +73,8 @@ def test_whole_pixels_in_one_corner_are_refused(tmp_path: Path) -> None:
         "xyxy",
     )
     assert (
-        "60 of 60 cues would show the same place, about [0, 0, 16, 16] in pixels, so that one constant answer would do"
-        in sentence
+        "60 of 60 cues would show the same place, about [0, 0, 16, 16] in pixels, so that one constant "
+        "answer would do" in sentence
     )
 
 

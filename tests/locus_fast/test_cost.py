@@ -1,4 +1,5 @@
-"""The cost ledger against what is counted: FLOPs exactly, parameters exactly, launches and syncs by count, memory within 15% of the measured peak."""
+"""The cost ledger against what is counted: FLOPs exactly, parameters exactly, launches and syncs by count,
+memory within 15% of the measured peak."""
 
 from __future__ import annotations
 
@@ -368,7 +369,10 @@ def test_the_command_prints_every_part(preset: str, capsys: pytest.CaptureFixtur
 
 def test_the_command_needs_no_transformers() -> None:
     """Which takes most of the time where it is imported."""
-    code = "import sys; from locus_fast.cost.__main__ import main; assert main([]) == 0; assert 'transformers' not in sys.modules"
+    code = (
+        "import sys; from locus_fast.cost.__main__ import main; assert main([]) == 0; assert 'transformers' "
+        "not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "qwen2.5-vl-7b: 8,292,166,656 parameters" in done.stdout

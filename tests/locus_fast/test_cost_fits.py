@@ -1,4 +1,5 @@
-"""The cost command knows what the trainer's plan knows, and answers as the trainer does where a step does not fit."""
+"""The cost command knows what the trainer's plan knows, and answers as the trainer does where a step does not
+fit."""
 
 from __future__ import annotations
 
@@ -124,7 +125,8 @@ def test_it_says_what_is_trained_and_counts_that_alone(capsys) -> None:
 
 
 def test_bytes_of_what_is_trained() -> None:
-    """Gradients are written once, and read once more from the second microbatch on; frozen parts have none."""
+    """Gradients are written once, and read once more from the second microbatch on; frozen parts have
+    none."""
     group = case_of(parse_cost([])).group
     ways = {"checkpointing": 1, "reference": True}
     whole, language = (
@@ -184,7 +186,8 @@ def test_it_takes_the_trainers_words(capsys) -> None:
 
 
 def test_replies_are_packed_as_if_they_were_the_longest(capsys) -> None:
-    """As the trainer packs them, who does not know their lengths before: shorter ones make no wider microbatch."""
+    """As the trainer packs them, who does not know their lengths before: shorter ones make no wider
+    microbatch."""
     groups = [
         re.search(r"microbatches of up to (\d+) groups", cost(["--reply-tokens", n], capsys)[1])[1]
         for n in ("20", "100", "512")

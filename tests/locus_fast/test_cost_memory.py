@@ -1,4 +1,5 @@
-"""The memory ledger against what is measured: the whole step's peak within 15%, the decoder's buffers to the byte."""
+"""The memory ledger against what is measured: the whole step's peak within 15%, the decoder's buffers to the
+byte."""
 
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ def measured_peak(run) -> int:
 def engine_step(
     model, reference: Reference | None, prompts: list[Prompt], groups: list[Group], whole: bool = False
 ) -> None:
-    """One microbatch as the trainer runs it: sampling, replies, reference, backward. Its replies have room for their tokens and end at once. whole:
-    in one backward, which the trainer does not."""
+    """One microbatch as the trainer runs it: sampling, replies, reference, backward. Its replies have room
+    for their tokens and end at once. whole: in one backward, which the trainer does not."""
     batch = PromptBatch.of(prompts, model.config, "cpu")
     prefix, decoder = (
         prefill(model, batch),
@@ -205,7 +206,8 @@ def test_what_is_frozen_keeps_less(
 @pytest.mark.parametrize("replies", [[7] * 3, [1] * 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_backward_in_two_is_backward(family: str, replies: list[int], checkpointing: int) -> None:
-    """The same gradients, replies of a single token included, and the layers' gradients are not held a second time."""
+    """The same gradients, replies of a single token included, and the layers' gradients are not held a second
+    time."""
     one, two = (small_model(family, **WIDE) for _ in range(2))
     prompts = [small_prompt(one, [(4, 8), (4, 4)], 9, seed) for seed in range(2)]
     groups = [group_like(prompt, replies) for prompt in prompts]
@@ -231,7 +233,8 @@ def test_backward_in_two_is_backward(family: str, replies: list[int], checkpoint
 @pytest.mark.parametrize("kind", ["copy", "int8", "nf4", "host"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_reference_takes_what_is_said(family: str, kind: str, trained: Trained) -> None:
-    """On the device: what is not shared with the policy; of one that is paged, what is there for the whole pass and two layers."""
+    """On the device: what is not shared with the policy; of one that is paged, what is there for the whole
+    pass and two layers."""
     if kind in ("int8", "nf4"):
         pytest.importorskip("bitsandbytes")
     model = small_model(family, **WIDE)

@@ -1,4 +1,5 @@
-"""What is trained decides what backward costs: FLOPs of frozen parts, adapters and 4-bit bases against the counted ones, in the trainer too."""
+"""What is trained decides what backward costs: FLOPs of frozen parts, adapters and 4-bit bases against the
+counted ones, in the trainer too."""
 
 from __future__ import annotations
 
@@ -129,7 +130,8 @@ def test_the_reference_has_no_adapters() -> None:
 def test_the_trainers_metric_is_what_is_counted(
     options: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Exactly, over a whole step but for the sampling, which the counter does not see whole; zero-variance groups included."""
+    """Exactly, over a whole step but for the sampling, which the counter does not see whole; zero-variance
+    groups included."""
 
     def square(*arguments, **ways):
         table = cost.step_flops(*arguments, **ways, causal="square")

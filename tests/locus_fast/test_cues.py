@@ -333,12 +333,17 @@ def test_describe_counts_what_was_left_out(tmp_path: Path) -> None:
         tmp_path, [[TINY], [TINY, [-4, 0, 9, 9]], [TINY, [1, 1, -2, 3], [1, 1, 0, 3], [1, 1, 0, 3]]]
     )
     assert cues(path, held_out=1).describe() == (
-        "3 images, 4 boxes (4 tiny, 0 small, 0 large), 1 box on 1 image held out; no small boxes to train on, so the mix is 100% tiny; clipped 1 box "
-        "to the image; dropped 3 boxes: 1 reversed (first: instances.json annotations[4]), 2 of zero area (first: instances.json annotations[5])"
+        "3 images, 4 boxes (4 tiny, 0 small, 0 large), 1 box on 1 image held out; no small boxes to train "
+        "on, so the mix is 100% tiny; clipped 1 box "
+        "to the image; dropped 3 boxes: 1 reversed (first: instances.json annotations[4]), 2 of zero area "
+        "(first: instances.json annotations[5])"
     )
 
 
 def test_describe_a_folder(folder: Path) -> None:
     (folder / "notes.txt").write_text("")
-    expected = "6 images, random boxes, 4 boxes on 1 image held out; left out 1 file: 1 of other kinds (first: notes.txt)"
+    expected = (
+        "6 images, random boxes, 4 boxes on 1 image held out; left out 1 file: 1 of other kinds (first: "
+        "notes.txt)"
+    )
     assert cues(folder).describe() == expected

@@ -26,7 +26,8 @@ def draw(path: Path, width: int = 100, height: int = 80) -> Path:
 
 
 def coco(folder: Path, bboxes: list[Any], **changes: Any) -> Path:
-    """A COCO file of one image, 100x80 a.png with id 1, with one annotation a bbox; `changes` replace top-level entries."""
+    """A COCO file of one image, 100x80 a.png with id 1, with one annotation a bbox; `changes` replace
+    top-level entries."""
     draw(folder / "a.png")
     annotations = [
         {"id": 100 + place, "image_id": 1, "bbox": bbox, "iscrowd": 0} for place, bbox in enumerate(bboxes)
@@ -86,9 +87,11 @@ def test_coco_in_any_key_order_with_ids_of_any_type(tmp_path: Path) -> None:
     path = tmp_path / "instances.json"
     path.write_text(
         """{"annotations": [{"iscrowd": 0, "segmentation": [[1, 2, 3]], "bbox": [1, 2, 3, 4], "image_id": 7},
-        {"image_id": "7", "segmentation": {"counts": [1], "size": [2, 3]}, "bbox": [2, 2, 3, 4]}, {"bbox": [3, 2, 3, 4], "image_id": 8.0},
+        {"image_id": "7", "segmentation": {"counts": [1], "size": [2, 3]}, "bbox": [2, 2, 3, 4]},
+        {"bbox": [3, 2, 3, 4], "image_id": 8.0},
         {"bbox": [4, 2, 3, 4], "image_id": "x9"}], "info": {"bbox": null},
-        "images": [{"file_name": "a.png", "id": "7", "height": 80, "width": 100}, {"id": 8, "file_name": "b.png", "image_id": 8}, {"id": "x9",
+        "images": [{"file_name": "a.png", "id": "7", "height": 80, "width": 100},
+        {"id": 8, "file_name": "b.png", "image_id": 8}, {"id": "x9",
         "file_name": "c.png"}]}"""
     )
     table = read_boxes(path, None)
@@ -250,8 +253,8 @@ def test_json_that_is_not_coco(tmp_path: Path, content: Any, says: str) -> None:
 def test_all_boxes_dropped_says_why(tmp_path: Path) -> None:
     path = coco(tmp_path, [[1, 1, -2, 3], [1, 1, 0, 3], [1, 1, 0, 3]])
     assert (
-        f"{path} has no box that can be used (1 reversed (first: instances.json annotations[0]), 2 of zero area"
-        in refusal(path)
+        f"{path} has no box that can be used (1 reversed (first: instances.json annotations[0]), 2 of zero "
+        "area" in refusal(path)
     )
     path = coco(tmp_path, [[1, 2, 3]])
     assert "1 without 4 values" in refusal(path)
@@ -393,7 +396,8 @@ print(len(table.boxes), peak_mb() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_is_a_small_multiple_of_the_file(tmp_path: Path) -> None:
-    """60,000 annotations with outlines, a tenth of COCO train2014; parsed into plain Python objects they take about 6 MB a MB of file."""
+    """60,000 annotations with outlines, a tenth of COCO train2014; parsed into plain Python objects they take
+    about 6 MB a MB of file."""
     chance = random.Random(0)
     outlines = [
         ", ".join(f"{chance.uniform(0, 640):.2f}" for _ in range(2 * chance.randint(15, 70)))
@@ -405,7 +409,8 @@ def test_memory_is_a_small_multiple_of_the_file(tmp_path: Path) -> None:
         file.write('{"annotations": [')
         for place in range(60_000):
             file.write(
-                f'{{"segmentation": [[{outlines[place % 200]}]], "image_id": {place % 8_000}, "bbox": [{place % 600}, 9.5, 30.25, 40.5]}}, '
+                f'{{"segmentation": [[{outlines[place % 200]}]], "image_id": {place % 8_000}, '
+                f'"bbox": [{place % 600}, 9.5, 30.25, 40.5]}}, '
             )
         images = [
             {"id": place, "file_name": f"{place}.png", "width": 640, "height": 480} for place in range(8_000)

@@ -1,4 +1,5 @@
-"""The engine on CUDA: the same log-probs and gradients as on the CPU, graphs that change nothing, bfloat16 that trains."""
+"""The engine on CUDA: the same log-probs and gradients as on the CPU, graphs that change nothing, bfloat16
+that trains."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ def answers(options: list[str], stop: Callable[[], bool]) -> Evaluation | None:
 
 
 def test_answers_are_in_the_order_of_their_cues() -> None:
-    """Microbatches are packed by cost, so their cues are out of order; pictures are drawn by a cue's number."""
+    """Microbatches are packed by cost, so their cues are out of order; pictures are drawn by a cue's
+    number."""
     one, many = (
         answers(["--eval-cues", "70", "--microbatch-tokens", tokens], lambda: False)
         for tokens in ("99999", "700")

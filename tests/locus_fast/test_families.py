@@ -1,4 +1,5 @@
-"""What a family's own processor makes of a prompt is what we make of it: tokens, grids, positions, pixels; and boxes go to its frame and back."""
+"""What a family's own processor makes of a prompt is what we make of it: tokens, grids, positions, pixels;
+and boxes go to its frame and back."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def loaded(request, tmp_path_factory) -> tuple[Path, Any, Any]:
 
 
 def processor_of(folder: Path, model: Any, tokenizer: Any) -> Any:
-    """The family's processor, with the PIL image processor that all share; its constructor insists on a video processor, which needs torchvision."""
+    """The family's processor, with the PIL image processor that all share; its constructor insists on a video
+    processor, which needs torchvision."""
     base = Qwen3VLProcessor if model.config.model_type == "qwen3_vl" else Qwen2_5_VLProcessor
 
     class WithoutVideo(base):
@@ -164,7 +166,8 @@ def test_the_template_is_the_processors(loaded) -> None:
 
 
 def test_the_opening_of_a_thinking_template(loaded) -> None:
-    """Qwen3-VL Thinking's generation prompt ends in `<think>` and a line break, so the format is read from there; the others' replies say it."""
+    """Qwen3-VL Thinking's generation prompt ends in `<think>` and a line break, so the format is read from
+    there; the others' replies say it."""
     folder, model, tokenizer = loaded
     prompter = prompter_of(*loaded)
     thinking = folder.name == "qwen3-vl"
@@ -201,7 +204,8 @@ def test_the_presets_differ_in_the_model_alone() -> None:
     name=st.sampled_from(sorted(RECORDS)),
 )
 def test_boxes_go_to_the_frame_and_back(size, corners, limits, name: str) -> None:
-    """Unrounded: half a pixel is far more than float32 loses. The frame's edges are the resized image's, or 0 and 1000."""
+    """Unrounded: half a pixel is far more than float32 loses. The frame's edges are the resized image's, or 0
+    and 1000."""
     factor, frame = {"qwen2_5_vl": 28, "qwen3_vl": 32}[name], Frame(RECORDS[name].extent)
     rows, columns = grid_size(size[1], size[0], factor=factor, min_pixels=limits[0], max_pixels=limits[1])
     scale = frame.scale(size, (columns, rows)).astype(np.float32)
@@ -215,7 +219,8 @@ def test_boxes_go_to_the_frame_and_back(size, corners, limits, name: str) -> Non
 
 
 def test_the_docstring_names_every_module_that_knows_an_architecture() -> None:
-    """Those that name a part of one, a family, or its placeholder: adding a record to FAMILIES does not change them."""
+    """Those that name a part of one, a family, or its placeholder: adding a record to FAMILIES does not
+    change them."""
     package = Path(families.__file__).parent
     known = re.compile(r"language_model|\bvisual\b|qwen2_5_vl|qwen3_vl|image_token_id")
     files = [

@@ -165,8 +165,9 @@ def far(advantage: float, **clamps: float) -> tuple[dict[str, torch.Tensor], lis
 
 
 def test_log_ratios_and_kl_are_clamped_by_hand() -> None:
-    """exp(-d) + d - 1 at d nats: 1.135, 4.389 and, clamped, 10 at -19, -40 and -100 nats and at 40 and 100, where it
-    would be 19 with the log-ratio at 20. The ratio's gradient is that of a loss where it is large: -A exp(d)."""
+    """exp(-d) + d - 1 at d nats: 1.135, 4.389 and, clamped, 10 at -19, -40 and -100 nats and at 40 and 100,
+    where it would be 19 with the log-ratio at 20. The ratio's gradient is that of a loss where it is large:
+    -A exp(d)."""
     metrics, gradient = far(-1.0, log_ratio_clamp=20.0, kl_clamp=10.0)
     assert metrics["kl"].item() == pytest.approx(0 + math.exp(-2) + 1 + math.exp(2) - 3 + 5 * 10)
     assert metrics["kl_clamped"].item() == 5

@@ -54,7 +54,8 @@ def test_the_first_says_at_once_what_will_be_saved_and_when(tmp_path: Path, go: 
         child.wait_for("HELD")
         child.press()
         child.wait_for(
-            r"Ctrl-C: it ends after the microbatch at hand; the steps that are done then, 2 or 3, are saved in checkpoints/ and final/"
+            r"Ctrl-C: it ends after the microbatch at hand; "
+            r"the steps that are done then, 2 or 3, are saved in checkpoints/ and final/"
         )
         assert not (out / "checkpoints" / "step-000002").exists()  # it was said before it was done
         go.touch()
@@ -64,8 +65,8 @@ def test_the_first_says_at_once_what_will_be_saved_and_when(tmp_path: Path, go: 
     assert done in (2, 3)
     assert checkpoints(out) == [f"step-{done:06d}"]
     assert (
-        f"interrupted after {done} steps; {out} holds checkpoints/step-{done:06d} and final/; go on with --resume"
-        in child.printed
+        f"interrupted after {done} steps; {out} holds checkpoints/step-{done:06d} and final/; go on with "
+        "--resume" in child.printed
     )
     assert json.loads((out / "summary.json").read_text())["interrupted"]
     assert (out / "final" / "model.safetensors").is_file()
@@ -77,11 +78,13 @@ def test_a_second_lets_a_save_finish(tmp_path: Path, go: Path) -> None:
         child.wait_for("HELD")
         child.press()
         child.wait_for(
-            r"Ctrl-C: checkpoints/step-000002 is being saved and is finished first; then final/ is saved, and it ends"
+            r"Ctrl-C: checkpoints/step-000002 is being saved and is finished first; "
+            r"then final/ is saved, and it ends"
         )
         child.press()
         child.wait_for(
-            r"Ctrl-C again: checkpoints/step-000002 is being saved and is finished first; .*\. A third one ends it at once"
+            r"Ctrl-C again: checkpoints/step-000002 is being saved and is finished first; "
+            r".*\. A third one ends it at once"
         )
         go.touch()
         assert child.end() == 130
@@ -154,7 +157,8 @@ def test_while_the_held_out_cues_are_answered_again(tmp_path: Path, go: Path) ->
         child.wait_for("HELD")
         child.press()
         child.wait_for(
-            "Ctrl-C: checkpoints/step-000001 and final/ are saved already; it ends after the microbatch at hand"
+            "Ctrl-C: checkpoints/step-000001 and final/ are saved already; it ends after the microbatch at "
+            "hand"
         )
         go.touch()
         assert child.end() == 130
@@ -196,7 +200,8 @@ def test_a_run_killed_while_it_starts_is_begun_again_by_resume(tmp_path: Path, g
 
 
 def test_the_count_of_signals(capfd) -> None:
-    """Two are requests; from the third on each one raises, since one may be lost in a callback of a library."""
+    """Two are requests; from the third on each one raises, since one may be lost in a callback of a
+    library."""
     before = signal.getsignal(signal.SIGINT)
     with Interrupt("it ends soon") as interrupt:
         assert not interrupt()
@@ -211,5 +216,6 @@ def test_the_count_of_signals(capfd) -> None:
     lines = [line for line in capfd.readouterr().err.splitlines() if line]
     assert lines == [
         "Ctrl-C: it ends soon.",
-        "Ctrl-C again: the file is being saved and is finished first; then it ends. A third one ends it at once, and what is not saved is lost.",
+        "Ctrl-C again: the file is being saved and is finished first; then it ends. A third one ends it at "
+        "once, and what is not saved is lost.",
     ]

@@ -63,6 +63,7 @@ def test_a_library_that_does_not_import_is_named_with_the_reason(monkeypatch: py
         optional("peft", "--lora")
     with pytest.raises(
         UserError,
-        match=r"--optimizer x needs no_such_thing, .*: pip install 'locus-fast\[optim\]' \(ModuleNotFoundError, No module",
+        match=r"--optimizer x needs no_such_thing, .*: "
+        r"pip install 'locus-fast\[optim\]' \(ModuleNotFoundError, No module",
     ):
         optional("no_such_thing.optim", "--optimizer x", "'locus-fast[optim]'")

@@ -1,4 +1,5 @@
-"""What the main job promises, minutes long: `python -m pytest -m slow`. It gains held-out IoU for three seeds, and from the reward alone."""
+"""What the main job promises, minutes long: `python -m pytest -m slow`. It gains held-out IoU for three
+seeds, and from the reward alone."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def test_8_bit_states_end_where_float32_ones_do(tmp_path: Path) -> None:
 
 
 def test_permuted_rewards_teach_nothing(tmp_path: Path, monkeypatch) -> None:
-    """The control: each group's rewards dealt out among its replies at random. Everything else, the spread of advantages included, is the same."""
+    """The control: each group's rewards dealt out among its replies at random. Everything else, the spread of
+    advantages included, is the same."""
     shuffle = torch.Generator().manual_seed(0)
 
     def permuted(*arguments, **options):

@@ -1,4 +1,5 @@
-"""The path that CUDA takes, on meta tensors, which hold no values: whatever would wait for the device to read one back fails here."""
+"""The path that CUDA takes, on meta tensors, which hold no values: whatever would wait for the device to read
+one back fails here."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ LENGTHS = [[5, 4, 1], [5, 5, 2]]
 
 @pytest.fixture(params=["qwen2_5_vl", "qwen3_vl", "qwen2_5_vl fused", "qwen3_vl fused"])
 def task(request, monkeypatch):
-    """A model on the meta device with the packed FlashAttention of PyTorch, as it is or fused, and a batch of two prompts."""
+    """A model on the meta device with the packed FlashAttention of PyTorch, as it is or fused, and a batch of
+    two prompts."""
     family, *fused = request.param.split()
     for module in (layout, packing, rollout):
         monkeypatch.setattr(module, "send", lambda tensor, device: tensor.to(device))
@@ -73,7 +75,8 @@ def test_training(task, checkpointing: int) -> None:
 
 
 def test_rollout(task, monkeypatch) -> None:
-    """Six replies over two prompts that end one after the other; buffers of a fixed place, no length known to the host."""
+    """Six replies over two prompts that end one after the other; buffers of a fixed place, no length known to
+    the host."""
     model, batch = task
     told = iter([6, 6, 3, 2, 1])
     monkeypatch.setattr(

@@ -1,4 +1,5 @@
-"""NaN and infinity: named where they come in, kept out of what is written, and no numbers in what is shown."""
+"""NaN and infinity: named where they come in, kept out of what is written, and no numbers in what is
+shown."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A whole step's loss, metrics and gradient are those of a plain loop: every prompt and its images again for every
-reply, through transformers alone, and the objective spelled out."""
+"""A whole step's loss, metrics and gradient are those of a plain loop: every prompt and its images again for
+every reply, through transformers alone, and the objective spelled out."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ EQUAL = {"some": [True, False, True, True, False], "none": [False] * 5, "all": [
 
 
 def step(options: list[str], equal: list[bool], monkeypatch: pytest.MonkeyPatch):
-    """(metrics, gradients, rollouts by prompt, advantages [prompts, group], policy and base as they were): one step of
-    a policy that is off its base, with given advantages."""
+    """(metrics, gradients, rollouts by prompt, advantages [prompts, group], policy and base as they were):
+    one step of a policy that is off its base, with given advantages."""
     sizes = [
         "--prompts",
         str(PROMPTS),
@@ -81,8 +81,8 @@ def step(options: list[str], equal: list[bool], monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("which", EQUAL)
 def test_a_step_is_the_objective(which: str, skip: bool, mean: str, monkeypatch, tmp_path: Path) -> None:
-    """The KL holds every group's tokens; with --skip-zero-variance only those of groups whose rewards differ. The loss
-    is the weighted sum over the whole batch's denominator in either case."""
+    """The KL holds every group's tokens; with --skip-zero-variance only those of groups whose rewards differ.
+    The loss is the weighted sum over the whole batch's denominator in either case."""
     options = ["--loss-agg", mean, "--skip-zero-variance", str(skip).lower()]
     numbers, gradients, prompts, replies, advantage, policy, base = step(options, EQUAL[which], monkeypatch)
     assert numbers is not None

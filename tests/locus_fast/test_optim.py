@@ -129,7 +129,8 @@ def test_rate_factor() -> None:
 
 
 def test_adamw_is_torchs() -> None:
-    """As torch.optim.AdamW on gradients divided and clipped by torch, at the rate times the factor; the order of the divisions differs."""
+    """As torch.optim.AdamW on gradients divided and clipped by torch, at the rate times the factor; the order
+    of the divisions differs."""
     ours, optimizer = made("adamw", weights(torch.float32), rate=1e-2)
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     reference = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.01, fused=True)
@@ -246,7 +247,8 @@ def test_without_gradients_nothing_moves(name: str, dtype: torch.dtype) -> None:
 )
 @pytest.mark.parametrize("shape", [(16, 256), (1000,)])
 def test_a_thousand_steps_of_a_millionth(name: str, low: float, high: float, shape: tuple[int, ...]) -> None:
-    """A bfloat16 weight of 0.02 goes 1e-3 on average, tensors too small for 8-bit blocks too; with plain bfloat16 AdamW it goes nowhere."""
+    """A bfloat16 weight of 0.02 goes 1e-3 on average, tensors too small for 8-bit blocks too; with plain
+    bfloat16 AdamW it goes nowhere."""
     start = torch.full(shape, 0.02, dtype=torch.bfloat16)
     if name == "torch":
         parameters = [torch.nn.Parameter(start.clone())]
@@ -304,8 +306,8 @@ def test_resuming_gives_the_same_bits(name: str, dtype: torch.dtype, tmp_path: P
 
 
 def test_states_with_dynamic_codes_are_read_and_gone_on_from() -> None:
-    """As torchao's AdamW8bit writes them, which earlier versions trained with: the next steps are those of AdamW on
-    the moments that it reads from its own state."""
+    """As torchao's AdamW8bit writes them, which earlier versions trained with: the next steps are those of
+    AdamW on the moments that it reads from its own state."""
     peer = pytest.importorskip("torchao.optim").AdamW8bit
     start = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     theirs, (ours, optimizer) = (
@@ -374,7 +376,8 @@ def test_8_bit_states_are_small() -> None:
 
 
 def test_8_bit_states_fit_as_well() -> None:
-    """A regression with noise: the loss that float32 AdamW reaches, with each of the others within a tenth of it."""
+    """A regression with noise: the loss that float32 AdamW reaches, with each of the others within a tenth of
+    it."""
     losses = {}
     for name, dtype in ALL:
         rng = torch.Generator().manual_seed(0)

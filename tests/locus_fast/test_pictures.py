@@ -183,7 +183,8 @@ def test_the_true_box_stands_out_on_any_ground(
 
 def test_the_legend_shows_the_lines_as_they_are_drawn(tmp_path: Path, saved: list[Figure]) -> None:
     box = [60.0, 70.0, 140.0, 150.0]
-    draw_samples(Grounds([(9, 9, 9)], tuple(box)), answers([box]), answers([box]), tmp_path / "samples.png")  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    draw_samples(Grounds([(9, 9, 9)], tuple(box)), answers([box]), answers([box]), tmp_path / "samples.png")
     (figure,) = saved
     (axis,) = pictures(figure)
     (legend,) = figure.legends

@@ -1,4 +1,5 @@
-"""The one-prefill step is exact: log-probs and the gradient of every parameter equal the naive loop that repeats the prompt G times."""
+"""The one-prefill step is exact: log-probs and the gradient of every parameter equal the naive loop that
+repeats the prompt G times."""
 
 from __future__ import annotations
 
@@ -213,7 +214,8 @@ class Convolutions(TorchDispatchMode):
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_patches_are_embedded_by_a_matrix_product(family: str) -> None:
-    """The same numbers and gradients as transformers' convolution, which cuDNN computes in TF32 for float32 models."""
+    """The same numbers and gradients as transformers' convolution, which cuDNN computes in TF32 for float32
+    models."""
     model, prompts, _ = case(family)
     batch = PromptBatch.of(prompts, model.config, "cpu")
     embed = model.model.visual.patch_embed

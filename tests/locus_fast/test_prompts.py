@@ -1,4 +1,5 @@
-"""Frames, the resize rule and patches against the image processor of transformers; prompts, how they are sent, and how they are made ahead."""
+"""Frames, the resize rule and patches against the image processor of transformers; prompts, how they are
+sent, and how they are made ahead."""
 
 from __future__ import annotations
 
@@ -167,7 +168,8 @@ def test_frames_of_the_families() -> None:
 
 def test_the_recipes_wording() -> None:
     assert THINK.format(units=Frame(None).units).startswith(
-        "Image 1 is a full scene image. Image 2 is a cropped region from Image 1. Please find where Image 2 is located in Image 1, "
+        "Image 1 is a full scene image. Image 2 is a cropped region from Image 1. Please find where Image 2 "
+        "is located in Image 1, "
         "and output the bounding box as [x1, y1, x2, y2] in pixel coordinates."
     )
     assert "from 0 to 1000" in DIRECT.format(units=Frame(1000).units)
@@ -188,10 +190,8 @@ def test_a_prompt_reads_as_asked() -> None:
     prompt = prompter(example(160, 112))
     text = tokenizer.decode(prompt.ids.tolist()).replace("<|image_pad|>", "")
     vision = "<|vision_start|><|vision_end|>"
-    assert (
-        text
-        == f"<|im_start|>user\n{vision}{vision}{DIRECT.format(units=Frame(99).units)}<|im_end|>\n<|im_start|>assistant\n"
-    )
+    question = DIRECT.format(units=Frame(99).units)
+    assert text == f"<|im_start|>user\n{vision}{vision}{question}<|im_end|>\n<|im_start|>assistant\n"
     assert prompt.grids.tolist()[0] == [1, 14, 20]
     torch.testing.assert_close(prompt.target, torch.tensor([10 / 160, 20 / 112, 50 / 160, 44 / 112]) * 99)
     assert prompt.position.shape == (3, len(prompt.ids))

@@ -1,10 +1,12 @@
-"""The full published models without their weights: parameter counts, tensor names against the published lists, and what training reaches.
+"""The full published models without their weights: parameter counts, tensor names against the published
+lists, and what training reaches.
 
-The lists are written as patterns with layer numbers, from the architectures' own definitions; they were not fetched from the hub for this test. What
-holds them to the published indexes are figures that those state and others quote: 729 tensors and `total_size` 16,584,333,312 for
-Qwen2.5-VL-7B-Instruct, 824 and 7,509,245,952 for the 3B one; 713 and 8,875,631,616 for Qwen3-VL-4B (Instruct and Thinking have one architecture), of
-which the vision tower's are 315 and 830,695,424; 16,612,434,432 for MiMo-VL-7B-RL, a Qwen2.5-VL with the language model of MiMo-7B and a wider MLP in
-the vision tower, 3,456.
+The lists are written as patterns with layer numbers, from the architectures' own definitions; they were not
+fetched from the hub for this test. What holds them to the published indexes are figures that those state and
+others quote: 729 tensors and `total_size` 16,584,333,312 for Qwen2.5-VL-7B-Instruct, 824 and 7,509,245,952
+for the 3B one; 713 and 8,875,631,616 for Qwen3-VL-4B (Instruct and Thinking have one architecture), of which
+the vision tower's are 315 and 830,695,424; 16,612,434,432 for MiMo-VL-7B-RL, a Qwen2.5-VL with the language
+model of MiMo-7B and a wider MLP in the vision tower, 3,456.
 """
 
 from __future__ import annotations
@@ -103,7 +105,8 @@ def test_parameters(full) -> None:
 
 
 def test_published_names_are_the_models(full) -> None:
-    """Each published tensor is one of the model's, and each of the model's is published, but for the head that is tied to the embedding."""
+    """Each published tensor is one of the model's, and each of the model's is published, but for the head
+    that is tied to the embedding."""
     name, model = full
     names, state, tied = PUBLISHED[name][0], model.state_dict(), name in ("qwen2.5-vl-3b", "qwen3-vl-4b")
     assert (
@@ -124,8 +127,8 @@ def without_numbers(names: Any) -> set[str]:
 
 
 def test_training_reaches_every_parameter(full, tmp_path: Path) -> None:
-    """In a small model of the same architecture, prompt and replies give every parameter a gradient that is not zero; and the full model has no
-    parameter that the small one has not, layers counted once."""
+    """In a small model of the same architecture, prompt and replies give every parameter a gradient that is
+    not zero; and the full model has no parameter that the small one has not, layers counted once."""
     name, big = full
     family = SIZES[name][0]
     model, _ = load_model(write_checkpoint(tmp_path / family, family), torch.device("cpu"), torch.float32)

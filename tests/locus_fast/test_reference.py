@@ -1,4 +1,5 @@
-"""The reference policy by kind: it stays what it was while the policy moves, exactly or but for quantisation, and shares what is frozen."""
+"""The reference policy by kind: it stays what it was while the policy moves, exactly or but for quantisation,
+and shares what is frozen."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def test_it_stays_the_base(kind: str) -> None:
 
 
 def test_quantised_it_is_nearly_the_base() -> None:
-    """On random prompts and replies, whose log-probs are about -13: the small model feels 4 bits more than a large one."""
+    """On random prompts and replies, whose log-probs are about -13: the small model feels 4 bits more than a
+    large one."""
     pytest.importorskip("bitsandbytes")
     eight, four = error_of("int8"), error_of("nf4")
     assert 0 < eight < 0.1
@@ -81,7 +83,8 @@ def test_quantised_it_is_nearly_the_base() -> None:
     ("rows", "out", "within", "bias"), [(0, 5, 3, True), (1, 7, 33, False), (37, 130, 65, True)]
 )
 def test_int8_layer(rows: int, out: int, within: int, bias: bool, dtype: torch.dtype) -> None:
-    """Against float64 with the same codes: the error of the dtype alone; against the weights: half a code, 1/254 of a row's largest."""
+    """Against float64 with the same codes: the error of the dtype alone; against the weights: half a code,
+    1/254 of a row's largest."""
     rng = torch.Generator().manual_seed(rows)
     codes = torch.randint(-127, 128, (out, within), generator=rng, dtype=torch.int8)
     scale, shift = torch.rand(out, generator=rng) / 127, torch.randn(out, generator=rng) if bias else None
@@ -100,7 +103,8 @@ def test_int8_layer(rows: int, out: int, within: int, bias: bool, dtype: torch.d
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_quantised_weights(kind: str) -> None:
-    """Every one of the language model's linear layers, in 8 bits to half a code (and float16's rounding), in 4 to 15% on average."""
+    """Every one of the language model's linear layers, in 8 bits to half a code (and float16's rounding), in
+    4 to 15% on average."""
     pytest.importorskip("bitsandbytes")
     plain, model = tiny(), tiny()
     quantize(model, kind, CPU)
@@ -176,7 +180,8 @@ def kl_of(out: Path, *options: str) -> list[float]:
 
 
 def test_runs(tmp_path: Path) -> None:
-    """By the command: paged to the host is the copy to the bit; a quantised one starts with the KL of its own error."""
+    """By the command: paged to the host is the copy to the bit; a quantised one starts with the KL of its own
+    error."""
     copied = kl_of(tmp_path / "copy")
     assert copied[0] == 0 < copied[1]
     assert kl_of(tmp_path / "host", "--reference", "host") == copied

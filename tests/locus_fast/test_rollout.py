@@ -58,7 +58,8 @@ def test_finished_rows_are_moved_out_and_nothing_changes(prefix, monkeypatch) ->
 
 
 def test_fixed_buffers_that_are_used_again(prefix, monkeypatch) -> None:
-    """What a CUDA graph sees: buffers larger than needed, left as the last microbatch left them, and no number from the host."""
+    """What a CUDA graph sees: buffers larger than needed, left as the last microbatch left them, and no
+    number from the host."""
     monkeypatch.setattr(rollout, "Graph", lambda function, other: function)
     _, expected = played(prefix)
     decoder, first = played(prefix, static=True)
@@ -74,7 +75,8 @@ def test_fixed_buffers_that_are_used_again(prefix, monkeypatch) -> None:
 
 
 def test_a_late_count_ends_the_rollout_all_the_same(prefix, monkeypatch) -> None:
-    """The host hears of finished rows some steps later: it compacts and stops later, and the replies are the same."""
+    """The host hears of finished rows some steps later: it compacts and stops later, and the replies are the
+    same."""
 
     _, expected = played(prefix)
     count = rollout.Count
@@ -111,7 +113,8 @@ def test_replies_end_with_their_box() -> None:
 
 
 def test_a_forced_prefix_is_given_and_read(tmp_path) -> None:
-    """`[` stands in the prompt: it is not sampled, the reply starts with the first number, and the box is read whole."""
+    """`[` stands in the prompt: it is not sampled, the reply starts with the first number, and the box is
+    read whole."""
     setup = set_up(parse(["--answer-prefix", "[", "--max-new-tokens", "16", "--eval-cues", "1"]))
     plain = set_up(parse(["--eval-cues", "1"]))
     prompt, without = (s.prompter(s.cues.train(0)) for s in (setup, plain))
@@ -154,8 +157,8 @@ def test_packing_weighs_images_and_names_what_does_not_fit() -> None:
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_logits_of_a_bfloat16_model_stay_in_float32(family: str) -> None:
-    """From the head's product to the draw: the sampler's log-probs are those of float64 arithmetic on the very states
-    that it sampled from. Logits rounded to bfloat16 would be off by 0.01 and more."""
+    """From the head's product to the draw: the sampler's log-probs are those of float64 arithmetic on the
+    very states that it sampled from. Logits rounded to bfloat16 would be off by 0.01 and more."""
     model = small_model(family).bfloat16()
     states: list[torch.Tensor] = []
     with torch.no_grad():

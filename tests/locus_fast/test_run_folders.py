@@ -1,4 +1,5 @@
-"""A run's folder from outside: its settings found from anywhere inside it, its paths whole, its name its own."""
+"""A run's folder from outside: its settings found from anywhere inside it, its paths whole, its name its
+own."""
 
 from __future__ import annotations
 
@@ -209,7 +210,8 @@ def test_two_models_are_one_too_many(run: Path, capsys) -> None:
     assert "two models are named" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------- whole paths
+# ----------------------------------------------------------------------------------------------------- whole
+# paths
 def test_a_run_keeps_whole_paths(run: Path) -> None:
     kept = json.loads((run / "config.json").read_text())
     home = run.parent.parent
@@ -295,7 +297,8 @@ def test_what_may_be_empty_is_as_if_it_were_not_given(name: str, run: Path) -> N
         assert parse(["--resume", str(run), f"--{name}", ""]) == parse(["--resume", str(run)])
 
 
-# ------------------------------------------------------------------------------------------------------- file modes
+# ------------------------------------------------------------------------------------------------------- file
+# modes
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 def test_files_are_as_readable_as_the_umask_says(umask: int, tmp_path: Path) -> None:
     """As a file that Python opens by itself."""

@@ -1,5 +1,5 @@
-"""Folders that are no model, or not a whole one: each is refused with one sentence that names file and mend, before weights are read or anything is
-written."""
+"""Folders that are no model, or not a whole one: each is refused with one sentence that names file and mend,
+before weights are read or anything is written."""
 
 from __future__ import annotations
 
@@ -197,7 +197,8 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "weights of another family": (of_another_family, "one of the two is another model's"),
     "pickle": (
         pickled,
-        "has its weights in pickle format (pytorch_model.bin), which is never loaded as it may run code; convert them with: python -c",
+        "has its weights in pickle format (pytorch_model.bin), which is never loaded as it may run code; "
+        "convert them with: python -c",
     ),
     "other formats": (
         lambda folder: (absent("*.safetensors*")(folder), text("a.gguf", b"GGUF")(folder)),
@@ -398,7 +399,8 @@ def test_a_disk_without_room(tmp_path: Path, monkeypatch, capsys) -> None:
 
 
 def test_a_card_too_small(tmp_path: Path, monkeypatch, capsys) -> None:
-    """Said before loading, with settings that the card does hold: with them the run gets as far as loading."""
+    """Said before loading, with settings that the card does hold: with them the run gets as far as
+    loading."""
     folder = write_checkpoint(tmp_path / "model", "qwen3-vl")
     monkeypatch.setattr(runtime, "load_source", None)
     recipe = [*RECIPE, "--steps", "1", "--prompts", "2", "--group-size", "8", "--max-new-tokens", "64"]

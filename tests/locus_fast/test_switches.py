@@ -188,7 +188,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], Change, str]] = {
     "sliding layers": (
         (OLD,),
         text(layer_types=["full_attention", "sliding_attention"]),
-        'layer_types is ["full_attention", "sliding_attention"], and must be "full_attention" for every layer',
+        'layer_types is ["full_attention", "sliding_attention"], '
+        'and must be "full_attention" for every layer',
     ),
     "linear layers": ((NEW,), text(layer_types=["linear_attention"] * 3), "layer_types is"),
     "dynamic rotary": (
@@ -368,8 +369,8 @@ def test_a_head_of_its_own_beside_tied_weights_is_refused(tmp_path: Path, capsys
         == 2
     )
     assert (
-        f"{folder / 'config.json'}: tie_word_embeddings is true, and lm_head.weight is stored with other values"
-        in capsys.readouterr().err
+        f"{folder / 'config.json'}: tie_word_embeddings is true, and lm_head.weight is stored with other "
+        "values" in capsys.readouterr().err
     )
     fields("config.json", tie_word_embeddings=False)(folder)
     model, _ = load_model(folder, CPU)

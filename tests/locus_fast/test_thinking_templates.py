@@ -1,5 +1,5 @@
-"""A model whose chat template has begun to think, asked for the box alone: refused, or read from the end of the thinking
-on."""
+"""A model whose chat template has begun to think, asked for the box alone: refused, or read from the end of
+the thinking on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ CLOSING = "</think>\n\n"
 
 @pytest.fixture
 def thinker(tmp_path: Path) -> Path:
-    """The embedded base with a template that ends in `<think>` and a line break, as Qwen3-VL Thinking's does."""
+    """The embedded base with a template that ends in `<think>` and a line break, as Qwen3-VL Thinking's
+    does."""
     folder = tmp_path / "thinker"
     shutil.copytree(TINY_BASE, folder)
     template = (folder / "chat_template.jinja").read_text()
@@ -84,7 +85,8 @@ def test_a_box_that_is_asked_for_while_thinking_is_refused(
 
 @pytest.mark.parametrize("prefix", ["</think>", CLOSING, f"none.{CLOSING}", f"[1, 2, 3, 4]{CLOSING}"])
 def test_the_reply_begins_where_the_thinking_was_ended(prefix: str, thinker: Path) -> None:
-    """Nothing before counts or ends it; the format can be earned, by the same replies as of a model that does not think."""
+    """Nothing before counts or ends it; the format can be earned, by the same replies as of a model that does
+    not think."""
     setup = set_up(
         parse(
             [

@@ -1,4 +1,5 @@
-"""The command as a user runs it: a short run, its folder, its exported model in plain transformers, determinism, and bad input."""
+"""The command as a user runs it: a short run, its folder, its exported model in plain transformers,
+determinism, and bad input."""
 
 from __future__ import annotations
 
@@ -123,7 +124,8 @@ logits = []
 for i in range(3):
     ids = torch.from_numpy(given[f"ids{{i}}"])[None]
     with torch.no_grad():
-        out = model(input_ids=ids, pixel_values=torch.from_numpy(given[f"patches{{i}}"]), image_grid_thw=torch.from_numpy(given[f"grids{{i}}"]),
+        patches, grids = (torch.from_numpy(given[f"{{name}}{{i}}"]) for name in ("patches", "grids"))
+        out = model(input_ids=ids, pixel_values=patches, image_grid_thw=grids,
                     mm_token_type_ids=(ids == model.config.image_token_id).int())
     logits.append(out.logits[0, -1].numpy())
 np.save({str(tmp_path / "out.npy")!r}, np.stack(logits))
@@ -148,7 +150,8 @@ def test_same_seed_and_any_workers_give_the_same_metrics(run: Path, tmp_path: Pa
 
 
 def test_microbatches_do_not_change_the_step(run: Path, tmp_path: Path) -> None:
-    """Global denominators: one prompt a microbatch gives the same update as several, up to the order of sums."""
+    """Global denominators: one prompt a microbatch gives the same update as several, up to the order of
+    sums."""
     assert (
         train.main([*SHORT, "--out", str(tmp_path / "one"), "--microbatch-tokens", "450", "--steps", "1"])
         == 0
@@ -159,7 +162,8 @@ def test_microbatches_do_not_change_the_step(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_rollout_wider_than_a_microbatch(run: Path, tmp_path: Path) -> None:
-    """Sampled together, prefilled again and trained on apart: the same replies and the same update, for more FLOPs."""
+    """Sampled together, prefilled again and trained on apart: the same replies and the same update, for more
+    FLOPs."""
     assert (
         train.main([*SHORT, "--out", str(tmp_path / "wide"), "--rollout-tokens", "100000", "--steps", "1"])
         == 0
@@ -202,7 +206,8 @@ def test_a_few_active_groups_are_prefilled_again(active: int, tmp_path: Path, mo
 
 
 def test_resuming_gives_the_same_run(run: Path, tmp_path: Path) -> None:
-    """Two steps, then the third: the metrics and the weights of a run in one go. Lines past the last checkpoint are written again."""
+    """Two steps, then the third: the metrics and the weights of a run in one go. Lines past the last
+    checkpoint are written again."""
     out = tmp_path / "run"
     shutil.copytree(run, out)
     shutil.rmtree(out / "checkpoints" / "step-000003")
