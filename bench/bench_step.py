@@ -42,7 +42,9 @@ def task(request):
 
 
 def one_prefill(model, prompts, ids) -> torch.Tensor:
-    rollout = Rollout(ids, torch.full((len(ids),), LENGTH), torch.zeros(ids.shape))
+    rollout = Rollout(
+        ids, torch.full((len(ids),), LENGTH), torch.zeros(ids.shape), torch.zeros(len(ids), dtype=torch.bool)
+    )
     prefix = prefill(model, PromptBatch.of(prompts, model.config, "cpu"))
     return reply_logprob(
         model,

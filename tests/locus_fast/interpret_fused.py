@@ -55,7 +55,12 @@ def task(family: str, dtype: torch.dtype = torch.float32):
     unfuse(model)
     prompts = [small_prompt(model, grids, words=2, seed=seed) for seed, grids in enumerate([[(4, 8)], []])]
     ids = torch.randint(3, 290, (4, 3), generator=torch.Generator().manual_seed(7)).to(DEVICE)
-    played = Rollout(ids, torch.tensor([3, 1, 2, 2], device=DEVICE), torch.zeros(4, 3, device=DEVICE))
+    played = Rollout(
+        ids,
+        torch.tensor([3, 1, 2, 2], device=DEVICE),
+        torch.zeros(4, 3, device=DEVICE),
+        torch.zeros(4, dtype=torch.bool),
+    )
     return model, PromptBatch.of(prompts, model.config, DEVICE), played
 
 

@@ -103,9 +103,9 @@ def drawn(config, seed: int = 0, device: torch.device = CPU) -> tuple[list[Promp
         )
     batch = PromptBatch.of(prompts, config, device)
     ids = torch.randint(3, 200, (2 * GROUP, REPLY), generator=rng).to(device)
-    rollout = Rollout(
-        ids, torch.full((2 * GROUP,), REPLY, device=device), torch.zeros(2 * GROUP, REPLY, device=device)
-    )
+    lengths = torch.full((2 * GROUP,), REPLY, device=device)
+    cut_off = torch.zeros(2 * GROUP, dtype=torch.bool, device=device)
+    rollout = Rollout(ids, lengths, torch.zeros(2 * GROUP, REPLY, device=device), cut_off)
     return prompts, batch, Replies.of(batch, rollout.ids, [[REPLY] * GROUP] * 2, [0, 1])
 
 

@@ -145,16 +145,25 @@ def test_a_plan_does_not_list_every_reply() -> None:
     """A group's replies are added up once, not again for each of the groups that are tried in a
     microbatch."""
     made = planned(
-        Config(prompts=8192, replies=512, max_tokens=64), PUBLISHED["qwen2.5-vl-7b"], torch.bfloat16, 10**15
+        Config(prompts=8192, group_size=512, max_new_tokens=64),
+        PUBLISHED["qwen2.5-vl-7b"],
+        torch.bfloat16,
+        10**15,
     )
     started = time.process_time()
     again = planned(
-        Config(prompts=8192, replies=2, max_tokens=64), PUBLISHED["qwen2.5-vl-7b"], torch.bfloat16, 10**15
+        Config(prompts=8192, group_size=2, max_new_tokens=64),
+        PUBLISHED["qwen2.5-vl-7b"],
+        torch.bfloat16,
+        10**15,
     )
     few = time.process_time() - started
     started = time.process_time()
     assert made == planned(
-        Config(prompts=8192, replies=512, max_tokens=64), PUBLISHED["qwen2.5-vl-7b"], torch.bfloat16, 10**15
+        Config(prompts=8192, group_size=512, max_new_tokens=64),
+        PUBLISHED["qwen2.5-vl-7b"],
+        torch.bfloat16,
+        10**15,
     )
     assert time.process_time() - started < 4 * few + 0.5
     assert again.tokens != made.tokens

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from locus_fast import cost
 from locus_fast.config import Config
-from locus_fast.cost.__main__ import main
+from locus_fast.cost.__main__ import main, model_of
 from locus_fast.cost.plan import TEXT_TOKENS
 from locus_fast.cost.shapes import PUBLISHED, Group, group_of
 from locus_fast.cost.traffic import step_launches
-from locus_fast.model import packing
+from locus_fast.model import attention, packing
 from locus_fast.model.families import shape_of
 from locus_fast.model.fused import fuse
 from locus_fast.model.packing import PromptBatch
@@ -287,7 +287,7 @@ def test_launches_of_a_step(
     model = small_model(family)
     prompts = [small_prompt(model, grids, words=5, seed=0) for grids in GRIDS]
     model = model.to("meta", torch.bfloat16)
-    model.locus_backend = backends._torch_cuda()
+    monkeypatch.setattr(attention, "_chosen", lambda *_: backends._torch_cuda())
     if fused:
         fuse(model)
     batch, groups = (
@@ -379,7 +379,7 @@ def test_the_command_needs_no_transformers() -> None:
 
 
 def test_the_tiny_preset_is_the_embedded_base() -> None:
-    assert shape_of("tiny", "") == shape_of("", str(TINY_BASE))
+    assert model_of("tiny", "") == model_of("", str(TINY_BASE))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from locus_fast.model.attention import use_attention
+from locus_fast.model.attention import backend_of, use_attention
 from locus_fast.model.packing import PromptBatch, Replies
 from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
 from locus_fast.step import rollout
@@ -78,7 +78,7 @@ def test_graphs_change_nothing_and_are_used_again(
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_bfloat16_sampler_and_training_forward(family: str) -> None:
     model, batch, words = task(family, "cuda", torch.bfloat16)
-    assert model.locus_backend.name != "plain"
+    assert backend_of(model).name != "plain"
     played = Decoder(model, words).generate(prefill(model, batch), SAMPLING, seed=4, groups=[3, 0, 9])
     logprob, gradient = trained(model, batch, played)
     sampled = torch.cat([played.logprob[r, :n] for r, n in enumerate(played.lengths.tolist())]).cpu()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from locus_kernels.shared_prefix_attention import backends, layout
 
-from locus_fast.model import packing
+from locus_fast.model import attention, packing
 from locus_fast.model.fused import fuse
 from locus_fast.model.packing import PromptBatch, Replies
 from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
@@ -34,7 +34,7 @@ def task(request, monkeypatch):
         small_prompt(model, [(4, 8)], words=3, seed=1),
     ]
     model = model.to("meta", torch.bfloat16)
-    model.locus_backend = backends._torch_cuda()
+    monkeypatch.setattr(attention, "_chosen", lambda *_: backends._torch_cuda())
     if fused:
         leave_kernels_out(monkeypatch)
         fuse(model)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from locus_fast.errors import UserError
-from locus_fast.model.families import part_of
+from locus_fast.model.families import FAMILIES, QWEN3_VL, Family, part_of
 from locus_fast.step.optim import clip_and_step, parameter_groups, rate_factor
 from locus_fast.step.optimizers import AdamW8bit, load_state_tensors, make_optimizer, state_tensors
 from locus_fast.weights.checkpoint import (
@@ -86,14 +86,16 @@ def test_every_parameter_is_in_one_group(family: str) -> None:
         assert {ours[id(p)] for p in core.visual.deepstack_merger_list.parameters()} == {"projector"}
 
 
-def test_names_of_parts() -> None:
-    assert part_of("base_model.model.model.visual.blocks.0.attn.qkv.lora_A.default.weight") == "vision"
-    assert (
-        part_of("model.visual.deepstack_merger_list.1.norm.weight")
-        == part_of("visual.merger.mlp.0.bias")
-        == "projector"
-    )
-    assert part_of("lm_head.weight") == part_of("model.language_model.embed_tokens.weight") == "language"
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_names_of_parts(family: Family) -> None:
+    def part(name: str) -> str:
+        return part_of(name, family)
+
+    assert part("base_model.model.model.visual.blocks.0.attn.qkv.lora_A.default.weight") == "vision"
+    assert part("visual.merger.mlp.0.bias") == "projector"
+    if family.architecture is QWEN3_VL:
+        assert part("model.visual.deepstack_merger_list.1.norm.weight") == "projector"
+    assert part("lm_head.weight") == part("model.language_model.embed_tokens.weight") == "language"
 
 
 def test_a_rate_of_0_freezes() -> None:

@@ -33,7 +33,9 @@ def rollout_of(replies: list[list[torch.Tensor]]) -> Rollout:
     ids = torch.full((len(flat), max(lengths)), 2)
     for row, reply in zip(ids, flat, strict=True):
         row[: len(reply)] = reply
-    return Rollout(ids, torch.tensor(lengths), torch.zeros(ids.shape))
+    return Rollout(
+        ids, torch.tensor(lengths), torch.zeros(ids.shape), torch.zeros(len(ids), dtype=torch.bool)
+    )
 
 
 def case(family: str, grids=GRIDS, lengths=LENGTHS):

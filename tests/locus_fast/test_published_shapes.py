@@ -136,7 +136,7 @@ def test_training_reaches_every_parameter(full, tmp_path: Path) -> None:
     prompt = small_prompt(model, [(8, 12), (4, 6)], 9, seed=0, image=model.config.image_token_id)
     prefix = prefill(model, PromptBatch.of([prompt], model.config, "cpu"))
     ids = torch.randint(3, 200, (3, 6), generator=torch.Generator().manual_seed(1))
-    rollout = Rollout(ids, torch.tensor([6, 4, 5]), torch.zeros(3, 6))
+    rollout = Rollout(ids, torch.tensor([6, 4, 5]), torch.zeros(3, 6), torch.zeros(3, dtype=torch.bool))
     logprob, _ = reply_logprob(model, prefix, Replies.of(prefix.batch, rollout.ids, [[6, 4, 5]], [0]), 1.0)
     (logprob * torch.linspace(-1, 1, len(logprob))).sum().backward()
     small = dict(model.named_parameters())

@@ -36,7 +36,8 @@ def thinker(tmp_path: Path) -> Path:
 def read(setup: Setup, text: str):
     """What the trainer reads of a reply."""
     reply = setup.origin.source.tokenizer.encode(text, add_special_tokens=False)
-    rollout = Rollout(torch.tensor([reply]), torch.tensor([len(reply)]), torch.zeros(1, len(reply)))
+    lengths, cut_off = torch.tensor([len(reply)]), torch.tensor([False])
+    rollout = Rollout(torch.tensor([reply]), lengths, torch.zeros(1, len(reply)), cut_off)
     return setup.scoring.read(rollout.ids, rollout.lengths)
 
 
