@@ -7,6 +7,11 @@ code that reads the new trait. One whose `model_type` is not known to `transform
 whose classes it uses. The rest is read from a checkpoint's own files: sizes and the placeholder's id from
 config.json, normalisation from the processor's config, the turns of a conversation and a thinking model's
 opening from its chat template.
+
+Other modules name a module, a family or a placeholder too, and need no change for another entry of a known
+architecture; one with other modules would be looked for in them: `cost/shapes.py` and `cost/traffic.py` (what
+is counted), `model/attention.py`, `model/policy.py`, `model/fused.py`, `model/quantize.py`,
+`model/reference.py` and `model/adapter_files.py` (what is switched, kept or named), `step/rollout.py`.
 """
 
 from __future__ import annotations

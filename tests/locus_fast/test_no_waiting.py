@@ -63,7 +63,7 @@ def test_training(task, checkpointing: int) -> None:
     played = Rollout(
         *(
             torch.zeros(6, 5, device="meta", dtype=dtype)
-            for dtype in (torch.int64, torch.int64, torch.float32)
+            for dtype in (torch.int64, torch.int64, torch.float32, torch.bool)
         )
     )
     replies = Replies.of(batch, played.ids, LENGTHS, [0, 1])
