@@ -1,5 +1,6 @@
-"""A step of AdamW on bfloat16 weights with 8-bit moments: torchao, bitsandbytes (float32 weights), float32 moments by
-torch, and ours. The floor is one read of gradient, weight and moments, and one write of weight and moments."""
+"""A step of AdamW on bfloat16 weights with 8-bit moments: torchao, bitsandbytes (float32 weights), float32
+moments by torch, and ours. The floor is one read of gradient, weight and moments, and one write of weight and
+moments."""
 
 from __future__ import annotations
 
@@ -44,7 +45,15 @@ def test_adamw8bit(benchmark, way: str) -> None:
     step(0)
     moved = torch.cat([(p.detach() - b).flatten().double() for p, b in zip(parameters, before, strict=True)])
     sign = torch.cat([gradient.flatten().sign().double() for gradient in gradients[0]])
-    assert (-moved * sign).mean().item() == pytest.approx(1e-6, rel=0.2)  # a first step is one rate against the sign
+    assert (-moved * sign).mean().item() == pytest.approx(
+        1e-6, rel=0.2
+    )  # a first step is one rate against the sign
     count = sum(p.numel() for p in parameters)
     benchmark.group = f"AdamW step, {count:,} parameters"
-    timed(benchmark, step, [(0,), (1,), (2,)], moved=int(BYTES[way] * count), rounds=30 if DEVICE == "cuda" else 5)
+    timed(
+        benchmark,
+        step,
+        [(0,), (1,), (2,)],
+        moved=int(BYTES[way] * count),
+        rounds=30 if DEVICE == "cuda" else 5,
+    )

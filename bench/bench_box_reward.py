@@ -1,4 +1,5 @@
-"""Reward from token ids: parsing the decoded text on the host, the reference in eager PyTorch, torch.compile of it, and ours.
+"""Reward from token ids: parsing the decoded text on the host, the reference in eager PyTorch, torch.compile
+of it, and ours.
 
 On CPU ours is the reference. The floor is one read of the ids; what is left is latency.
 """
@@ -15,7 +16,9 @@ from locus_kernels.box_reward.records import Scoring
 from bench.roofline import DEVICE, timed
 from locus_fast.tiny.tokenizer import VOCABULARY, build_tokenizer
 
-GROUPS, GROUP, TOKENS, SETS = (128, 8, 256, 32) if DEVICE == "cuda" else (64, 8, 24, 4)  # on CUDA all ids together fill more than a cache
+GROUPS, GROUP, TOKENS, SETS = (
+    (128, 8, 256, 32) if DEVICE == "cuda" else (64, 8, 24, 4)
+)  # on CUDA all ids together fill more than a cache
 BOX = re.compile(r"\s*\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]\s*")
 READING = {"which": "first", "grammar": "direct"}
 SCORING = Scoring(GROUP, "iou", format_weight=0.1, normalize_std=True, progress=0.0)
@@ -28,8 +31,12 @@ def tasks():
     special = tokenizer.eos_token_id
     made = []
     for n in range(SETS):
-        numbers = torch.randint(0, 100, (GROUPS * GROUP, 4), generator=torch.Generator().manual_seed(n)).tolist()
-        ids = torch.tensor([tokenizer.encode(f"[{a:02d}, {b:02d}, {c:02d}, {d:02d}]") for a, b, c, d in numbers])
+        numbers = torch.randint(
+            0, 100, (GROUPS * GROUP, 4), generator=torch.Generator().manual_seed(n)
+        ).tolist()
+        ids = torch.tensor(
+            [tokenizer.encode(f"[{a:02d}, {b:02d}, {c:02d}, {d:02d}]") for a, b, c, d in numbers]
+        )
         ids = torch.nn.functional.pad(ids, (TOKENS - ids.shape[1], 0), value=special).to(DEVICE)
         lengths = torch.full((len(ids),), TOKENS, device=DEVICE)
         target = torch.tensor([10.0, 20.0, 60.0, 70.0], device=DEVICE).expand(len(ids), 4).contiguous()

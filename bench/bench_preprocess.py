@@ -1,10 +1,12 @@
-"""Image and cue to patches: the families' own image processor (their PIL path), and ours, from the loader's resize to the batch's patches.
+"""Image and cue to patches: the families' own image processor (their PIL path), and ours, from the loader's
+resize to the batch's patches.
 
-Eight images and cues a pass, in turns, a pass untimed before each timed one, so that neither side pays for memory that the other gave back. The
-figures are ratios of medians: one thread each, in processor time; the loader's part of it alone, which is all that the host does where a device makes
-the patches; and by the wall clock the loader's threads against the processor as it is called. Each side is given what it likes best, the processor
-PIL images and we arrays, and both have the recipe's limits for images and for cues. Nothing is timed unless grids and patches are the processor's.
-Pillow's resize is part of both sides, and most of ours.
+Eight images and cues a pass, in turns, a pass untimed before each timed one, so that neither side pays for
+memory that the other gave back. The figures are ratios of medians: one thread each, in processor time; the
+loader's part of it alone, which is all that the host does where a device makes the patches; and by the wall
+clock the loader's threads against the processor as it is called. Each side is given what it likes best, the
+processor PIL images and we arrays, and both have the recipe's limits for images and for cues. Nothing is
+timed unless grids and patches are the processor's. Pillow's resize is part of both sides, and most of ours.
 """
 
 from __future__ import annotations
@@ -30,7 +32,12 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 SPECS = {"qwen2_5_vl": PatchSpec(14, 2, 2, *CLIP), "qwen3_vl": PatchSpec(16, 2, 2, (0.5,) * 3, (0.5,) * 3)}
 TASKS = {  # (width, height) of image and cue
     "640x480 and its cue": [((640, 480), (96, 72))],
-    "mixed sizes": [((500, 375), (31, 44)), ((427, 640), (210, 160)), ((1280, 853), (330, 250)), ((333, 500), (18, 60))],
+    "mixed sizes": [
+        ((500, 375), (31, 44)),
+        ((427, 640), (210, 160)),
+        ((1280, 853), (330, 250)),
+        ((333, 500), (18, 60)),
+    ],
 }
 ROUNDS = 9
 
@@ -60,13 +67,25 @@ class Course:
         self.limits = (recipe.image_pixels, recipe.cue_pixels)
         self.arrays = [tuple(photograph(*size, seed) for size in pair) for seed, pair in enumerate(sizes)]
         self.pictures = [tuple(Image.fromarray(array) for array in pair) for pair in self.arrays]
-        constants: dict[str, Any] = {"patch_size": self.spec.patch, "image_mean": list(self.spec.mean), "image_std": list(self.spec.std)}
-        self.processors = [Qwen2VLImageProcessorPil(size={"shortest_edge": low, "longest_edge": high}, **constants) for low, high in self.limits]
+        constants: dict[str, Any] = {
+            "patch_size": self.spec.patch,
+            "image_mean": list(self.spec.mean),
+            "image_std": list(self.spec.std),
+        }
+        self.processors = [
+            Qwen2VLImageProcessorPil(size={"shortest_edge": low, "longest_edge": high}, **constants)
+            for low, high in self.limits
+        ]
 
     def peer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(grids, patches) of image `index` and its cue."""
-        made = [process(picture, return_tensors="pt") for process, picture in zip(self.processors, self.pictures[index], strict=True)]
-        return torch.cat([out["image_grid_thw"] for out in made]), torch.cat([out["pixel_values"] for out in made])
+        made = [
+            process(picture, return_tensors="pt")
+            for process, picture in zip(self.processors, self.pictures[index], strict=True)
+        ]
+        return torch.cat([out["image_grid_thw"] for out in made]), torch.cat(
+            [out["pixel_values"] for out in made]
+        )
 
     def load(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(grids, bytes): what a loader's thread does, and with an accelerator all that the host does."""
@@ -74,7 +93,9 @@ class Course:
             self.family.resize(array, factor=self.spec.factor, min_pixels=low, max_pixels=high)
             for array, (low, high) in zip(self.arrays[index], self.limits, strict=True)
         ]
-        grids = torch.tensor([(1, image.shape[0] // self.spec.patch, image.shape[1] // self.spec.patch) for image in resized])
+        grids = torch.tensor(
+            [(1, image.shape[0] // self.spec.patch, image.shape[1] // self.spec.patch) for image in resized]
+        )
         return grids, torch.from_numpy(np.concatenate([image.ravel() for image in resized]))
 
     def ours(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +133,11 @@ def test_preprocess(benchmark, family: str, sizes: str) -> None:
             ("peer", lambda: each(course.peer), time.process_time),
             ("bytes", lambda: each(course.load), time.process_time),
             ("peer by the wall", lambda: each(course.peer), time.perf_counter),
-            ("threads by the wall", lambda: list(pool.map(lambda index: course.ours(index) and None, order)), time.perf_counter),
+            (
+                "threads by the wall",
+                lambda: list(pool.map(lambda index: course.ours(index) and None, order)),
+                time.perf_counter,
+            ),
         ):
             seconds[name].append(seconds_of(work, clock))
         each(course.ours)
@@ -121,7 +146,9 @@ def test_preprocess(benchmark, family: str, sizes: str) -> None:
     benchmark.group = f"image and cue to patches, {family}, {sizes}"
     with ThreadPoolExecutor(Config().workers) as pool:
         benchmark.pedantic(each, setup=others, rounds=ROUNDS, warmup_rounds=1)
-    median = {name: statistics.median(values) for name, values in seconds.items()} | {"ours": benchmark.stats.stats.median}
+    median = {name: statistics.median(values) for name, values in seconds.items()} | {
+        "ours": benchmark.stats.stats.median
+    }
     over = {
         "one thread": median["peer"] / median["ours"],
         "one thread, patches made by a device": median["peer"] / median["bytes"],
@@ -130,4 +157,7 @@ def test_preprocess(benchmark, family: str, sizes: str) -> None:
     benchmark.extra_info |= {"ms an image": 500 * median["ours"] / len(order)} | {
         f"images/s over the processor's, {way}": ratio for way, ratio in over.items()
     }
-    print(f"\n{family}, {sizes}, images/s over the processor's: " + "; ".join(f"{way} {ratio:.2f}" for way, ratio in over.items()))
+    print(
+        f"\n{family}, {sizes}, images/s over the processor's: "
+        + "; ".join(f"{way} {ratio:.2f}" for way, ratio in over.items())
+    )

@@ -1,4 +1,5 @@
-"""Sampling a token from logits: eager PyTorch, torch.compile and ours. The floor is one read of the logits."""
+"""Sampling a token from logits: eager PyTorch, torch.compile and ours. The floor is one read of the
+logits."""
 
 from __future__ import annotations
 
@@ -10,7 +11,11 @@ from locus_kernels.sample.reference import Distribution, Place
 from bench.roofline import DEVICE, timed
 
 ROWS, VOCAB = (256, 151_936) if DEVICE == "cuda" else (8, 4_001)
-SETTINGS = {"temperature": {"top_p": 1.0, "top_k": 0}, "top-p": {"top_p": 0.9, "top_k": 0}, "top-k": {"top_p": 1.0, "top_k": 50}}
+SETTINGS = {
+    "temperature": {"top_p": 1.0, "top_k": 0},
+    "top-p": {"top_p": 0.9, "top_k": 0},
+    "top-k": {"top_p": 1.0, "top_k": 50},
+}
 
 
 def eager(logits, row, position, choices):
@@ -37,13 +42,17 @@ def test_sample(benchmark, way: str, setting: str) -> None:
     row = torch.arange(ROWS, device=DEVICE)
     inputs = []
     for n in range(3):
-        logits = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(n)).mul(3).to(torch.bfloat16)
+        logits = (
+            torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(n)).mul(3).to(torch.bfloat16)
+        )
         inputs.append((logits.to(DEVICE), row, n, SETTINGS[setting]))
     for logits, _, n, choices in inputs:
         ids, logprob = WAYS[way](logits, row, n, choices)
         truth = logits.double().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
         torch.testing.assert_close(logprob.double(), truth, atol=2e-5, rtol=0)
-        assert reference.keep(logits.float(), choices["top_k"], choices["top_p"]).gather(-1, ids[:, None]).all()
+        assert (
+            reference.keep(logits.float(), choices["top_k"], choices["top_p"]).gather(-1, ids[:, None]).all()
+        )
         if way == "ours":
             distribution = Distribution(temperature=1.0, allowed=None, **choices)
             expected = reference.sample(logits, Place(1, row, n), distribution)[0]

@@ -1,7 +1,9 @@
-"""A whole step. What sharing the prefill buys against the naive loop; our step on a model of real proportions; and the race against TRL.
+"""A whole step. What sharing the prefill buys against the naive loop; our step on a model of real
+proportions; and the race against TRL.
 
-The race runs both sides' steps in turn, so that whatever else the machine does falls on both; the figure is the ratio of the medians. Nothing is
-timed unless our log-probs are plain transformers' and our FLOPs are few enough: near the floor, and a seventh of TRL's.
+The race runs both sides' steps in turn, so that whatever else the machine does falls on both; the figure is
+the ratio of the medians. Nothing is timed unless our log-probs are plain transformers' and our FLOPs are few
+enough: near the floor, and a seventh of TRL's.
 """
 
 from __future__ import annotations
@@ -40,9 +42,16 @@ def task(request):
 
 
 def one_prefill(model, prompts, ids) -> torch.Tensor:
-    rollout = Rollout(ids, torch.full((len(ids),), LENGTH), torch.zeros(ids.shape))
+    rollout = Rollout(
+        ids, torch.full((len(ids),), LENGTH), torch.zeros(ids.shape), torch.zeros(len(ids), dtype=torch.bool)
+    )
     prefix = prefill(model, PromptBatch.of(prompts, model.config, "cpu"))
-    return reply_logprob(model, prefix, Replies.of(prefix.batch, rollout.ids, [[LENGTH] * GROUP] * 2, range(2)), temperature=1.0)[0]
+    return reply_logprob(
+        model,
+        prefix,
+        Replies.of(prefix.batch, rollout.ids, [[LENGTH] * GROUP] * 2, range(2)),
+        temperature=1.0,
+    )[0]
 
 
 def naive(model, prompts, ids) -> torch.Tensor:
@@ -59,7 +68,9 @@ def test_forward_and_backward(benchmark, task, way) -> None:
         model.zero_grad(set_to_none=True)
         way(model, prompts, ids).sum().backward()
 
-    benchmark.group = f"policy forward + backward, 2 prompts x {GROUP} replies x {LENGTH} tokens, {model.config.model_type}"
+    benchmark.group = (
+        f"policy forward + backward, 2 prompts x {GROUP} replies x {LENGTH} tokens, {model.config.model_type}"
+    )
     benchmark.extra_info["unique_tokens"] = sum(len(p.ids) for p in prompts) + ids.numel()
     benchmark.pedantic(step, rounds=3, warmup_rounds=1)
 
@@ -73,7 +84,10 @@ def checked(case: Case, kl: bool) -> tuple[Ours, dict[str, Any]]:
     check(plain, batch, rollout, logprob)
     floor, decode = floor_flops(plain, batch.prompts, kl)
     ours.seconds.clear()
-    over = {"over the floor": round(flops / (floor + decode), 4), "over the floor without decoding": round(flops / floor, 4)}
+    over = {
+        "over the floor": round(flops / (floor + decode), 4),
+        "over the floor without decoding": round(flops / floor, 4),
+    }
     return ours, {"FLOPs": flops, "prompt tokens": batch.lengths, **over}
 
 
@@ -81,10 +95,19 @@ def report(benchmark, ours: Ours, counted: dict[str, Any]) -> None:
     median = benchmark.stats.stats.median
     phases = {name: round(statistics.median(seconds) / median, 4) for name, seconds in ours.seconds.items()}
     rate = PROMPTS * GROUP / median
-    benchmark.extra_info |= {"device": f"cpu, {torch.get_num_threads()} threads", "rollouts/s": rate, "share of the step": phases, **counted}
+    benchmark.extra_info |= {
+        "device": f"cpu, {torch.get_num_threads()} threads",
+        "rollouts/s": rate,
+        "share of the step": phases,
+        **counted,
+    }
 
 
-@pytest.mark.parametrize(("sizes", "kl"), [("896x896", True), ("mixed sizes", False)], ids=["896x896, KL on", "mixed sizes, KL off"])
+@pytest.mark.parametrize(
+    ("sizes", "kl"),
+    [("896x896", True), ("mixed sizes", False)],
+    ids=["896x896, KL on", "mixed sizes, KL off"],
+)
 def test_step(benchmark, tmp_path, sizes: str, kl: bool) -> None:
     ours, counted = checked(Case("qwen2_5_vl", sizes, tmp_path), kl)
     assert counted["over the floor"] <= counted["over the floor without decoding"] <= 1.10
@@ -94,7 +117,9 @@ def test_step(benchmark, tmp_path, sizes: str, kl: bool) -> None:
 
 
 @pytest.mark.skipif(not HAS_TRL, reason="TRL is not installed: pip install -e '.[bench]'")
-@pytest.mark.parametrize(("family", "sizes", "kl"), COURSES, ids=[f"{f}, {s}, KL {'on' if kl else 'off'}" for f, s, kl in COURSES])
+@pytest.mark.parametrize(
+    ("family", "sizes", "kl"), COURSES, ids=[f"{f}, {s}, KL {'on' if kl else 'off'}" for f, s, kl in COURSES]
+)
 def test_race_against_trl(benchmark, tmp_path, family: str, sizes: str, kl: bool) -> None:
     from bench.race_trl import Peer
 
@@ -115,5 +140,8 @@ def test_race_against_trl(benchmark, tmp_path, family: str, sizes: str, kl: bool
     report(benchmark, ours, counted)
     ratio = statistics.median(peer_seconds) / benchmark.stats.stats.median
     assert ratio >= 5
-    benchmark.extra_info |= {"rollouts/s over TRL's": round(ratio, 2), "TRL's FLOPs over ours": round(fewer, 2)}
+    benchmark.extra_info |= {
+        "rollouts/s over TRL's": round(ratio, 2),
+        "TRL's FLOPs over ours": round(fewer, 2),
+    }
     print(f"\n{family}, {sizes}, KL {kl}: {ratio:.2f} times TRL's rollouts/s, {fewer:.2f} times fewer FLOPs")

@@ -1,4 +1,5 @@
-"""What the two benchmarks of the head share: sizes, rotating inputs, timing with synchronisation, and the rate of a plain matrix product.
+"""What the two benchmarks of the head share: sizes, rotating inputs, timing with synchronisation, and the
+rate of a plain matrix product.
 
 Legend: T tokens, V vocabulary, D hidden size.
 """
@@ -15,7 +16,11 @@ from torch import Tensor
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 HALF, SINGLE = torch.bfloat16, torch.float32
-CASES = [(2048, 2048, 151_936, HALF), (2048, 3584, 151_936, HALF)] if CUDA else [(64, 64, 2003, SINGLE), (64, 64, 2003, HALF)]  # (T, D, V, dtype)
+CASES = (
+    [(2048, 2048, 151_936, HALF), (2048, 3584, 151_936, HALF)]
+    if CUDA
+    else [(64, 64, 2003, SINGLE), (64, 64, 2003, HALF)]
+)  # (T, D, V, dtype)
 TOLERANCE = {SINGLE: 1e-4, HALF: 5e-2}  # of a result against float32 products, beyond which it is not timed
 ROTATION = 3  # input sets; one weight alone is many times a cache
 
@@ -38,8 +43,12 @@ def head_sets(T: int, D: int, V: int, dtype: torch.dtype) -> list[tuple[Tensor, 
 
 
 def matmul_rate(T: int, D: int, V: int, dtype: torch.dtype) -> float:
-    """FLOP/s of the library's hidden @ weight.T at this size, the roofline: the best of six, in this process."""
-    hidden, weight = torch.randn(T, D, device=DEVICE, dtype=dtype), torch.randn(V, D, device=DEVICE, dtype=dtype)
+    """FLOP/s of the library's hidden @ weight.T at this size, the roofline: the best of six, in this
+    process."""
+    hidden, weight = (
+        torch.randn(T, D, device=DEVICE, dtype=dtype),
+        torch.randn(V, D, device=DEVICE, dtype=dtype),
+    )
     best = float("inf")
     for _ in range(6):
         synchronize()
@@ -50,9 +59,16 @@ def matmul_rate(T: int, D: int, V: int, dtype: torch.dtype) -> float:
     return 2 * T * D * V / best
 
 
-def measure(benchmark: Any, run: Callable[..., Any], sets: list[Any], case: tuple[int, int, int, torch.dtype], passes: int) -> None:
-    """Time `run` over the rotated sets, each timing synchronised. extra_info: TFLOP/s counted over the floor's `passes` of 2 T D V operations, the
-    fraction of the matrix product's rate, and on CUDA the peak memory above the inputs in MiB."""
+def measure(
+    benchmark: Any,
+    run: Callable[..., Any],
+    sets: list[Any],
+    case: tuple[int, int, int, torch.dtype],
+    passes: int,
+) -> None:
+    """Time `run` over the rotated sets, each timing synchronised. extra_info: TFLOP/s counted over the
+    floor's `passes` of 2 T D V operations, the fraction of the matrix product's rate, and on CUDA the peak
+    memory above the inputs in MiB."""
     T, D, V, dtype = case
     turn = iter(range(1 << 60))
 
@@ -68,4 +84,8 @@ def measure(benchmark: Any, run: Callable[..., Any], sets: list[Any], case: tupl
     benchmark.pedantic(once, rounds=20 if CUDA else 5, warmup_rounds=3, iterations=1)
     roofline = matmul_rate(T, D, V, dtype)
     rate = passes * 2 * T * D * V / benchmark.stats.stats.median
-    benchmark.extra_info.update(device=torch.cuda.get_device_name() if CUDA else "cpu", tflops=rate / 1e12, fraction_of_matmul=rate / roofline)
+    benchmark.extra_info.update(
+        device=torch.cuda.get_device_name() if CUDA else "cpu",
+        tflops=rate / 1e12,
+        fraction_of_matmul=rate / roofline,
+    )

@@ -1,7 +1,9 @@
-"""The peer: TRL's GRPOTrainer on the same model, prompts, images and number of rollouts, at the settings that suit it best on a CPU.
+"""The peer: TRL's GRPOTrainer on the same model, prompts, images and number of rollouts, at the settings that
+suit it best on a CPU.
 
-No gradient checkpointing, no logging, no saving; the head scores reply tokens only, as it does where Triton runs. Image processor and tokenizer
-are joined by hand, because the stock processor asks for torchvision's video processor, which a CPU installation does not have.
+No gradient checkpointing, no logging, no saving; the head scores reply tokens only, as it does where Triton
+runs. Image processor and tokenizer are joined by hand, because the stock processor asks for torchvision's
+video processor, which a CPU installation does not have.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from transformers import Qwen2_5_VLProcessor, Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from bench.race_case import GROUP, KL, LEARNING_RATE, LENGTH, PIXELS, PROMPTS, Case, luck
+from locus_fast.model.prompts import PROMPT_STYLES
 
 ROWS = PROMPTS * GROUP
 PROCESSORS = {"qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
@@ -50,7 +53,8 @@ def reward(completions: list[Any], **_: Any) -> list[float]:
 class Peer:
     """A GRPOTrainer driven by hand; `step()` is one optimizer update on fresh replies of every prompt.
 
-    rows_at_once: replies of a forward and backward pass. On a CPU two are quickest: sixteen, four and one took 1.5, 1.1 and 1.3 times as long.
+    rows_at_once: replies of a forward and backward pass. On a CPU two are quickest: sixteen, four and one
+    took 1.5, 1.1 and 1.3 times as long.
     """
 
     def __init__(self, case: Case, kl: bool, out: Path, rows_at_once: int = 2):
@@ -58,7 +62,9 @@ class Peer:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
-        trl.trainer.utils._use_triton = lambda device: True  # score reply tokens only; the tiles stay PyTorch's
+        trl.trainer.utils._use_triton = lambda device: (
+            True
+        )  # score reply tokens only; the tiles stay PyTorch's
         suppressed = (~case.allowed).nonzero()[:, 0].tolist()
         config = GRPOConfig(
             str(out),
@@ -81,14 +87,22 @@ class Peer:
             report_to="none",
             disable_tqdm=True,
         )
-        text = QUESTIONS["direct"].format(units=case.prompter.frame.units)
+        text = PROMPT_STYLES["direct"].text.format(units=case.prompter.frame.units)
         content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": text}]
-        examples = [[Image.fromarray(np.ascontiguousarray(p)) for p in (e.image, e.cue)] for e in case.examples]
-        data = Dataset.from_dict({"prompt": [[{"role": "user", "content": content}]] * PROMPTS, "images": examples})
-        self.trainer = GRPOTrainer(case.load(), reward, config, train_dataset=data, processing_class=processor_of(case))
+        examples = [
+            [Image.fromarray(np.ascontiguousarray(p)) for p in (e.image, e.cue)] for e in case.examples
+        ]
+        data = Dataset.from_dict(
+            {"prompt": [[{"role": "user", "content": content}]] * PROMPTS, "images": examples}
+        )
+        self.trainer = GRPOTrainer(
+            case.load(), reward, config, train_dataset=data, processing_class=processor_of(case)
+        )
         self.trainer.create_optimizer()
         self.trainer.current_gradient_accumulation_steps = self.microbatches = ROWS // rows_at_once
-        self.batch = next(iter(self.trainer.get_train_dataloader()))  # read once: its image decoding is left out of the race
+        self.batch = next(
+            iter(self.trainer.get_train_dataloader())
+        )  # read once: its image decoding is left out of the race
 
     def step(self) -> None:
         """What Trainer's loop does between two optimizer steps, without its callbacks."""

@@ -1,4 +1,5 @@
-"""What the benchmarks of small operators share: synchronised timing, inputs past the cache, and a copy's bandwidth in the same process."""
+"""What the benchmarks of small operators share: synchronised timing, inputs past the cache, and a copy's
+bandwidth in the same process."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def copy_bandwidth() -> float:
 
 
 def timed(benchmark: Any, way: Callable[..., Any], inputs: list[tuple], *, moved: int, rounds: int) -> None:
-    """Time `way` on each of `inputs` in turn; `moved`: the bytes that one call must at least read and write."""
+    """Time `way` on each of `inputs` in turn; `moved`: the bytes that one call must at least read and
+    write."""
     turn = iter(range(10**9))
 
     def call() -> None:
@@ -42,4 +44,8 @@ def timed(benchmark: Any, way: Callable[..., Any], inputs: list[tuple], *, moved
 
     benchmark.pedantic(call, rounds=rounds, warmup_rounds=3)
     rate = moved / benchmark.stats.stats.median
-    benchmark.extra_info |= {"device": DEVICE, "GB/s": round(rate / 1e9, 3), "of_copy_bandwidth": round(rate / copy_bandwidth(), 4)}
+    benchmark.extra_info |= {
+        "device": DEVICE,
+        "GB/s": round(rate / 1e9, 3),
+        "of_copy_bandwidth": round(rate / copy_bandwidth(), 4),
+    }

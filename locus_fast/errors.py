@@ -1,10 +1,12 @@
-"""The one exception for a user's mistake: every command prints its sentence and exits with code 2, without a traceback."""
+"""The one exception for a user's mistake: every command prints its sentence and exits with code 2, without a
+traceback."""
 
 SHOWN = 200  # characters of a value that a sentence repeats
 
 
 class UserError(Exception):
-    """Input that cannot be used as given. The message is one sentence that names the file, line or field and the mend."""
+    """Input that cannot be used as given. The message is one sentence that names the file, line or field and
+    the mend."""
 
 
 def reason(error: Exception) -> str:

@@ -1,5 +1,5 @@
-"""Files that a user names and files that a run leaves: what would never end when it is read, and who may
-read what is written. What is written is there whole or not at all. Imports no PyTorch until a tensor is saved."""
+"""Files that a user names and files that a run leaves: what would never end when it is read, and who may read
+what is written. What is written is there whole or not at all. Imports no PyTorch until a tensor is saved."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def read_object(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """A safetensors file that those may read whom the umask lets read any other: safetensors lets the
     owner alone."""
     from safetensors.torch import save_file
@@ -94,7 +96,9 @@ def whole_or_absent(folder: Path) -> Iterator[Path]:
         partial.rename(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{folder} could not be written: {error.strerror or error} ({error.filename or partial}).") from None
+        raise UserError(
+            f"{folder} could not be written: {error.strerror or error} ({error.filename or partial})."
+        ) from None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

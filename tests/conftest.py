@@ -1,4 +1,5 @@
-"""One thread for PyTorch in every test process: the tests' tensors are small, and several processes may share the cores."""
+"""One thread for PyTorch in every test process: the tests' tensors are small, and several processes may share
+the cores."""
 
 import os
 

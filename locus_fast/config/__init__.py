@@ -1,4 +1,5 @@
-"""The settings of a run: `Config`, its presets and rules, and how a command line becomes one. Needs no PyTorch."""
+"""The settings of a run: `Config`, its presets and rules, and how a command line becomes one. Needs no
+PyTorch."""
 
 from locus_fast.config.command import EVALUATION_OPTIONS, of_run, parse, resolve, stored
 from locus_fast.config.folders import refuse_run, run_around

@@ -17,8 +17,28 @@ from locus_fast.files import refuse_endless, refuse_endless_in
 
 DESCRIPTION = "Teach a vision-language model to find small things: cue search with GRPO."
 EVALUATION_OPTIONS = (  # what has a meaning where nothing is trained and replies are greedy
-    *("preset", "model", "data", "images", "box_format", "seed", "prompt_style", "mix", "min_side", "padding", "scale"),
-    *("image_pixels", "cue_pixels", "max_new_tokens", "answer_prefix", "dtype", "attention", "microbatch_tokens"),
+    *(
+        "preset",
+        "model",
+        "data",
+        "images",
+        "box_format",
+        "seed",
+        "prompt_style",
+        "mix",
+        "min_side",
+        "padding",
+        "scale",
+    ),
+    *(
+        "image_pixels",
+        "cue_pixels",
+        "max_new_tokens",
+        "answer_prefix",
+        "dtype",
+        "attention",
+        "microbatch_tokens",
+    ),
     *("device", "workers", "eval_cues"),
 )
 FIXED = ("out", "preset", "model", "seed", "prompts", "lora", "lora_alpha", "merge", "quantize")  # on resume
@@ -28,8 +48,8 @@ OF_FILES = ("box_format", "mix", "min_side", "padding", "scale")  # drawn scenes
 
 
 def parse(arguments: list[str], prog: str = "python -m locus_fast.train") -> Config:
-    """The configuration of a training run's command line. Raises UserError for an unknown option, or for a value that
-    cannot be or that a resumed run does not take."""
+    """The configuration of a training run's command line. Raises UserError for an unknown option, or for a
+    value that cannot be or that a resumed run does not take."""
     parser = Parser(prog=prog, description=DESCRIPTION, allow_abbrev=False)
     add_options(parser, Config)
     words = given(parser, arguments)
@@ -41,13 +61,15 @@ def parse(arguments: list[str], prog: str = "python -m locus_fast.train") -> Con
     for name in FIXED:
         empty = name in EMPTY_IS_NOT_GIVEN and not words.get(name)
         if name in words and not empty and not _same(name, words[name], settings.get(name)):
-            raise UserError(f"{option_of(name)} cannot be changed with --resume: a resumed run goes on as it began.")
+            raise UserError(
+                f"{option_of(name)} cannot be changed with --resume: a resumed run goes on as it began."
+            )
     return resolve(words, settings)
 
 
 def resolve(words: dict[str, Any], settings: dict[str, Any] | None = None) -> Config:
-    """The configuration of what was given, over the settings of a run or else over a preset. Raises UserError for a
-    value that cannot be."""
+    """The configuration of what was given, over the settings of a run or else over a preset. Raises UserError
+    for a value that cannot be."""
     words = {name: value for name, value in words.items() if value or name not in EMPTY_IS_NOT_GIVEN}
     if settings is None:
         preset = words.get("preset") or default_preset(words.get("model", ""))
@@ -71,7 +93,8 @@ def _same(name: str, asked: Any, kept: Any) -> bool:
 
 
 def stored(config: Config) -> dict[str, Any]:
-    """The settings as a run folder keeps them: with whole paths, so that they hold in every working folder."""
+    """The settings as a run folder keeps them: with whole paths, so that they hold in every working
+    folder."""
     settings = dataclasses.asdict(dataclasses.replace(config, resume=""))
     for name in PATHS:
         is_hub_id = name == "model" and not Path(settings[name]).is_dir()
@@ -82,17 +105,21 @@ def stored(config: Config) -> dict[str, Any]:
 
 
 def of_run(folder: Path) -> dict[str, Any]:
-    """The settings of a run folder, those of earlier versions under today's names. Raises UserError if it is none, or
-    has settings that no version knew."""
+    """The settings of a run folder, those of earlier versions under today's names. Raises UserError if it is
+    none, or has settings that no version knew."""
     file = folder / "config.json"
     if (run := run_around(folder)) and run != folder.resolve():
-        raise UserError(f"--resume {folder} lies in a run folder: give the run folder itself, --resume {run}.")
+        raise UserError(
+            f"--resume {folder} lies in a run folder: give the run folder itself, --resume {run}."
+        )
     try:
         settings = with_new_names(dict(json.loads(file.read_text())))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as the settings of a run ({error}).") from None
     if "model_type" in settings:
-        raise UserError(f"{folder} holds a model and no run: give it as --model, and a run folder with --resume.")
+        raise UserError(
+            f"{folder} holds a model and no run: give it as --model, and a run folder with --resume."
+        )
     if unknown := settings.keys() - Config.__dataclass_fields__.keys():
         raise UserError(f"{file} has settings that this version does not know: {', '.join(sorted(unknown))}.")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}

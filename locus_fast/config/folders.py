@@ -18,7 +18,9 @@ FINAL, CHECKPOINTS, PARTIAL = "final", "checkpoints", ".partial"
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run: its settings or its metrics, and not a model."""
     stated = read_object(folder / "config.json")
-    return "model_type" not in stated and ("prompt_style" in stated or "question" in stated or (folder / "metrics.jsonl").is_file())
+    return "model_type" not in stated and (
+        "prompt_style" in stated or "question" in stated or (folder / "metrics.jsonl").is_file()
+    )
 
 
 def run_around(folder: Path) -> Path | None:
@@ -38,11 +40,19 @@ def refuse_run(folder: Path) -> None:
     run, place = run_around(folder), folder.resolve()
     if run is None or (place not in (run, run / CHECKPOINTS) and not place.name.endswith(PARTIAL)):
         return
-    shown = folder if place == run else folder.parent if folder.name == CHECKPOINTS else run  # as it was given
-    saved = sorted((run / CHECKPOINTS).glob("step-[0-9]*[0-9]"), key=lambda folder: (len(folder.name), folder.name))
+    shown = (
+        folder if place == run else folder.parent if folder.name == CHECKPOINTS else run
+    )  # as it was given
+    saved = sorted(
+        (run / CHECKPOINTS).glob("step-[0-9]*[0-9]"), key=lambda folder: (len(folder.name), folder.name)
+    )
     whole = [run / FINAL] * (run / FINAL).is_dir() + saved[-1:]
     if not whole:
-        raise UserError(f"--model {folder} is of a run folder without a model yet: give a model in Hugging Face layout.")
+        raise UserError(
+            f"--model {folder} is of a run folder without a model yet: give a model in Hugging Face layout."
+        )
     use = " or ".join(str(shown / each.relative_to(run)) for each in whole)
-    what = "was not written to its end" if place.name.endswith(PARTIAL) else "is a folder of a run, not a model"
+    what = (
+        "was not written to its end" if place.name.endswith(PARTIAL) else "is a folder of a run, not a model"
+    )
     raise UserError(f"--model {folder} {what}: use {use}.")

@@ -1,5 +1,5 @@
-"""From a dataclass of settings to the options of a command line, and from words to values. What cannot be read is one
-sentence."""
+"""From a dataclass of settings to the options of a command line, and from words to values. What cannot be
+read is one sentence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ WORDS = {int: "a whole number", float: FLOAT, bool: "true or false", str: "text"
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage and exit, and for the names of earlier versions."""
+    """Raises UserError where argparse would print its usage and exit, and for the names of earlier
+    versions."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         known = self._option_string_actions
@@ -39,8 +40,9 @@ def option_of(name: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, settings: Any, hidden: Iterable[str] = ()) -> None:
-    """An option for each field of the dataclass `settings` (as `settings.option` makes them), in the groups of
-    `GROUPS`, without defaults, so that only what is given comes out. hidden: fields that the help leaves out."""
+    """An option for each field of the dataclass `settings` (as `settings.option` makes them), in the groups
+    of `GROUPS`, without defaults, so that only what is given comes out. hidden: fields that the help leaves
+    out."""
     hints = typing.get_type_hints(settings)
     for title, example in GROUPS.items():
         fields = [f for f in dataclasses.fields(settings) if f.metadata["group"] == title]
@@ -54,8 +56,8 @@ def add_options(parser: argparse.ArgumentParser, settings: Any, hidden: Iterable
 
 
 def argument(f: dataclasses.Field, hint: Any) -> dict[str, Any]:
-    """argparse keywords of a field; its help states the default, and the tiny preset's where that differs. argparse
-    reads % in a help as a format."""
+    """argparse keywords of a field; its help states the default, and the tiny preset's where that differs.
+    argparse reads % in a help as a format."""
     default = str(f.default if f.default != "" else "empty")
     if f.name in PRESETS["tiny"]:
         default += f"; tiny: {PRESETS['tiny'][f.name]}"
@@ -74,7 +76,10 @@ def argument(f: dataclasses.Field, hint: Any) -> dict[str, Any]:
 
 def given(parser: argparse.ArgumentParser, arguments: list[str]) -> dict[str, Any]:
     """The settings that a command line names, with tuples for several values."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(arguments)).items()}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(parser.parse_args(arguments)).items()
+    }
 
 
 def _boolean(text: str) -> bool:

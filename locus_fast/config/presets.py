@@ -30,11 +30,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mimo-vl-7b": {"model": "XiaomiMiMo/MiMo-VL-7B-RL"},
 }
 
-# Losses that are another with other settings, which hold unless they are given themselves.
+# Settings that a loss is published with; they hold unless they are given themselves.
 LOSS_SETTINGS: dict[str, dict[str, Any]] = {
-    "dr_grpo": {"loss_agg": "seq-mean-token-sum-norm", "normalize_std": False},  # Liu et al., arXiv 2503.20783
+    "dr_grpo": {
+        "loss_agg": "seq-mean-token-sum-norm",
+        "normalize_std": False,
+    },  # Liu et al., arXiv 2503.20783
     "bnpo": {"loss_agg": "token-mean"},
     "dapo": {"loss_agg": "token-mean"},  # Yu et al., arXiv 2503.14476
+    "gspo": {"loss_agg": "seq-mean-token-mean"},  # Zheng et al., arXiv 2507.18071: a mean over replies
 }
 
 # Names of earlier versions: refused on a command line with the new name, read in a run's settings.
@@ -64,13 +68,14 @@ def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def default_preset(model: str) -> str:
-    """The preset of a model, or of adapters, that is named without one; a hub id, or a folder that loading will
-    complain about, has the paper's."""
+    """The preset of a model, or of adapters, that is named without one; a hub id, or a folder that loading
+    will complain about, has the paper's."""
     if model and may_hold_adapters(model):
         model = str(read_object(Path(model) / "adapter_config.json").get("base_model_name_or_path") or model)
     return "tiny" if not model or "coordinate_extent" in read_object(Path(model) / "config.json") else "paper"
 
 
 def may_hold_adapters(model: str) -> bool:
-    """Whether a model may turn out to be adapters: the embedded base, and a folder with a model's config, are none."""
+    """Whether a model may turn out to be adapters: the embedded base, and a folder with a model's config, are
+    none."""
     return bool(model) and not os.path.isfile(Path(model) / "config.json")

@@ -36,7 +36,9 @@ RULES: dict[str, Rule] = {
     "steps": between(1, 100_000_000, LIFETIME),
     "save_every": between(0, 100_000_000, LIFETIME, "0 or more"),
     "prompts": between(1, 65_536, "as a step holds all of them in the host's memory"),
-    "group_size": between(2, 512, "as an advantage compares the replies of a group, which one block of the GPU ranks"),
+    "group_size": between(
+        2, 512, "as an advantage compares the replies of a group, which one block of the GPU ranks"
+    ),
     "max_new_tokens": between(1, 65_536, "as the decoder has room for the longest reply from the start"),
     "updates_per_batch": between(1, 1_000, "as each goes over all of a step's rollouts"),
     "eval_cues": between(1, 1_000_000, "as all of them are answered before and after"),
@@ -49,7 +51,10 @@ RULES: dict[str, Rule] = {
     "seed": (lambda v: 0 <= v < 2**63, "0 or more and below 2**63"),
     "image_pixels": PIXELS,
     "cue_pixels": PIXELS,
-    **{name: (lambda v: v >= 0, "0 or more") for name in ("clip_low", "clip_high", "log_ratio_clamp", "kl_clamp")},
+    **{
+        name: (lambda v: v >= 0, "0 or more")
+        for name in ("clip_low", "clip_high", "log_ratio_clamp", "kl_clamp")
+    },
     **{name: (lambda v: v > 0, "above 0") for name in ("lr", "max_grad_norm")},
     **{name: (lambda v: 0 <= v <= 1, "between 0 and 1") for name in ("format_weight", "warmup_ratio")},
     "kl_coef": between(0, 1_000, "as its gradient drowns every reward before", "0 or more"),
@@ -57,7 +62,10 @@ RULES: dict[str, Rule] = {
     "delta": (lambda v: v == 0 or v > 1, "0, or above 1, where it bounds a ratio"),
     "weight_decay": between(0, 1_000, "as --lr times it is taken from each weight", "0 or more"),
     "lora_alpha": (lambda v: 0 < v <= 1e6, "above 0 and at most 1,000,000"),
-    "temperature": (lambda v: 0.01 <= v <= 100, "above 0, from 0.01 to 100, as float32 logits are divided by it"),
+    "temperature": (
+        lambda v: 0.01 <= v <= 100,
+        "above 0, from 0.01 to 100, as float32 logits are divided by it",
+    ),
     "scale": (lambda v: 0 < v[0] <= v[1] <= 16, SCALE),
     "padding": (lambda v: 0 <= v[0] <= v[1] <= 100, PADDING),
     "lr_scale": (
@@ -71,8 +79,8 @@ RULES: dict[str, Rule] = {
 
 
 def check(config: Config, settled: bool = False) -> Config:
-    """The configuration itself, if every value can be, and with the others. settled: `lora` is known to be the rank
-    of what is trained, those of the adapters that --model holds included."""
+    """The configuration itself, if every value can be, and with the others. settled: `lora` is known to be
+    the rank of what is trained, those of the adapters that --model holds included."""
     for f in dataclasses.fields(Config):
         check_value(f.name, getattr(config, f.name))
     return check_together(config, settled)
@@ -85,7 +93,9 @@ def check_value(field: str, value: Any) -> None:
     if not fits(value, hint):
         raise UserError(f"{name} cannot be {short(repr(value))}: it takes {described(hint)}.")
     if f.metadata["choices"] and value not in f.metadata["choices"]:
-        raise UserError(f"{name} must be one of {', '.join(f.metadata['choices'])}, not {short(repr(value))}.")
+        raise UserError(
+            f"{name} must be one of {', '.join(f.metadata['choices'])}, not {short(repr(value))}."
+        )
     holds, words = RULES.get(field, (lambda _: True, ""))
     if not holds(value):
         raise UserError(f"{name} must be {words}; {short(value)} was given.")
@@ -106,8 +116,16 @@ def check_together(config: Config, settled: bool) -> Config:
         why = "with --lora the reference is the policy without its adapters, at no cost"
         raise UserError(f"--reference {config.reference}: {why}; leave it away.")
     if config.export_limits and config.export == "adapter":
-        why = "--export-limits writes into an image processor's config, and with --export adapter final/ has none"
+        why = (
+            "--export-limits writes into an image processor's config, and with --export adapter final/ has "
+            "none"
+        )
         raise UserError(f"{why}: give one of the two.")
     if config.delta and config.loss == "cispo":
-        raise UserError("--delta bounds the ratio of a clipped objective, which --loss cispo has not: leave it away.")
+        raise UserError(
+            "--delta bounds the ratio of a clipped objective, which --loss cispo has not: leave it away."
+        )
+    if config.delta and config.delta <= 1 + config.clip_high:
+        why = "it would hold the ratio where the advantage is above 0, and not where it is negative"
+        raise UserError(f"--delta must be above 1 + --clip-high, {1 + config.clip_high:g}: else {why}.")
     return config

@@ -1,6 +1,15 @@
-"""The cost ledger: what a step must compute, move and hold, counted from a model's shape without weights. `python -m locus_fast.cost` prints it."""
+"""The cost ledger: what a step must compute, move and hold, counted from a model's shape without weights.
+`python -m locus_fast.cost` prints it."""
 
-from locus_fast.cost.flops import group_cost, model_flops, peak_flops, rates, repeated_flops, step_flops, total
+from locus_fast.cost.flops import (
+    group_cost,
+    model_flops,
+    peak_flops,
+    rates,
+    repeated_flops,
+    step_flops,
+    total,
+)
 from locus_fast.cost.memory import peak_memory
 from locus_fast.cost.plan import Plan, plan
 from locus_fast.cost.shapes import PUBLISHED, Group, ModelShape, TextShape, VisionShape, group_of

@@ -1,4 +1,5 @@
-"""The dimensions of a model and of its work, as plain numbers: what the cost and memory ledgers count from, without weights.
+"""The dimensions of a model and of its work, as plain numbers: what the cost and memory ledgers count from,
+without weights.
 
 Legend: N patches of an image, P prompt tokens, G replies a group, n tokens of a reply.
 """
@@ -11,7 +12,29 @@ from functools import cached_property
 
 from locus_fast.data.resize import grid_size
 
-LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)  # numbers of rows that a decoder runs with
+LADDER = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+    192,
+    256,
+    384,
+    512,
+    768,
+    1024,
+    1536,
+    2048,
+    3072,
+    4096,
+)  # numbers of rows that a decoder runs with
 PROMPT_STEP = 1024  # the tokens that static prompt buffers grow by
 
 
@@ -21,13 +44,15 @@ def rung(rows: int) -> int:
 
 
 def recomputed(layers: int, checkpointing: int) -> int:
-    """How many of so many layers are recomputed in backward: none for 0, else every `checkpointing`-th, the first included."""
+    """How many of so many layers are recomputed in backward: none for 0, else every `checkpointing`-th, the
+    first included."""
     return -(-layers // checkpointing) if checkpointing else 0
 
 
 @dataclass(frozen=True)
 class VisionShape:
-    """A vision tower. `gated` blocks have three MLP matrices, others two; `normed_twice` blocks keep a float32 copy in each norm (RMSNorm)."""
+    """A vision tower. `gated` blocks have three MLP matrices, others two; `normed_twice` blocks keep a
+    float32 copy in each norm (RMSNorm)."""
 
     depth: int
     hidden: int
@@ -56,13 +81,22 @@ class VisionShape:
     @property
     def block_parameters(self) -> int:
         h, norm = self.hidden, self.hidden * (1 if self.gated else 2)  # LayerNorm has a bias
-        mlp = 3 * h * self.intermediate + 2 * self.intermediate + h if self.gated else 2 * h * self.intermediate + self.intermediate + h
+        mlp = (
+            3 * h * self.intermediate + 2 * self.intermediate + h
+            if self.gated
+            else 2 * h * self.intermediate + self.intermediate + h
+        )
         return 2 * norm + 3 * h * h + 3 * h + h * h + h + mlp
 
     @property
     def parameters(self) -> int:
         embed = self.patch_values * self.hidden + (0 if self.gated else self.hidden)
-        return embed + self.positions * self.hidden + self.depth * self.block_parameters + self.projector_parameters
+        return (
+            embed
+            + self.positions * self.hidden
+            + self.depth * self.block_parameters
+            + self.projector_parameters
+        )
 
     @property
     def projector_parameters(self) -> int:
@@ -72,7 +106,8 @@ class VisionShape:
         return self.hidden * (1 if self.gated else 2) + merger + len(self.deepstack) * (2 * wide + merger)
 
     def sequences(self, rows: int, columns: int) -> list[int]:
-        """Patches of each attention window of an image of rows x columns patches, cut as Qwen2.5-VL cuts it (arXiv 2502.13923, section 2.1.1)."""
+        """Patches of each attention window of an image of rows x columns patches, cut as Qwen2.5-VL cuts it
+        (arXiv 2502.13923, section 2.1.1)."""
         side = self.window // self.factor
 
         def cuts(patches: int) -> list[int]:
@@ -133,7 +168,9 @@ class TextShape:
 
     @property
     def parameters(self) -> int:
-        return self.layers * self.layer_parameters + self.hidden + self.head_parameters * (1 if self.tied else 2)
+        return (
+            self.layers * self.layer_parameters + self.hidden + self.head_parameters * (1 if self.tied else 2)
+        )
 
 
 @dataclass(frozen=True)
@@ -151,7 +188,8 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run trains: whole parts of the model; or adapters of a rank beside the language layers' matrices, and then nothing else."""
+    """What a run trains: whole parts of the model; or adapters of a rank beside the language layers'
+    matrices, and then nothing else."""
 
     vision: bool = True
     projector: bool = True
@@ -170,18 +208,28 @@ class Trained:
     def parameters(self, shape: ModelShape) -> int:
         """How many parameters of the model are trained; adapters are not of the model."""
         vision, projector = shape.vision.parameters, shape.vision.projector_parameters
-        return (vision - projector) * self.vision + projector * self.projector + shape.text.parameters * self.language
+        return (
+            (vision - projector) * self.vision
+            + projector * self.projector
+            + shape.text.parameters * self.language
+        )
 
 
 EVERYTHING = Trained()
 
-QWEN25_VISION = VisionShape(32, 1280, 16, 3420, 3584, patch=14, merge=2, gated=True, window=112, full=(7, 15, 23, 31))
+QWEN25_VISION = VisionShape(
+    32, 1280, 16, 3420, 3584, patch=14, merge=2, gated=True, window=112, full=(7, 15, 23, 31)
+)
 QWEN3_VISION = VisionShape(24, 1024, 16, 4096, 2560, patch=16, merge=2, deepstack=(5, 11, 17), positions=2304)
 
 # The published dimensions of the presets' models, from their config.json.
 PUBLISHED = {
-    "qwen2.5-vl-7b": ModelShape("qwen2_5_vl", QWEN25_VISION, TextShape(28, 3584, 28, 4, 128, 18944, 152064, qkv_bias=True)),
-    "qwen3-vl-4b": ModelShape("qwen3_vl", QWEN3_VISION, TextShape(36, 2560, 32, 8, 128, 9728, 151936, tied=True, qk_norm=True)),
+    "qwen2.5-vl-7b": ModelShape(
+        "qwen2_5_vl", QWEN25_VISION, TextShape(28, 3584, 28, 4, 128, 18944, 152064, qkv_bias=True)
+    ),
+    "qwen3-vl-4b": ModelShape(
+        "qwen3_vl", QWEN3_VISION, TextShape(36, 2560, 32, 8, 128, 9728, 151936, tied=True, qk_norm=True)
+    ),
     "mimo-vl-7b": ModelShape(
         "qwen2_5_vl",
         replace(QWEN25_VISION, intermediate=3456, out=4096),
@@ -201,7 +249,8 @@ class Group:
 
     @property
     def fed(self) -> list[int]:
-        """Reply tokens that go through the model: all but each last, since the prompt's last state predicts the first."""
+        """Reply tokens that go through the model: all but each last, since the prompt's last state predicts
+        the first."""
         return [n - 1 for n in self.replies]
 
     @cached_property
@@ -235,8 +284,8 @@ def group_of(
 ) -> Group:
     """The work of one prompt with images of these sizes.
 
-    sizes: (width, height) of image and cue in pixels; pixels: fewest and most pixels each is resized to; text_tokens: of the prompt, the chat
-    template and the image marks included.
+    sizes: (width, height) of image and cue in pixels; pixels: fewest and most pixels each is resized to;
+    text_tokens: of the prompt, the chat template and the image marks included.
     """
     vision = shape.vision
     grids = []

@@ -17,7 +17,6 @@ import numpy as np
 
 from locus_fast.errors import UserError
 
-STANDARD = {".json": "xywh", ".jsonl": "xyxy"}  # by the file's suffix
 MEANING = {
     "xyxy": "x1, y1, x2, y2 in pixels",
     "xywh": "x, y, width, height in pixels",
@@ -28,9 +27,15 @@ _UNITS = {"normalized": 1.0, "thousand": 1000.0}  # what the image's far edge is
 
 _FAR_OUT = (2.0, 0.02)  # px and parts of the image's side that a box may stick out by: rounding, hasty labels
 _MOST_WRONG = 1 / 3  # of the boxes: from here on another reading is looked for
-_FEW_WRONG = 0.05  # the same where the boxes fill 0..1000 (c): images of nearly 1000 px hide most of what is wrong
+_FEW_WRONG = (
+    0.05  # the same where the boxes fill 0..1000 (c): images of nearly 1000 px hide most of what is wrong
+)
 _LEFT_WRONG = 0.1  # of those boxes: as many may be wrong in the other reading
-_FILLED, _SPREAD, _ENOUGH = 900.0, 150.0, 20  # (c): largest far edges, deviation of the centres, and boxes, at least
+_FILLED, _SPREAD, _ENOUGH = (
+    900.0,
+    150.0,
+    20,
+)  # (c): largest far edges, deviation of the centres, and boxes, at least
 _NEARLY_ALL = 0.98  # (c): part of the boxes that end by 1000
 _LARGER = 1250  # px: images whose pixels go on well past 1000
 _BY_CHANCE = 0.01
@@ -51,7 +56,9 @@ class Evidence:
         return {
             "reversed": (xyxy[:, 2:] < xyxy[:, :2]).any(axis=1),
             "of zero area": (xyxy[:, 2:] == xyxy[:, :2]).any(axis=1),
-            "sticking out of their image": ((xyxy[:, :2] < -room) | (xyxy[:, 2:] > self.sides + room)).any(axis=1),
+            "sticking out of their image": ((xyxy[:, :2] < -room) | (xyxy[:, 2:] > self.sides + room)).any(
+                axis=1
+            ),
         }
 
     def wrong_as(self, name: str) -> np.ndarray:
@@ -66,7 +73,11 @@ class Evidence:
     def wrongs_text(self, name: str) -> str:
         """What is wrong in this format, counted by reason, each with its first culprit."""
         faults = self.faults(to_xyxy(self.raw, self.sides, name))
-        return ", ".join(f"{int(bad.sum()):,} {reason} (first: {self.first(bad)})" for reason, bad in faults.items() if bad.any())
+        return ", ".join(
+            f"{int(bad.sum()):,} {reason} (first: {self.first(bad)})"
+            for reason, bad in faults.items()
+            if bad.any()
+        )
 
     def ends_at_thousand(self, name: str) -> bool:
         """Whether nearly all lie in 0..1000 as corners (xyxy) or with widths (xywh), spread in both axes and
@@ -85,7 +96,11 @@ class Evidence:
         """Whether all lie in 0..1000 where boxes spread evenly over their images would hardly ever do."""
         corners = to_xyxy(self.raw, self.sides, name)
         chance = np.log(np.minimum(1.0, 1000 / self.sides)).sum()
-        return bool((corners <= 1000).all() and (corners[:, 2:] > corners[:, :2]).all() and chance < math.log(_BY_CHANCE))
+        return bool(
+            (corners <= 1000).all()
+            and (corners[:, 2:] > corners[:, :2]).all()
+            and chance < math.log(_BY_CHANCE)
+        )
 
 
 def to_xyxy(raw: np.ndarray, sides: np.ndarray, name: str) -> np.ndarray:
@@ -98,7 +113,9 @@ def to_xyxy(raw: np.ndarray, sides: np.ndarray, name: str) -> np.ndarray:
     return raw * np.tile(sides, 2) / _UNITS[name]
 
 
-def check_standard(raw: np.ndarray, sides: np.ndarray, standard: str, where: str, first: Callable[[np.ndarray], str]) -> str:
+def check_standard(
+    raw: np.ndarray, sides: np.ndarray, standard: str, where: str, first: Callable[[np.ndarray], str]
+) -> str:
     """Raise UserError, naming the options that fit, if the file's boxes cannot be what its kind of file
     usually holds.
 
@@ -128,7 +145,9 @@ def check_standard(raw: np.ndarray, sides: np.ndarray, standard: str, where: str
 def _is_much(wrong: np.ndarray, ending: bool) -> bool:
     """Whether so many boxes are wrong that it is their reading, and not a slip here and there."""
     count = int(wrong.sum())
-    return count == len(wrong) or (count >= 2 and count >= (_FEW_WRONG if ending else _MOST_WRONG) * len(wrong))
+    return count == len(wrong) or (
+        count >= 2 and count >= (_FEW_WRONG if ending else _MOST_WRONG) * len(wrong)
+    )
 
 
 def _refuse_shares_of_one(evidence: Evidence, where: str) -> None:
@@ -145,11 +164,19 @@ def _refuse_shares_of_one(evidence: Evidence, where: str) -> None:
 def _refuse_misread(evidence: Evidence, standard: str, where: str) -> None:
     """Raise UserError if another reading explains nearly all that is wrong in the standard one."""
     wrong = int(evidence.wrong_as(standard).sum())
-    others = {name: int(evidence.wrong_as(name).sum()) for name in ("xyxy", "xywh", "thousand") if name != standard}
-    fits = [name for name, count in others.items() if count <= _LEFT_WRONG * wrong and count == min(others.values())]
+    others = {
+        name: int(evidence.wrong_as(name).sum()) for name in ("xyxy", "xywh", "thousand") if name != standard
+    }
+    fits = [
+        name
+        for name, count in others.items()
+        if count <= _LEFT_WRONG * wrong and count == min(others.values())
+    ]
     count = len(evidence.raw)
     if len(fits) > 1 and count >= _ENOUGH and evidence.raw.max() < _FILLED:
-        fits = [name for name in fits if name != "thousand"]  # so many shares of 1000 would come nearer to 1000
+        fits = [
+            name for name in fits if name != "thousand"
+        ]  # so many shares of 1000 would come nearer to 1000
     cannot = f"cannot be {MEANING[standard]} of their images: {evidence.wrongs_text(standard)}"
     what = f"{wrong:,} of its {count:,} boxes {cannot}"
     if fits:
@@ -167,5 +194,9 @@ def _give(fits: list[str], standard: str) -> str:
 
 def _convert(name: str, standard: str = "") -> str:
     """The same where no option reads it."""
-    insist = f", or give --box-format {standard} to read them as {MEANING[standard]} all the same" if standard else ""
+    insist = (
+        f", or give --box-format {standard} to read them as {MEANING[standard]} all the same"
+        if standard
+        else ""
+    )
     return f"write them as {MEANING[name]} and give --box-format {name}{insist}"

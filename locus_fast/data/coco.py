@@ -17,7 +17,12 @@ def read_coco(rows: Rows) -> None:
     slots: dict[str, int] = {}
     for position, image in enumerate(content["images"]):
         where = f"{rows.source} images[{position}]"
-        if not isinstance(image, dict) or "id" not in image or not isinstance(image.get("file_name"), str) or not image["file_name"]:
+        if (
+            not isinstance(image, dict)
+            or "id" not in image
+            or not isinstance(image.get("file_name"), str)
+            or not image["file_name"]
+        ):
             raise UserError(f"{where} lacks an id or a file_name: each image needs both")
         if _id(image["id"]) in slots:
             raise UserError(f"{where} repeats the id {image['id']!r}: each image needs an id of its own")

@@ -30,7 +30,9 @@ def refuse_collapsed(table: BoxTable, recipe: CueRecipe) -> None:
     if count >= _FEWEST and table.astray > _MOST * count:
         what = f"{table.astray:,} of {count:,} boxes lie outside their images"
         what += " or lose over a tenth of their area at the border"
-        raise UserError(f"{table.source}: {what}: check that they were drawn on these images, and their --box-format")
+        raise UserError(
+            f"{table.source}: {what}: check that they were drawn on these images, and their --box-format"
+        )
     boxes = table.boxes.astype(np.float64)
     sides = table.sizes[table.image_index].astype(np.int64)
     weight = _weights(boxes, sides, recipe)
@@ -49,7 +51,9 @@ def refuse_collapsed(table: BoxTable, recipe: CueRecipe) -> None:
         same = _iou(places, middle) >= _SAME
         if same.sum() >= _FEWEST and weight[same].sum() > _MOST:
             corners = ", ".join(f"{round(value, 3):g}" for value in middle)
-            what = f"{same.sum():,} of {len(same):,} cues would show the same place, about [{corners}] in {unit}"
+            what = (
+                f"{same.sum():,} of {len(same):,} cues would show the same place, about [{corners}] in {unit}"
+            )
             advice = "check their --box-format and --min-side, or give boxes in more places"
             raise UserError(f"{table.source}: {what}, so that one constant answer would do: {advice}")
 

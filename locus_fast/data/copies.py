@@ -38,11 +38,17 @@ def first_copies(paths: Sequence[Path]) -> np.ndarray:
     return first
 
 
-def _split(groups: list[list[int]], paths: Sequence[Path], key_of: Callable[[Path], Key], pool: ThreadPoolExecutor) -> list[list[int]]:
+def _split(
+    groups: list[list[int]], paths: Sequence[Path], key_of: Callable[[Path], Key], pool: ThreadPoolExecutor
+) -> list[list[int]]:
     """Each group of places split by its files' keys; groups of one are left out."""
     places = [place for group in groups for place in group]
     chunks = [places[start : start + _CHUNK] for start in range(0, len(places), _CHUNK)]
-    keys = [key for part in pool.map(lambda chunk: [key_of(paths[place]) for place in chunk], chunks) for key in part]
+    keys = [
+        key
+        for part in pool.map(lambda chunk: [key_of(paths[place]) for place in chunk], chunks)
+        for key in part
+    ]
     alike: defaultdict[tuple[int, Key], list[int]] = defaultdict(list)
     numbers = (number for number, group in enumerate(groups) for _ in group)
     for place, number, key in zip(places, numbers, keys, strict=True):

@@ -23,10 +23,10 @@ _HELD_OUT_STREAM = (0x68656C64, 0x6F757400)  # never the start of a training str
 class FileCues:
     """Examples from a BoxTable; a `locus_fast.data.example.CueSource`.
 
-    Pictures are held out whole, whatever their files are called (`locus_fast.data.split`). The choice depends on
-    the data and the recipe, not on the training seed. If none of the images that would be asked can be used,
-    the next in rank are held out instead, and those that cannot be used are on neither side. A table without
-    boxes gets random ones.
+    Pictures are held out whole, whatever their files are called (`locus_fast.data.split`). The choice depends
+    on the data and the recipe, not on the training seed. If none of the images that would be asked can be
+    used, the next in rank are held out instead, and those that cannot be used are on neither side. A table
+    without boxes gets random ones.
 
     Boxes belong to the upright image (EXIF orientation applied): an image whose decoded size is not the
     table's is passed over, as an unreadable one is.
@@ -46,11 +46,15 @@ class FileCues:
         split_of: Callable[[np.ndarray], Split]
         if table.has_boxes:
             sides = table.boxes[:, 2:].astype(np.float64) - table.boxes[:, :2]
-            self._classes = class_of(sides.prod(axis=1) / table.sizes[table.image_index].astype(np.float64).prod(axis=1))
+            self._classes = class_of(
+                sides.prod(axis=1) / table.sizes[table.image_index].astype(np.float64).prod(axis=1)
+            )
             self._refuse_empty_mix(weights)
             of_box = table.first_copy[table.image_index]
             pictures = np.unique(of_box[weights[self._classes] > 0])
-            split_of = partial(split_boxes, pictures=of_box, classes=self._classes, weights=weights, held_out=held_out)
+            split_of = partial(
+                split_boxes, pictures=of_box, classes=self._classes, weights=weights, held_out=held_out
+            )
         else:
             pictures = np.unique(table.first_copy)
             split_of = partial(split_images, held_out=held_out)
@@ -107,7 +111,9 @@ class FileCues:
         while len(skipped) < _MOST_FAILURES:
             wanted = self._draw_class(rng)
             try:
-                return self._example(int(rng.choice(self._split.pools[wanted])), SIZE_CLASSES[wanted], rng, skipped)
+                return self._example(
+                    int(rng.choice(self._split.pools[wanted])), SIZE_CLASSES[wanted], rng, skipped
+                )
             except ImageError as error:
                 skipped.append(str(error))
         raise _too_many_failures(self._table.source, skipped)
@@ -147,8 +153,14 @@ class FileCues:
         index = self._image_of(choice)
         image = self._load(index)
         height, width = image.shape[:2]
-        drawn = None if self._table.has_boxes else random_box(width, height, size_class, self._recipe.min_side, rng)
-        cue, region = cut_cue(image, drawn or self._table.boxes[choice].tolist(), size_class, self._recipe, rng)
+        drawn = (
+            None
+            if self._table.has_boxes
+            else random_box(width, height, size_class, self._recipe.min_side, rng)
+        )
+        cue, region = cut_cue(
+            image, drawn or self._table.boxes[choice].tolist(), size_class, self._recipe, rng
+        )
         if drawn:  # growth to the shortest side may have lifted a random box out of its class
             size_class = size_class_of(region, width, height)
         return Example(image, cue, region, size_class, self._table.names[index], tuple(skipped))
@@ -183,11 +195,21 @@ class FileCues:
             files = f"; left out {_counted(left_out, 'file')}: {table.dropped_text()}" if left_out else ""
             return f"{_counted(len(table.names), 'image')}{copies}, random boxes, {held}{files}"
         empty = len(table.names) - len(np.unique(table.image_index))
-        images = f"{_counted(len(table.names), 'image')}{f' ({empty:,} without boxes)' if empty else ''}{copies}"
+        images = (
+            f"{_counted(len(table.names), 'image')}{f' ({empty:,} without boxes)' if empty else ''}{copies}"
+        )
         line = f"{images}, {_counted(len(table.boxes), 'box')} ({self._counted_sizes()}), {held}"
-        lacking = [name for name, asked, given in zip(SIZE_CLASSES, self._recipe.mix, self._weights, strict=True) if asked and not given]
+        lacking = [
+            name
+            for name, asked, given in zip(SIZE_CLASSES, self._recipe.mix, self._weights, strict=True)
+            if asked and not given
+        ]
         if lacking:
-            mix = ", ".join(f"{weight:.0%} {name}" for name, weight in zip(SIZE_CLASSES, self._weights, strict=True) if weight)
+            mix = ", ".join(
+                f"{weight:.0%} {name}"
+                for name, weight in zip(SIZE_CLASSES, self._weights, strict=True)
+                if weight
+            )
             line += f"; no {' or '.join(lacking)} boxes to train on, so the mix is {mix}"
         if table.note:
             line += f"; {table.note}"
@@ -208,4 +230,6 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _too_many_failures(source: Path, skipped: list[str]) -> UserError:
-    return UserError(f"{source}: {_counted(len(skipped), 'try')} in a row gave no usable image, the last: {skipped[-1]}")
+    return UserError(
+        f"{source}: {_counted(len(skipped), 'try')} in a row gave no usable image, the last: {skipped[-1]}"
+    )

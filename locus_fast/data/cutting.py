@@ -15,7 +15,11 @@ from locus_fast.errors import UserError
 
 SIZE_CLASSES = ("tiny", "small", "large")
 _TINY_BELOW, _SMALL_UP_TO = 0.01, 0.05  # parts of the image area
-_RANDOM_AREA = {"tiny": (0.001, _TINY_BELOW), "small": (_TINY_BELOW, _SMALL_UP_TO), "large": (_SMALL_UP_TO, 0.25)}
+_RANDOM_AREA = {
+    "tiny": (0.001, _TINY_BELOW),
+    "small": (_TINY_BELOW, _SMALL_UP_TO),
+    "large": (_SMALL_UP_TO, 0.25),
+}
 _RANDOM_ASPECT = 2.0  # random boxes are 1/2 to 2 times as wide as high
 _LEAST_CUE_SIDE = 8  # px, after rescaling
 
@@ -28,14 +32,22 @@ class CueRecipe:
 
     mix: tuple[float, float, float]  # weights of tiny, small and large
     min_side: int  # px, of the crop before rescaling
-    padding: tuple[float, float]  # range of the padding of each side of a tiny box, as a part of the box's width or height
+    padding: tuple[
+        float, float
+    ]  # range of the padding of each side of a tiny box, as a part of the box's width or height
     scale: tuple[float, float]  # range of the factor that a tiny crop is resized by
 
     def __post_init__(self) -> None:
         """Raise UserError for values that no cue can be cut by."""
-        if len(self.mix) != 3 or not all(math.isfinite(weight) and weight >= 0 for weight in self.mix) or sum(self.mix) <= 0:
+        if (
+            len(self.mix) != 3
+            or not all(math.isfinite(weight) and weight >= 0 for weight in self.mix)
+            or sum(self.mix) <= 0
+        ):
             classes = ", ".join(SIZE_CLASSES)
-            raise UserError(f"mix {self.mix} must be three weights for {classes}, none negative and not all zero")
+            raise UserError(
+                f"mix {self.mix} must be three weights for {classes}, none negative and not all zero"
+            )
         if self.min_side < 1:
             raise UserError(f"min_side {self.min_side} must be at least 1 pixel")
         if not 0 <= self.padding[0] <= self.padding[1] < math.inf:
@@ -56,7 +68,9 @@ def class_of(part: np.ndarray) -> np.ndarray:
     return np.where(part < _TINY_BELOW, 0, np.where(part <= _SMALL_UP_TO, 1, 2))
 
 
-def cut_cue(image: np.ndarray, box: Sequence[float], size_class: str, recipe: CueRecipe, rng: np.random.Generator) -> tuple[np.ndarray, Box]:
+def cut_cue(
+    image: np.ndarray, box: Sequence[float], size_class: str, recipe: CueRecipe, rng: np.random.Generator
+) -> tuple[np.ndarray, Box]:
     """Cut what `box` (xyxy in pixels, overlapping the image) shows out of `image` (uint8 [H, W, 3]).
 
     Returns the cue, uint8 [h, w, 3], and the whole-pixel region of the image that it shows, xyxy: that of

@@ -1,4 +1,5 @@
-"""One cue search task, and where tasks come from. Boxes are xyxy in pixels of the image that they belong to."""
+"""One cue search task, and where tasks come from. Boxes are xyxy in pixels of the image that they belong
+to."""
 
 from __future__ import annotations
 
@@ -14,14 +15,17 @@ class Example:
 
     image: np.ndarray  # uint8 [height, width, 3] RGB
     cue: np.ndarray  # uint8 [height, width, 3] RGB, a rescaled copy of image[box]
-    box: tuple[float, float, float, float]  # xyxy in pixels of `image`: the region the cue shows, padding included
+    box: tuple[
+        float, float, float, float
+    ]  # xyxy in pixels of `image`: the region the cue shows, padding included
     size_class: str  # "tiny" (< 1% of the image area), "small" (1% to 5%) or "large"
     source: str  # where it comes from, for messages and pictures: a file name, or "scene 17"
     skipped: tuple[str, ...] = ()  # one sentence for each unreadable image that was passed over to get here
 
 
 class CueSource(Protocol):
-    """Where examples come from. Both methods are pure functions of (the source's seed, index): any order, any thread."""
+    """Where examples come from. Both methods are pure functions of (the source's seed, index): any order, any
+    thread."""
 
     held_out_count: int
 

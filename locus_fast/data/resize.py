@@ -9,8 +9,9 @@ from PIL import Image
 
 
 def grid_size(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The (height, width) an image is resized to: multiples of `factor`, the aspect ratio kept as far as that allows, and the area between
-    min_pixels and max_pixels. This is the rule that Qwen2-VL published and its successors kept."""
+    """The (height, width) an image is resized to: multiples of `factor`, the aspect ratio kept as far as that
+    allows, and the area between min_pixels and max_pixels. This is the rule that Qwen2-VL published and its
+    successors kept."""
     rows, columns = (round(side / factor) * factor for side in (height, width))
     if rows * columns > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)

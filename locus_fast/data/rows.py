@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from locus_fast.data.box_format import MEANING, STANDARD, check_standard, to_xyxy
+from locus_fast.data.box_format import MEANING, check_standard, to_xyxy
 from locus_fast.data.copies import first_copies
 from locus_fast.data.images import ImageError, image_size
 from locus_fast.data.table import OUTSIDE, BoxTable, Dropped, reasons_text
@@ -23,16 +23,18 @@ _HEADER_THREADS = 16  # reading headers waits for the disk or the network, not f
 
 
 class Rows:
-    """Boxes of a COCO or JSONL file; `table` checks and packs them. A position is that of the annotation or
-    line, for messages."""
+    """Boxes of a file; `table` checks and packs them. A position is that of the annotation or line, for
+    messages."""
 
-    def __init__(self, source: Path, root: Path, box_format: str) -> None:
-        """root: the folder that relative names are joined to; box_format: one of BOX_FORMATS."""
+    def __init__(self, source: Path, root: Path, box_format: str, standard: str, place: str) -> None:
+        """root: the folder that relative names are joined to; box_format: one of BOX_FORMATS; standard: what
+        four numbers in such a file usually are, a name in `box_format.MEANING`; place: how a position is
+        named, with {}."""
         self.source = source
         self.root = root
         self.names: list[str] = []
         self._asked = box_format
-        self._standard = STANDARD[source.suffix.lower()]
+        self._standard, self._where = standard, place
         self._names = _Names(root)
         self._sizes: list[tuple[int, int]] = []
         self._rows_of: dict[str, int] = {}  # of each spelling and path
@@ -118,7 +120,13 @@ class Rows:
         if self._asked != "auto":
             note = f"boxes read as {MEANING[self._asked]}" if self._asked != self._standard else ""
             return to_xyxy(raw, np.where(sides > 0, sides, 1.0), self._asked), note
-        note = check_standard(raw, sides, self._standard, str(self.source), lambda chosen: self._place(self._positions[chosen[0]]))
+        note = check_standard(
+            raw,
+            sides,
+            self._standard,
+            str(self.source),
+            lambda chosen: self._place(self._positions[chosen[0]]),
+        )
         return to_xyxy(raw, sides, self._standard), note
 
     def _drop_bad(self, boxes: np.ndarray, inside: np.ndarray, limits: np.ndarray) -> np.ndarray:
@@ -142,11 +150,12 @@ class Rows:
         return kept
 
     def _named_drops(self) -> dict[str, Dropped]:
-        return {reason: Dropped(count, self._place(first)) for reason, (count, first) in self._dropped.items()}
+        return {
+            reason: Dropped(count, self._place(first)) for reason, (count, first) in self._dropped.items()
+        }
 
     def _place(self, position: int) -> str:
-        place = f"line {position}" if self.source.suffix.lower() == ".jsonl" else f"annotations[{position}]"
-        return f"{self.source.name} {place}"
+        return f"{self.source.name} {self._where.format(position)}"
 
     def _first_copies(self, rows: np.ndarray) -> np.ndarray:
         """For each image the first one among `rows` with the same bytes, int32 [m]; others are not looked
@@ -184,7 +193,9 @@ class _Names:
 
     def __init__(self, root: Path) -> None:
         self._root = os.path.abspath(root)
-        self._straight: dict[str, bool] = {}  # folders with "..": whether the path without it is the same folder
+        self._straight: dict[
+            str, bool
+        ] = {}  # folders with "..": whether the path without it is the same folder
 
     def tidy(self, name: str) -> tuple[str, str]:
         """(the name without detours, the absolute path that all spellings of it share). The name is relative

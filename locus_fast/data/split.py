@@ -44,7 +44,9 @@ def split_images(ranked: np.ndarray, held_out: int) -> Split:
     return Split(ranked[:count], ranked[:count], held_out, [ranked[count:]] * len(SIZE_CLASSES))
 
 
-def split_boxes(ranked: np.ndarray, pictures: np.ndarray, classes: np.ndarray, weights: np.ndarray, held_out: int) -> Split:
+def split_boxes(
+    ranked: np.ndarray, pictures: np.ndarray, classes: np.ndarray, weights: np.ndarray, held_out: int
+) -> Split:
     """Pictures from the front of `ranked` until they give `held_out` boxes of the wanted mix, a fifth of them
     at most.
 
@@ -73,7 +75,11 @@ def _pictures_to_hold_out(ranks: np.ndarray, classes: np.ndarray, quota: np.ndar
     """
     if not quota.any():
         return 0
-    given = np.bincount(ranks * len(quota) + classes, minlength=pictures * len(quota)).reshape(pictures, -1).cumsum(axis=0)
+    given = (
+        np.bincount(ranks * len(quota) + classes, minlength=pictures * len(quota))
+        .reshape(pictures, -1)
+        .cumsum(axis=0)
+    )
     wanted = np.minimum(quota, np.floor(_HELD_OUT_PART * given[-1]))
     enough = (given >= wanted).all(axis=1) & (given.sum(axis=1) >= quota.sum())
     first = int(enough.argmax()) + 1 if enough.any() else pictures

@@ -22,7 +22,9 @@ from locus_fast.model.quantize import PROJECTIONS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in peft's files
-LAYERS = r"(.*\.)?language_model\.layers\.\d+\.(self_attn|mlp)\.({kinds})"  # a regex, by kinds of linear layers
+LAYERS = (
+    r"(.*\.)?language_model\.layers\.\d+\.(self_attn|mlp)\.({kinds})"  # a regex, by kinds of linear layers
+)
 
 
 @dataclass(frozen=True)

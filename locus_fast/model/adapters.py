@@ -1,6 +1,6 @@
-"""LoRA (arXiv 2106.09685) by peft, in place: the model stays the transformers model that `locus_fast.model.policy`
-knows, and its language model's linear layers gain float32 adapters. Nothing else is trained. Over nf4 weights
-(`locus_fast.model.quantize`) it is QLoRA.
+"""LoRA (arXiv 2106.09685) by peft, in place: the model stays the transformers model that
+`locus_fast.model.policy` knows, and its language model's linear layers gain float32 adapters. Nothing else is
+trained. Over nf4 weights (`locus_fast.model.quantize`) it is QLoRA.
 
 There is no dropout: the sampler is the policy, so its log-probs must be those of the training forward.
 
@@ -28,7 +28,16 @@ from torch import Tensor
 
 from locus_fast.errors import UserError
 from locus_fast.libraries import optional
-from locus_fast.model.adapter_files import LAYERS, PREFIX, WEIGHTS, Pair, joined, named_tensors, peft_config, write_pairs
+from locus_fast.model.adapter_files import (
+    LAYERS,
+    PREFIX,
+    WEIGHTS,
+    Pair,
+    joined,
+    named_tensors,
+    peft_config,
+    write_pairs,
+)
 from locus_fast.model.quantize import PROJECTIONS, language_linears, linear_names, weight_of
 
 NAME = "default"  # of the adapters that are trained; peft's name of an only one
@@ -41,7 +50,9 @@ def add_adapters(model: Any, rank: int, alpha: float, targets: Sequence[str] = P
     outputs are unchanged to the bit. Raises UserError without peft."""
     peft = optional("peft", "--lora")
     where = LAYERS.format(kinds="|".join(targets))
-    _inject(model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=where, task_type="CAUSAL_LM"), NAME)
+    _inject(
+        model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=where, task_type="CAUSAL_LM"), NAME
+    )
     _activate(model, [GIVEN, NAME] if _holds(model, GIVEN) else [NAME])
 
 
@@ -96,7 +107,11 @@ def has_adapters(model: Any) -> bool:
 
 def adapter_tensors(model: Any) -> dict[str, Tensor]:
     """The parameters of the trained adapters, by their names in peft's files."""
-    return {PREFIX + name.replace(f".{NAME}.", "."): p for name, p in model.named_parameters() if f".{NAME}." in name}
+    return {
+        PREFIX + name.replace(f".{NAME}.", "."): p
+        for name, p in model.named_parameters()
+        if f".{NAME}." in name
+    }
 
 
 def adapted_layers(model: Any) -> Iterator[tuple[str, Any]]:
@@ -139,8 +154,13 @@ class MergedState(Mapping[str, Tensor]):
     def __init__(self, model: Any):
         self.layers = {f"{name}.weight": layer for name, layer in adapted_layers(model)}
         inside = tuple(name.removesuffix("weight") for name in self.layers)
-        self.plain = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
-        biases = ((name.removesuffix("weight") + "bias", layer.base_layer.bias) for name, layer in self.layers.items())
+        self.plain = {
+            name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)
+        }
+        biases = (
+            (name.removesuffix("weight") + "bias", layer.base_layer.bias)
+            for name, layer in self.layers.items()
+        )
         self.plain |= {name: bias.detach() for name, bias in biases if bias is not None}
 
     @torch.no_grad()
@@ -148,7 +168,9 @@ class MergedState(Mapping[str, Tensor]):
         if name not in self.layers:
             return self.plain[name]
         layer = self.layers[name]
-        return weight_of(layer.base_layer).float() + sum(layer.get_delta_weight(each) for each in _counted(layer))
+        return weight_of(layer.base_layer).float() + sum(
+            layer.get_delta_weight(each) for each in _counted(layer)
+        )
 
     def __contains__(self, name: object) -> bool:
         return name in self.layers or name in self.plain
@@ -178,7 +200,9 @@ def pairs_of(model: Any) -> dict[str, Pair]:
     pairs = {}
     for name, layer in adapted_layers(model):
         down, up, scale = layer.lora_A, layer.lora_B, layer.scaling
-        pairs[name] = joined([Pair(down[each].weight, up[each].weight, scale[each]) for each in _counted(layer)])
+        pairs[name] = joined(
+            [Pair(down[each].weight, up[each].weight, scale[each]) for each in _counted(layer)]
+        )
     return pairs
 
 

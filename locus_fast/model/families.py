@@ -1,16 +1,25 @@
 """The model families: one record each, which every other module asks.
 
-To add a family, add an entry to `FAMILIES` under its config's `model_type`. A family with the modules of one that is
-here names that `Architecture` and what differs in how it is asked; one with modules of its own needs an `Architecture`
-record besides, and where its code in `transformers` differs by more than the record says, code that reads the new
-trait. The rest is read from a checkpoint's own files: sizes and the placeholder's id from config.json, normalisation
-from the processor's config, the turns of a conversation and a thinking model's opening from its chat template.
+To add a family, add an entry to `FAMILIES` under its config's `model_type`. A family with the modules of one
+that is here names that `Architecture` and what differs in how it is asked; one with modules of its own needs
+an `Architecture` record besides, and where its code in `transformers` differs by more than the record says,
+code that reads the new trait. One whose `model_type` is not known to `transformers` names the model type
+whose classes it uses. The rest is read from a checkpoint's own files: sizes and the placeholder's id from
+config.json, normalisation from the processor's config, the turns of a conversation and a thinking model's
+opening from its chat template.
+
+Other modules name a module, a family or a placeholder too, and need no change for another entry of a known
+architecture; one with other modules would be looked for in them: `cost/shapes.py` and `cost/traffic.py` (what
+is counted), `model/attention.py`, `model/policy.py`, `model/fused.py`, `model/quantize.py`,
+`model/reference.py` and `model/adapter_files.py` (what is switched, kept or named), `step/rollout.py`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +42,11 @@ class Frame:
 
     @property
     def units(self) -> str:
-        return "pixel coordinates" if self.extent is None else f"coordinates from 0 to {self.extent} relative to its size"
+        return (
+            "pixel coordinates"
+            if self.extent is None
+            else f"coordinates from 0 to {self.extent} relative to its size"
+        )
 
     def scale(self, size: tuple[int, int], resized: tuple[int, int]) -> np.ndarray:
         """Frame units per pixel of the original image, float64 [4] for xyxy. size, resized: (width, height)
@@ -42,7 +55,9 @@ class Frame:
         return np.array([spoken[i % 2] / size[i % 2] for i in range(4)])
 
 
-def interleave(pieces: Sequence[Sequence[int]], cells: Sequence[tuple[int, int]], placeholder: int) -> tuple[Tensor, Tensor]:
+def interleave(
+    pieces: Sequence[Sequence[int]], cells: Sequence[tuple[int, int]], placeholder: int
+) -> tuple[Tensor, Tensor]:
     """Token ids and multimodal rotary positions of text pieces with an image between each two.
 
     cells: (rows, columns) of language tokens of each image. Returns ids int64 [P] and position int64 [3, P]
@@ -114,14 +129,20 @@ class Family:
 
     architecture: Architecture
     extent: int | None  # coordinate frame: see Frame
+    classes: str = ""  # the model type whose classes in `transformers` it uses; empty: its own
     resize: Callable[..., np.ndarray] = resize  # rule: (image, *, factor, min_pixels, max_pixels) -> image
-    placeholder: str = "image_token_id"  # the config's name for the id that stands for every language token of an image
-    positions: Callable[..., tuple[Tensor, Tensor]] = interleave  # rule: (pieces, cells, placeholder) -> ids, position
+    placeholder: str = (
+        "image_token_id"  # the config's name for the id that stands for every language token of an image
+    )
+    positions: Callable[..., tuple[Tensor, Tensor]] = (
+        interleave  # rule: (pieces, cells, placeholder) -> ids, position
+    )
     stop: str = "<|im_end|>"  # ends a turn: replies stop at it, besides what generation_config.json names
     thinking: str = "<think>"  # a template whose generation prompt ends in it has begun the reply's thinking
 
 
-# MiMo-VL is a Qwen2.5-VL by its config, and speaks of pixels too; its template, tokenizer and sizes are in its folder.
+# MiMo-VL is a Qwen2.5-VL by its config, and speaks of pixels too; its template, tokenizer and sizes are in
+# its folder.
 FAMILIES = {
     "qwen2_5_vl": Family(QWEN2_5_VL, extent=None),
     "qwen3_vl": Family(QWEN3_VL, extent=1000),
@@ -129,15 +150,31 @@ FAMILIES = {
 
 
 def family_of(config: Any) -> Family:
-    """The family of a model, from its config; UserError if there is none."""
-    return family_named(config.model_type)
+    """The family of a model, from its config as `read_config` gives it; UserError if there is none."""
+    return family_named(getattr(config, "family", config.model_type))
 
 
 def family_named(model_type: object) -> Family:
     """The family of a config's `model_type`; UserError if there is none."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(f"model type '{model_type}' is not one of the families that can be trained: {', '.join(sorted(FAMILIES))}.")
+        raise UserError(
+            f"model type '{model_type}' is not one of the families that can be trained: "
+            f"{', '.join(sorted(FAMILIES))}."
+        )
     return FAMILIES[model_type]
+
+
+def read_config(folder: Path) -> Any:
+    """`transformers`' configuration of the model in a folder. One of a family that uses another model type's
+    classes is of that type, and has its own in the attribute `family`. Raises what `transformers` raises."""
+    from transformers import AutoConfig  # takes seconds, and published shapes need no `transformers`
+
+    stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = stated.get("model_type")
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None or not family.classes:
+        return AutoConfig.from_pretrained(folder)
+    return AutoConfig.for_model(**{**stated, "model_type": family.classes, "family": name})
 
 
 def frame_of(config: Any) -> Frame:
@@ -147,7 +184,8 @@ def frame_of(config: Any) -> Frame:
 
 
 def shape_of(config: Any) -> ModelShape:
-    """The dimensions of a model for the cost ledger, from its config. Raises UserError for an unknown family."""
+    """The dimensions of a model for the cost ledger, from its config. Raises UserError for an unknown
+    family."""
     kind, text, vision = family_of(config).architecture, config.text_config, config.vision_config
     head_dim = getattr(text, "head_dim", None) if kind.free_head_dim else None
     return ModelShape(
@@ -184,8 +222,8 @@ def shape_of(config: Any) -> ModelShape:
 
 
 def part_of(name: str, family: Family) -> str:
-    """The part, one of `PARTS`, that a parameter belongs to by its name, which may have a prefix (adapters wrap the
-    model)."""
+    """The part, one of `PARTS`, that a parameter belongs to by its name, which may have a prefix (adapters
+    wrap the model)."""
     words = name.split(".")
     if "visual" not in words:
         return "language"

@@ -1,7 +1,9 @@
-"""liger-kernel's RMSNorm, SwiGLU and rotary embedding in a Hugging Face model: one kernel each where its own modules start eight, two and eleven.
+"""liger-kernel's RMSNorm, SwiGLU and rotary embedding in a Hugging Face model: one kernel each where its own
+modules start eight, two and eleven.
 
-The modules stay what they are, with their parameters and names; only `forward` is set, on each instance that has a fused counterpart. The kernels are
-Triton's: models on CUDA have them where liger-kernel is installed, models on the CPU keep their own forward.
+The modules stay what they are, with their parameters and names; only `forward` is set, on each instance that
+has a fused counterpart. The kernels are Triton's: models on CUDA have them where liger-kernel is installed,
+models on the CPU keep their own forward.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ def can_fuse(device: torch.device) -> bool:
 
 
 def fuse(model: Any) -> None:
-    """Give the RMSNorms, the SwiGLUs and the attentions' rotations of a model to liger-kernel. The attentions then need the trainer's context."""
+    """Give the RMSNorms, the SwiGLUs and the attentions' rotations of a model to liger-kernel. The attentions
+    then need the trainer's context."""
     for module in model.model.modules():
         if hasattr(module, "variance_epsilon"):
             module.forward = MethodType(rms_norm, module)
@@ -41,7 +44,8 @@ def unfuse(model: Any) -> None:
 
 
 def rms_norm(norm: Any, hidden: Tensor) -> Tensor:
-    """hidden [..., D], of any float dtype; rounded where the module rounds. Its gradient is a new tensor, as others may read what it is made of."""
+    """hidden [..., D], of any float dtype; rounded where the module rounds. Its gradient is a new tensor, as
+    others may read what it is made of."""
     from liger_kernel.transformers.functional import liger_rms_norm
 
     return liger_rms_norm(hidden, norm.weight, norm.variance_epsilon, in_place=False)
@@ -54,22 +58,36 @@ def swiglu(mlp: Any, hidden: Tensor) -> Tensor:
     return mlp.down_proj(liger_swiglu(mlp.gate_proj(hidden), mlp.up_proj(hidden)))
 
 
-def text_attention(attention: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], locus: Any, **_: Any) -> tuple[Tensor, None]:
-    """hidden_states [batch, tokens, D]; position_embeddings: cosines and sines [batch, tokens, head_dim]; locus: the trainer's context."""
+def text_attention(
+    attention: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], locus: Any, **_: Any
+) -> tuple[Tensor, None]:
+    """hidden_states [batch, tokens, D]; position_embeddings: cosines and sines [batch, tokens, head_dim];
+    locus: the trainer's context."""
     from liger_kernel.transformers.functional import liger_rope
 
     heads = (*hidden_states.shape[:-1], -1, attention.head_dim)
-    q, k, v = (project(hidden_states).view(heads) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+    q, k, v = (
+        project(hidden_states).view(heads)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q), attention.k_norm(k)
     q, k = liger_rope(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
-    return attention.o_proj(locus.attend(attention, q, k, v.transpose(1, 2), attention.scaling, None).flatten(-2)), None
+    return attention.o_proj(
+        locus.attend(attention, q, k, v.transpose(1, 2), attention.scaling, None).flatten(-2)
+    ), None
 
 
 def vision_attention(
-    attention: Any, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], locus: Any, **_: Any
+    attention: Any,
+    hidden_states: Tensor,
+    cu_seqlens: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    locus: Any,
+    **_: Any,
 ) -> Tensor:
-    """hidden_states [patches, D]; cu_seqlens of images or windows; position_embeddings: cosines and sines float32 [patches, head_dim]."""
+    """hidden_states [patches, D]; cu_seqlens of images or windows; position_embeddings: cosines and sines
+    float32 [patches, head_dim]."""
     from liger_kernel.transformers.functional import liger_rope
 
     rows = attention.qkv(hidden_states).unflatten(-1, (3, attention.num_heads, -1))

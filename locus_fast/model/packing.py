@@ -1,7 +1,8 @@
-"""Prompts and replies in packed rows, without padding: which groups share a microbatch, and where everything lies. Made on the host, once a
-microbatch; no layer and no later step asks the device for a length.
+"""Prompts and replies in packed rows, without padding: which groups share a microbatch, and where everything
+lies. Made on the host, once a microbatch; no layer and no later step asks the device for a length.
 
-Legend: B prompts (groups), G replies a group, R = B * G rows, N packed prompt tokens, M image tokens among them, T packed reply tokens.
+Legend: B prompts (groups), G replies a group, R = B * G rows, N packed prompt tokens, M image tokens among
+them, T packed reply tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ import numpy as np
 import torch
 from locus_kernels.shared_prefix_attention import Packed, Pairs, SharedPrefixLayout, send
 from torch import Tensor
-from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids, get_vision_window_index
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from locus_fast.errors import UserError
 from locus_fast.model.families import family_of
@@ -23,9 +28,11 @@ from locus_fast.model.prompts import Prompt
 
 
 def best_fit(costs: Sequence[float], budget: float) -> list[list[int]]:
-    """Bins of at most `budget` for items of these costs, none of which exceeds it: best-fit decreasing, ties to the lower index and the older bin.
+    """Bins of at most `budget` for items of these costs, none of which exceeds it: best-fit decreasing, ties
+    to the lower index and the older bin.
 
-    Returns the items of each bin in ascending order, bins by their first item: a function of its arguments alone.
+    Returns the items of each bin in ascending order, bins by their first item: a function of its arguments
+    alone.
     """
     bins: list[list[int]] = []
     room: list[float] = []
@@ -43,22 +50,26 @@ def best_fit(costs: Sequence[float], budget: float) -> list[list[int]]:
 
 
 def pack(prompts: Sequence[Prompt], costs: Sequence[float], budget: float) -> list[list[int]]:
-    """Microbatches of whole groups as indices into `prompts`. costs: of each prompt and its replies, in the unit of the budget.
+    """Microbatches of whole groups as indices into `prompts`. costs: of each prompt and its replies, in the
+    unit of the budget.
 
     Raises UserError for a group that does not fit alone.
     """
     for prompt, each in zip(prompts, costs, strict=True):
         if each > budget:
             raise UserError(
-                f"{prompt.source}: its prompt of {len(prompt.ids)} tokens, its images and its replies cost as much as {each:.0f} tokens, more than "
-                f"a microbatch of {budget:.0f}; raise --microbatch-tokens, or lower the most of --image-pixels, --group-size or --max-new-tokens."
+                f"{prompt.source}: its prompt of {len(prompt.ids)} tokens, its images and its replies cost "
+                f"as much as {each:.0f} tokens, more than "
+                f"a microbatch of {budget:.0f}; raise --microbatch-tokens, or lower the most of "
+                "--image-pixels, --group-size or --max-new-tokens."
             )
     return best_fit(costs, budget)
 
 
 @dataclass(frozen=True)
 class VisionLayout:
-    """What a Qwen vision tower derives from its images' grids, made on the host, so that the tower neither loops over images nor reads back."""
+    """What a Qwen vision tower derives from its images' grids, made on the host, so that the tower neither
+    loops over images nor reads back."""
 
     keywords: dict[str, Any]  # precomputed arguments of the tower
     images: Pairs  # each image to itself
@@ -66,7 +77,8 @@ class VisionLayout:
 
     @staticmethod
     def of(grids: Tensor, vision: Any, device: torch.device | str) -> VisionLayout:
-        """grids: int64 [images, 3] on the host, frames, rows and columns of patches; vision: the tower's config."""
+        """grids: int64 [images, 3] on the host, frames, rows and columns of patches; vision: the tower's
+        config."""
         images = Packed.of([h * w for t, h, w in grids.tolist() for _ in range(t)], device)
         keywords: dict[str, Any] = {
             "position_ids": send(get_vision_position_ids(grids, vision.spatial_merge_size), device),
@@ -75,15 +87,27 @@ class VisionLayout:
         }
         if (positions := getattr(vision, "num_position_embeddings", None)) is not None:
             indices, weights = get_vision_interpolation_indices_and_weights(
-                grids, int(positions**0.5), "bilinear", align_corners=True, spatial_merge_size=vision.spatial_merge_size
+                grids,
+                int(positions**0.5),
+                "bilinear",
+                align_corners=True,
+                spatial_merge_size=vision.spatial_merge_size,
             )
             keywords |= {"interp_indices": send(indices, device), "interp_weights": send(weights, device)}
         windows = None
         if (size := getattr(vision, "window_size", None)) is not None:
             index, ends = get_vision_window_index(grids, vision.spatial_merge_size, size, vision.patch_size)
             windows = Packed.of(ends.diff().tolist(), device)
-            keywords |= {"window_index": send(index, device), "cu_window_seqlens": windows.cu_seqlens, "max_window_seqlen": windows.longest}
-        return VisionLayout(keywords, Pairs(images, images, causal=False), None if windows is None else Pairs(windows, windows, causal=False))
+            keywords |= {
+                "window_index": send(index, device),
+                "cu_window_seqlens": windows.cu_seqlens,
+                "max_window_seqlen": windows.longest,
+            }
+        return VisionLayout(
+            keywords,
+            Pairs(images, images, causal=False),
+            None if windows is None else Pairs(windows, windows, causal=False),
+        )
 
     def pairs(self, cu_seqlens: Tensor) -> Pairs:
         """Those of the layer that was given these offsets."""
@@ -113,14 +137,20 @@ class PromptBatch:
 
     @staticmethod
     def of(prompts: Sequence[Prompt], config: Any, device: torch.device | str) -> PromptBatch:
-        """config: the model's. All prompts are one Prompter's. Images travel as bytes, once, and become patches on the device."""
+        """config: the model's. All prompts are one Prompter's. Images travel as bytes, once, and become
+        patches on the device."""
         packed = Packed.of([len(p.ids) for p in prompts], device)
         ids, grids = (torch.cat([getattr(p, name) for p in prompts]) for name in ("ids", "grids"))
         return PromptBatch(
             ids=send(ids, device),
             position=send(torch.cat([p.position for p in prompts], 1), device),
             last=send(torch.tensor(packed.starts[1:]) - 1, device),
-            image_place=send(torch.from_numpy(np.flatnonzero(ids.numpy() == getattr(config, family_of(config).placeholder))), device),
+            image_place=send(
+                torch.from_numpy(
+                    np.flatnonzero(ids.numpy() == getattr(config, family_of(config).placeholder))
+                ),
+                device,
+            ),
             patches=patches_of(send(torch.cat([p.pixels for p in prompts]), device), grids, prompts[0].spec),
             grids=grids,
             target=send(torch.stack([p.target for p in prompts]), device),
@@ -132,7 +162,8 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class Replies:
-    """The replies of some of a microbatch's groups, packed: T tokens to be scored, of which T_in are fed to the model (all but each last)."""
+    """The replies of some of a microbatch's groups, packed: T tokens to be scored, of which T_in are fed to
+    the model (all but each last)."""
 
     layout: SharedPrefixLayout  # of the fed tokens
     ids: Tensor  # int64 [T], every reply token
@@ -140,12 +171,16 @@ class Replies:
     place: Tensor  # int64 [T], its place in that row
     fed: Tensor  # int64 [T_in], the place in `ids` of each token that is fed
     position: Tensor  # int64 [T_in], rotary positions of the fed tokens
-    predictor: Tensor  # int64 [T], where each token's predicting state stands in cat(prompts' last states [B], reply states [T_in])
+    # int64 [T], where each token's predicting state stands in cat(prompts' last states [B], reply states
+    # [T_in])
+    predictor: Tensor
 
     @staticmethod
-    def of(batch: PromptBatch, ids: Tensor, lengths: Sequence[Sequence[int]], groups: Sequence[int]) -> Replies:
-        """ids: int64 [R, L], the sampled tokens, the rows of a group one after the other; lengths: of each prompt's
-        replies, on the host; groups: the prompts whose replies are wanted, ascending."""
+    def of(
+        batch: PromptBatch, ids: Tensor, lengths: Sequence[Sequence[int]], groups: Sequence[int]
+    ) -> Replies:
+        """ids: int64 [R, L], the sampled tokens, the rows of a group one after the other; lengths: of each
+        prompt's replies, on the host; groups: the prompts whose replies are wanted, ascending."""
         B, device, chosen = len(batch.lengths), ids.device, set(groups)
         group_R = np.repeat(np.arange(B), [len(group) for group in lengths])
         wanted = np.flatnonzero(np.isin(group_R, list(groups)))
@@ -158,7 +193,8 @@ class Replies:
         predictor = np.where(place == 0, group_R[row], state - 1)
         fed_lengths = [[n - 1 for n in group] if b in chosen else [] for b, group in enumerate(lengths)]
         row_T, place_T, fed_group, fed_place, fed_T, predictor_T = (
-            send(torch.from_numpy(x), device) for x in (row, place, group_R[row[fed]], place[fed], fed, predictor)
+            send(torch.from_numpy(x), device)
+            for x in (row, place, group_R[row[fed]], place[fed], fed, predictor)
         )
         return Replies(
             layout=SharedPrefixLayout.of(batch.pairs.queries, fed_lengths),

@@ -34,7 +34,12 @@ UNSET = Values(lambda value, part: not value, "left away: it is not computed her
 TRUE = Values(lambda value, part: value in (None, True), "true")
 COUNT = Values(lambda value, part: isinstance(value, int) and value > 0, "a whole number above 0")
 WIDEST = 16384  # side of an attention window, pixels: transformers makes an index as large as the window
-STATIC_ROTARY = ("default", "linear", "yarn", "llama3")  # kinds whose frequencies do not hang on the longest row
+STATIC_ROTARY = (
+    "default",
+    "linear",
+    "yarn",
+    "llama3",
+)  # kinds whose frequencies do not hang on the longest row
 
 
 def _head_dim(part: Any) -> int:
@@ -54,25 +59,44 @@ def _no_window(value: Any, part: Any) -> bool:
 
 
 def _window(value: Any, part: Any) -> bool:
-    return value is None or (isinstance(value, int) and part.patch_size * part.spatial_merge_size <= value <= WIDEST)
+    return value is None or (
+        isinstance(value, int) and part.patch_size * part.spatial_merge_size <= value <= WIDEST
+    )
 
 
 def _whole_heads(value: Any, part: Any) -> bool:
     """Whole heads of a dimension that two axes' sines and cosines share."""
-    return isinstance(value, int) and value > 0 and part.hidden_size % value == 0 and part.hidden_size // value % 4 == 0
+    return (
+        isinstance(value, int)
+        and value > 0
+        and part.hidden_size % value == 0
+        and part.hidden_size // value % 4 == 0
+    )
 
 
 WINDOW = "false, or max_window_layers no less than num_hidden_layers: sliding windows are not computed"
 TEXT: dict[str, Values] = {
-    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), COUNT),
-    **dict.fromkeys(("hidden_act", "rms_norm_eps", "attention_bias", "max_position_embeddings", "initializer_range"), ANY),
-    **dict.fromkeys(("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"), ANY),
-    **dict.fromkeys(("sliding_window", "max_window_layers"), ANY),  # they count through use_sliding_window and layer_types
+    **dict.fromkeys(
+        ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), COUNT
+    ),
+    **dict.fromkeys(
+        ("hidden_act", "rms_norm_eps", "attention_bias", "max_position_embeddings", "initializer_range"), ANY
+    ),
+    **dict.fromkeys(
+        ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"), ANY
+    ),
+    **dict.fromkeys(
+        ("sliding_window", "max_window_layers"), ANY
+    ),  # they count through use_sliding_window and layer_types
     "num_key_value_heads": Values(_divides, "a divisor of num_attention_heads"),
     "head_dim": Values(lambda value, part: value is None or COUNT.hold(value, part), COUNT.words),
     "use_sliding_window": Values(_no_window, WINDOW),
-    "layer_types": Values(_only_full, '"full_attention" for every layer: windows and other kinds are not computed'),
-    "attention_dropout": Values(lambda value, part: not value, "0: the sampler is the policy, so training has no dropout"),
+    "layer_types": Values(
+        _only_full, '"full_attention" for every layer: windows and other kinds are not computed'
+    ),
+    "attention_dropout": Values(
+        lambda value, part: not value, "0: the sampler is the policy, so training has no dropout"
+    ),
     "is_causal": Values(TRUE.hold, "true: every token attends to what is before it alone"),
     "return_dict": TRUE,
     "rope_parameters": ANY,  # judged key by key, see ROTARY
@@ -82,23 +106,48 @@ ROTARY: dict[str, Values] = {  # of the text config's rope_parameters, in config
         lambda value, part: value in STATIC_ROTARY,
         f"one of {', '.join(STATIC_ROTARY)}: others make a row's log-probs hang on what is packed beside it",
     ),
-    "partial_rotary_factor": Values(lambda value, part: value in (None, 1), "1: every dimension of a head is rotated"),
+    "partial_rotary_factor": Values(
+        lambda value, part: value in (None, 1), "1: every dimension of a head is rotated"
+    ),
 }
 VISION: dict[str, Values] = {
-    **dict.fromkeys(("depth", "hidden_size", "intermediate_size", "patch_size", "spatial_merge_size", "temporal_patch_size"), COUNT),
+    **dict.fromkeys(
+        (
+            "depth",
+            "hidden_size",
+            "intermediate_size",
+            "patch_size",
+            "spatial_merge_size",
+            "temporal_patch_size",
+        ),
+        COUNT,
+    ),
     **dict.fromkeys(("hidden_act", "initializer_range", "rope_parameters", "tokens_per_second"), ANY),
-    **dict.fromkeys(("fullatt_block_indexes", "deepstack_visual_indexes"), ANY),  # indices of no block count nowhere
+    **dict.fromkeys(
+        ("fullatt_block_indexes", "deepstack_visual_indexes"), ANY
+    ),  # indices of no block count nowhere
     "num_position_embeddings": COUNT,
     "out_hidden_size": COUNT,  # and that of the language model: see check_switches
     "num_heads": Values(_whole_heads, "a divisor of hidden_size that leaves each head a multiple of 4"),
     "in_channels": Values(lambda value, part: value == 3, "3: images are read as RGB"),
-    "window_size": Values(_window, f"at least patch_size * spatial_merge_size, the side of a language token, and at most {WIDEST}"),
+    "window_size": Values(
+        _window,
+        f"at least patch_size * spatial_merge_size, the side of a language token, and at most {WIDEST}",
+    ),
     "head_dim": UNSET,
     "is_causal": UNSET,
     "return_dict": TRUE,
 }
-FOREIGN = ("attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size")  # refused if set, in any part
-GENERAL = {field.name for field in dataclasses.fields(PretrainedConfig)} if dataclasses.is_dataclass(PretrainedConfig) else set()
+FOREIGN = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "attention_chunk_size",
+)  # refused if set, in any part
+GENERAL = (
+    {field.name for field in dataclasses.fields(PretrainedConfig)}
+    if dataclasses.is_dataclass(PretrainedConfig)
+    else set()
+)
 
 
 def check_switches(file: Path, config: Any) -> None:
@@ -117,7 +166,13 @@ def check_switches(file: Path, config: Any) -> None:
         _check_unknown(file, part, table)
     _check_rotary(file, text, kind)
     width, heads = text.hidden_size, text.hidden_size // text.num_attention_heads
-    _check(file, vision, "out_hidden_size", vision.out_hidden_size, _only(width, "hidden_size of the language model"))
+    _check(
+        file,
+        vision,
+        "out_hidden_size",
+        vision.out_hidden_size,
+        _only(width, "hidden_size of the language model"),
+    )
     if not kind.free_head_dim:  # its attention takes no other, though its rotary embedding would
         _check(file, text, "head_dim", _head_dim(text), _only(heads, "hidden_size / num_attention_heads"))
 
@@ -141,7 +196,13 @@ def _check_unknown(file: Path, part: Any, table: Mapping[str, Values]) -> None:
     default: what a newer `transformers` may compute by."""
     for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
         if field.name not in table and field.name not in GENERAL and field.default is not dataclasses.MISSING:
-            _check(file, part, field.name, getattr(part, field.name), _only(field.default, "no other value is known here"))
+            _check(
+                file,
+                part,
+                field.name,
+                getattr(part, field.name),
+                _only(field.default, "no other value is known here"),
+            )
 
 
 def _check_rotary(file: Path, text: Any, kind: Architecture) -> None:
@@ -151,7 +212,13 @@ def _check_rotary(file: Path, text: Any, kind: Architecture) -> None:
     for key, values in ROTARY.items():
         _check(file, text, key, rotary.get(key), values)
     if rotary.get("mrope_interleaved") is not None:
-        _check(file, text, "mrope_interleaved", rotary["mrope_interleaved"], _only(kind.interleaved_rotary, f"as {kind.name} is computed"))
+        _check(
+            file,
+            text,
+            "mrope_interleaved",
+            rotary["mrope_interleaved"],
+            _only(kind.interleaved_rotary, f"as {kind.name} is computed"),
+        )
     sections = rotary.get("mrope_section", kind.rotary_sections)
     if not isinstance(sections, list | tuple) or len(sections) != 3 or sum(sections) != half:
         words = f"three numbers that add up to {half}, half a head's dimension"

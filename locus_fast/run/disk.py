@@ -18,27 +18,39 @@ GIB = 1024**3
 
 
 def check_disk(config: Config, source: Source, kind: torch.dtype, out: Path) -> None:
-    """Raises UserError if the disk of the run folder `out` has no room for the checkpoints that are still to be written and for `final/`.
+    """Raises UserError if the disk of the run folder `out` has no room for the checkpoints that are still to
+    be written and for `final/`.
 
-    A checkpoint is the weights in their dtype of training, `kind`, and the optimizer's state of those that are trained; adapters are not counted.
+    A checkpoint is the weights in their dtype of training, `kind`, and the optimizer's state of those that
+    are trained; adapters are not counted.
     """
     shape = shape_of(source.config)
-    each = 0 if config.lora else shape.parameters * kind.itemsize + trained_by(config).parameters(shape) * state_bytes(config, kind)
+    each = (
+        0
+        if config.lora
+        else shape.parameters * kind.itemsize
+        + trained_by(config).parameters(shape) * state_bytes(config, kind)
+    )
     count = checkpoints_due(config, out)
-    final = sum(file.stat().st_size for file in weight_files(source.folder)) if config.export == "merged" else 0
+    final = (
+        sum(file.stat().st_size for file in weight_files(source.folder)) if config.export == "merged" else 0
+    )
     free = shutil.disk_usage(out).free
     if final + count * each > free:
-        parts = f"final/ {final / GIB:.2f}" + (f", {count} checkpoints of {each / GIB:.2f} each" if each else "")
+        parts = f"final/ {final / GIB:.2f}" + (
+            f", {count} checkpoints of {each / GIB:.2f} each" if each else ""
+        )
         fewer = " or save fewer checkpoints (--save-every)" if count > 1 and each else ""
         raise UserError(
-            f"{out}: the run writes {(final + count * each) / GIB:.2f} GiB ({parts}), and its disk has {free / GIB:.2f} GiB free: "
+            f"{out}: the run writes {(final + count * each) / GIB:.2f} GiB ({parts}), and its disk has "
+            f"{free / GIB:.2f} GiB free: "
             f"make room, name another disk with --out{fewer}."
         )
 
 
 def checkpoints_due(config: Config, out: Path) -> int:
-    """How many checkpoints the run is still to write: one each `save_every` steps and one at the end, less those that
-    lie there."""
+    """How many checkpoints the run is still to write: one each `save_every` steps and one at the end, less
+    those that lie there."""
     every, last = config.save_every, config.steps
     there = [int(folder.name[5:]) for folder in (out / "checkpoints").glob("step-[0-9]*[0-9]")]
     done = [step for step in there if step == last or (every and 0 < step < last and step % every == 0)]

@@ -38,7 +38,9 @@ class Evaluation:
     @staticmethod
     def joined(parts: Sequence[Evaluation]) -> Evaluation:
         """One evaluation of several, end to end."""
-        box, valid, score = (torch.cat([getattr(part, name) for part in parts]) for name in ("box", "valid", "iou"))
+        box, valid, score = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("box", "valid", "iou")
+        )
         return Evaluation(box, valid, score, tuple(size for part in parts for size in part.size_class))
 
     def summary(self) -> dict[str, float | int | dict]:
@@ -51,13 +53,18 @@ class Evaluation:
         pick = torch.tensor(chosen)
         score, valid = self.iou[pick], self.valid[pick]
         figures = {"mean_iou": score, "acc50": score >= 0.5, "acc75": score >= 0.75, "valid": valid}
-        return {"n": sum(chosen), **{name: round(value.float().mean().item(), 6) for name, value in figures.items()}}
+        return {
+            "n": sum(chosen),
+            **{name: round(value.float().mean().item(), 6) for name, value in figures.items()},
+        }
 
 
 @torch.no_grad()
-def evaluate(config: Config, engine: Engine, inputs: Inputs, scoring: Scoring, label: str, stop: Callable[[], bool]) -> Evaluation | None:
-    """Ask every held-out cue once, greedily. None if `stop` said so before the end. Raises UserError if the device's
-    memory does not do, or if the model's answers are not finite."""
+def evaluate(
+    config: Config, engine: Engine, inputs: Inputs, scoring: Scoring, label: str, stop: Callable[[], bool]
+) -> Evaluation | None:
+    """Ask every held-out cue once, greedily. None if `stop` said so before the end. Raises UserError if the
+    device's memory does not do, or if the model's answers are not finite."""
     count = inputs.cues.held_out_count
     done: list[Evaluation] = []
     prompts = inputs.held_out(config.workers, ahead=AHEAD)
@@ -81,9 +88,11 @@ def evaluate(config: Config, engine: Engine, inputs: Inputs, scoring: Scoring, l
     return Evaluation.joined(done)
 
 
-def answer(engine: Engine, scoring: Scoring, chunk: list[Prompt], start: int, longest: int, stop: Callable[[], bool]) -> Evaluation | None:
-    """Greedy answers of at most `longest` tokens to held-out prompts, the first of which is cue `start`, in their
-    order. None if `stop` said so between microbatches."""
+def answer(
+    engine: Engine, scoring: Scoring, chunk: list[Prompt], start: int, longest: int, stop: Callable[[], bool]
+) -> Evaluation | None:
+    """Greedy answers of at most `longest` tokens to held-out prompts, the first of which is cue `start`, in
+    their order. None if `stop` said so between microbatches."""
     sampling = Sampling(group_size=1, max_new_tokens=longest, temperature=0.0, top_p=1.0)
     done, order = [], []
     for numbers, batch in engine.microbatches(chunk, start, longest, engine.budget.tokens):
@@ -92,7 +101,8 @@ def answer(engine: Engine, scoring: Scoring, chunk: list[Prompt], start: int, lo
         rollout = engine.decoder.generate(prefill(engine.model, batch), sampling, seed=0, groups=numbers)
         if not rollout.logprob.isfinite().all():
             raise UserError(
-                "the model answers held-out cues with log-probs that are not finite (NaN or infinite): take other weights, or give --dtype float32."
+                "the model answers held-out cues with log-probs that are not finite (NaN or infinite): take "
+                "other weights, or give --dtype float32."
             )
         done.append(_judged(scoring, batch, rollout.ids, rollout.lengths))
         order += [number - start for number in numbers]

@@ -22,7 +22,9 @@ def role_of(config: Config, source: Source, trains: bool) -> str:
     UserError for options that contradict it."""
     if not source.adapters:
         if config.merge:
-            raise UserError(f"--merge: {config.model or 'the embedded base'} holds no adapters; leave the option away.")
+            raise UserError(
+                f"--merge: {config.model or 'the embedded base'} holds no adapters; leave the option away."
+            )
         return ""
     if not trains:
         return "merged"

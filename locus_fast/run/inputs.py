@@ -49,9 +49,11 @@ class Inputs:
         return prefetch(lambda number: self.prompter(self.cues.held_out(number)), numbers, workers, ahead)
 
 
-def prefetch(make: Callable[[int], Prompt], numbers: Iterable[int], workers: int, ahead: int) -> Generator[Prompt]:
-    """make(number) for each number, in order, computed by threads up to `ahead` numbers early (decoding and resizing
-    release the GIL)."""
+def prefetch(
+    make: Callable[[int], Prompt], numbers: Iterable[int], workers: int, ahead: int
+) -> Generator[Prompt]:
+    """make(number) for each number, in order, computed by threads up to `ahead` numbers early (decoding and
+    resizing release the GIL)."""
     waiting: deque[Future[Prompt]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:

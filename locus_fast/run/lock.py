@@ -57,7 +57,10 @@ def _take(folder: Path) -> IO[str]:
         try:
             stream = path.open("a+")
         except OSError as error:
-            raise UserError(f"{folder} cannot be written ({error.strerror}): correct its permissions, or copy it to where it can.") from None
+            raise UserError(
+                f"{folder} cannot be written ({error.strerror}): correct its permissions, or copy it to "
+                "where it can."
+            ) from None
         if not _lock(stream):
             with stream:
                 raise in_use(folder, _named(stream))

@@ -15,12 +15,19 @@ from locus_fast.run.evaluation import Evaluation
 
 PICTURES = 8  # held-out examples shown in samples.png
 COLOURS = {"true box": "#00d060", "base": "#ff9500", "trained": "#ff2d78"}
-DASHES = {"true box": "-", "base": (0, (3, 3)), "trained": (3, (3, 3))}  # of equal boxes each shows in the other's gaps
+DASHES = {
+    "true box": "-",
+    "base": (0, (3, 3)),
+    "trained": (3, (3, 3)),
+}  # of equal boxes each shows in the other's gaps
 MARKED = 30  # steps up to which each is marked by a point: a line of one step is nothing
 ZOOMED = 0.15  # of the image's longer side: objects below it are shown enlarged as well
 LINE = 2.4  # points that a box's line is wide, without its casing
 WINDOW = 2.5  # sides of the object that the enlargement shows
-_INSETS = {"cue": (1.03, 0.70, 0.27, 0.28), "zoom": (1.03, 0.26, 0.27, 0.36)}  # left, bottom, width, height, in the image's
+_INSETS = {
+    "cue": (1.03, 0.70, 0.27, 0.28),
+    "zoom": (1.03, 0.26, 0.27, 0.36),
+}  # left, bottom, width, height, in the image's
 
 
 def draw_curve(metrics: Path, path: Path) -> None:
@@ -50,7 +57,9 @@ def curve_figure(rows: Sequence[dict[str, Any]]) -> Any:
     shares = np.concatenate([plot(left, name, name) for name in ("reward", "iou", "valid")])
     low, high = np.nanmin([0.0, *shares]), np.nanmax([1.0, *shares])  # some rewards lie outside 0 to 1
     left.set(xlabel="step", title="rollouts", ylim=(low - 0.02, high + 0.02))
-    sizes = np.concatenate([plot(right, "kl", "KL to the base, nats a token"), plot(right, "grad_norm", "gradient norm")])
+    sizes = np.concatenate(
+        [plot(right, "kl", "KL to the base, nats a token"), plot(right, "grad_norm", "gradient norm")]
+    )
     count = int(dropped.sum())
     right.set(xlabel="step", title=f"update, {count} of {len(rows)} steps dropped" if count else "update")
     positive = sizes[sizes > 0]
@@ -87,11 +96,16 @@ def samples_figure(cues: CueSource, before: Evaluation, after: Evaluation) -> An
     for axis in axes.flat:
         axis.axis("off")
     for axis, index in zip(axes.flat, chosen, strict=False):
-        answers = {name: part.box[index].tolist() if part.valid[index] else None for name, part in (("base", before), ("trained", after))}
+        answers = {
+            name: part.box[index].tolist() if part.valid[index] else None
+            for name, part in (("base", before), ("trained", after))
+        }
         draw_sample(axis, cues.held_out(index), answers)
         axis.set_title(f"IoU {before.iou[index]:.2f} to {after.iou[index]:.2f}", fontsize=11)
     handles = [plt.Line2D([], [], **line_style(name, LINE)) for name in COLOURS]
-    figure.legend(handles, list(COLOURS), loc="lower center", ncols=len(handles), frameon=False, handlelength=3.5)
+    figure.legend(
+        handles, list(COLOURS), loc="lower center", ncols=len(handles), frameon=False, handlelength=3.5
+    )
     figure.subplots_adjust(left=0.01, right=0.94, bottom=0.07, top=0.95, wspace=0.36, hspace=0.12)
     return figure
 
@@ -115,13 +129,25 @@ def draw_sample(axis: Any, example: Example, answers: dict[str, list[float] | No
         draw_boxes(zoom, boxes, LINE / 2)
         middle = [(example.box[k] + example.box[k + 2]) / 2 - 0.5 for k in range(2)]
         reach = WINDOW * side / 2
-        zoom.set(xlim=(middle[0] - reach, middle[0] + reach), ylim=(middle[1] + reach, middle[1] - reach), xticks=[], yticks=[])
+        zoom.set(
+            xlim=(middle[0] - reach, middle[0] + reach),
+            ylim=(middle[1] + reach, middle[1] - reach),
+            xticks=[],
+            yticks=[],
+        )
         zoom.set_facecolor("0.9")  # where the window reaches over the image's border
         zoom.set_xlabel("enlarged", fontsize=8, labelpad=2)
     missed = [f"{name}: no box" for name, box in answers.items() if not box]
-    missed += [f"{name}: outside" for name, box in answers.items() if box and not _touches(box, width, height)]
+    missed += [
+        f"{name}: outside" for name, box in answers.items() if box and not _touches(box, width, height)
+    ]
     for line, text in enumerate(missed):
-        style = {"color": COLOURS[text.split(":")[0]], "fontsize": 12, "fontweight": "bold", "path_effects": casing(1.0)}
+        style = {
+            "color": COLOURS[text.split(":")[0]],
+            "fontsize": 12,
+            "fontweight": "bold",
+            "path_effects": casing(1.0),
+        }
         axis.text(0.02, 0.97 - 0.1 * line, text, transform=axis.transAxes, va="top", **style)
 
 
@@ -133,12 +159,27 @@ def draw_boxes(axis: Any, boxes: dict[str, list[float]], width: float) -> None:
     for name, (x1, y1, x2, y2) in reversed(boxes.items()):
         style = line_style(name, width)
         colour, whole = style.pop("color"), name == "true box"
-        axis.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, edgecolor=colour, clip_on=not whole, **style))
+        axis.add_patch(
+            Rectangle(
+                (x1 - 0.5, y1 - 0.5),
+                x2 - x1,
+                y2 - y1,
+                fill=False,
+                edgecolor=colour,
+                clip_on=not whole,
+                **style,
+            )
+        )
 
 
 def line_style(name: str, width: float) -> dict[str, Any]:
     """How a box is drawn, in the picture and in the legend, in a line of `width` points."""
-    return {"color": COLOURS[name], "linewidth": width, "linestyle": DASHES[name], "path_effects": casing(width)}
+    return {
+        "color": COLOURS[name],
+        "linewidth": width,
+        "linestyle": DASHES[name],
+        "path_effects": casing(width),
+    }
 
 
 def casing(width: float) -> list[Any]:
@@ -146,7 +187,10 @@ def casing(width: float) -> list[Any]:
     stands out on any ground, since black or white has a contrast of 4.5 or more with every colour."""
     from matplotlib.patheffects import Normal, Stroke
 
-    black, white = (Stroke(linewidth=width + 2 * edge, foreground=colour) for colour, edge in (("black", 1.3), ("white", 0.7)))
+    black, white = (
+        Stroke(linewidth=width + 2 * edge, foreground=colour)
+        for colour, edge in (("black", 1.3), ("white", 0.7))
+    )
     return [black, white, Normal()]
 
 

@@ -1,5 +1,5 @@
-"""What a run tells people: metrics as JSON lines and TensorBoard events, the progress bar, the last line. Its pictures:
-`run.pictures`."""
+"""What a run tells people: metrics as JSON lines and TensorBoard events, the progress bar, the last line. Its
+pictures: `run.pictures`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ class Metrics:
             self._sum(json.loads(line))
 
     def write(self, numbers: dict[str, Any]) -> None:
-        known = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in numbers.items()}
+        known = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in numbers.items()
+        }
         with written(self.path):
             self.file.write(json.dumps(known) + "\n")
             self.file.flush()
@@ -59,7 +62,11 @@ class Metrics:
     def throughput(self) -> dict[str, float]:
         """Over the steps written: a prompt's tokens are counted once, whatever the number of its replies."""
         seconds = max(self.seconds, 1e-9)
-        return {"rollouts_per_s": self.rollouts / seconds, "unique_tokens_per_s": self.tokens / seconds, "training_seconds": self.seconds}
+        return {
+            "rollouts_per_s": self.rollouts / seconds,
+            "unique_tokens_per_s": self.tokens / seconds,
+            "training_seconds": self.seconds,
+        }
 
     def close(self) -> None:
         self.file.close()
@@ -71,7 +78,9 @@ def open_events(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("--tensorboard true needs the tensorboard package: pip install 'locus-fast[tensorboard]'.") from None
+        raise UserError(
+            "--tensorboard true needs the tensorboard package: pip install 'locus-fast[tensorboard]'."
+        ) from None
     return SummaryWriter(str(folder))
 
 
@@ -87,8 +96,8 @@ class Progress:
         self.dropped = self.dropped_in_a_row = self.equal_in_a_row = 0
 
     def show(self, row: dict[str, Any]) -> None:
-        """A step's figures beside the bar, a dash for what it has not got, and how many steps were dropped so far, if
-        any."""
+        """A step's figures beside the bar, a dash for what it has not got, and how many steps were dropped so
+        far, if any."""
         self.dropped += row["dropped_step"]
         self.dropped_in_a_row = self.dropped_in_a_row + 1 if row["dropped_step"] else 0
         names = {"reward": "reward", "iou": "IoU", "valid": "valid", "kl": "KL", "grad_norm": "grad"}
@@ -112,11 +121,19 @@ class Progress:
 def why_no_signal(row: dict[str, Any]) -> str:
     """What to say of a step in which the replies of every group earned the same, and what may be done."""
     if row["valid"] == 0:
-        why = "no reply holds a box that can be read: the model may need another --prompt-style, or more --max-new-tokens"
+        why = (
+            "no reply holds a box that can be read: the model may need another --prompt-style, or more "
+            "--max-new-tokens"
+        )
     elif row["iou"] == 0:
-        why = "no box touches its target: the model may speak other coordinates, or the cues be too hard for it"
+        why = (
+            "no box touches its target: the model may speak other coordinates, or the cues be too hard for it"
+        )
     else:
-        why = "each group's replies are alike: raise --temperature or --group-size, or give cues that are harder"
+        why = (
+            "each group's replies are alike: raise --temperature or --group-size, or give cues that are "
+            "harder"
+        )
     return f"all replies of a group have earned the same reward, so nothing is learned from it; {why}."
 
 

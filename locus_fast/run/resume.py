@@ -53,7 +53,9 @@ def read_run(config: Config) -> Begun:
         return Begun(stored=stored)
     checkpoint, done = latest_checkpoint(out)
     if done > config.steps:
-        raise UserError(f"--resume {out}: it has done {done} steps, and --steps is {config.steps}; ask for more.")
+        raise UserError(
+            f"--resume {out}: it has done {done} steps, and --steps is {config.steps}; ask for more."
+        )
     verify_checkpoint(checkpoint)
     return Begun(checkpoint, done, read_metrics(out / METRICS, done), stored, _summary(out))
 
@@ -63,7 +65,9 @@ def _check_writable(out: Path) -> None:
     be too late to say so."""
     for folder in (out, out / "checkpoints"):
         if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
-            raise UserError(f"{folder} cannot be written: correct its permissions, or copy the run to where it can.")
+            raise UserError(
+                f"{folder} cannot be written: correct its permissions, or copy the run to where it can."
+            )
 
 
 def _summary(out: Path) -> dict[str, Any]:
@@ -97,7 +101,10 @@ def read_metrics(path: Path, done: int) -> list[str]:
                 print(f"{path}: its last line, of step {number}, is torn and was dropped", file=sys.stderr)
                 text = json.dumps({"step": number})
             else:
-                raise UserError(f"{path} line {number} is not the metrics of step {number} ({_first_line(error)}): {advice}.") from None
+                raise UserError(
+                    f"{path} line {number} is not the metrics of step {number} ({_first_line(error)}): "
+                    f"{advice}."
+                ) from None
         kept.append(text + "\n")
     if len(kept) < done:
         raise UserError(f"{path} has {len(kept)} lines, and {done} steps are done: {advice}.")
@@ -115,7 +122,9 @@ def _check_line(row: Any, step: int) -> None:
     if row.get("step") != step:
         raise ValueError(f"its step is {row.get('step')!r}")
     for name in NUMBERS:
-        if row.get(name) is not None and (not isinstance(row[name], int | float) or isinstance(row[name], bool)):
+        if row.get(name) is not None and (
+            not isinstance(row[name], int | float) or isinstance(row[name], bool)
+        ):
             raise ValueError(f"its {name} is no number")
 
 
@@ -135,7 +144,9 @@ def missing(config: Config, begun: Begun) -> list[str]:
     lacking = {
         "steps": begun.done < config.steps,
         FINAL: not has_final(config, begun),
-        SUMMARY: not (whole and all(isinstance(part, dict) and part.keys() >= set(FIGURES) for part in parts)),
+        SUMMARY: not (
+            whole and all(isinstance(part, dict) and part.keys() >= set(FIGURES) for part in parts)
+        ),
         SAMPLES: not (out / SAMPLES).is_file(),
         CURVE: not (out / CURVE).is_file(),
     }
@@ -159,7 +170,11 @@ def has_final(config: Config, begun: Begun) -> bool:
 def changed_options(config: Config, begun: Begun) -> list[str]:
     """The options that were given another value than the run has stored."""
     settings = vars(Config()) | begun.stored
-    return [option_of(name) for name, value in vars(config).items() if name != "resume" and value != settings[name]]
+    return [
+        option_of(name)
+        for name, value in vars(config).items()
+        if name != "resume" and value != settings[name]
+    ]
 
 
 def complete(config: Config, begun: Begun, lacking: Sequence[str]) -> dict[str, Any]:
@@ -202,13 +217,22 @@ def check_layout(config: Config, begun: Begun, kind: torch.dtype) -> None:
     was = was if was is None else with_new_names(was)
     if was is None:  # a checkpoint from before they were kept with it
         was = {name: value for name, value in begun.stored.items() if name in now}
-        was["optimizer"] = default_optimizer(was.get("optimizer", "auto"), torch.float32 if config.lora else kind)
+        was["optimizer"] = default_optimizer(
+            was.get("optimizer", "auto"), torch.float32 if config.lora else kind
+        )
     for name, value in now.items():
         if name not in was or _same(name, was[name], value, config.lora):
             continue
         old, new = (" ".join(map(str, v)) if isinstance(v, list | tuple) else v for v in (was[name], value))
-        back = f"set lora to {old} in its config.json again" if name == "lora" else f"resume with {option_of(name)} {old}"
-        what = f"its {begun.checkpoint.name} was trained with {option_of(name)} {old}, whose tensors are not those of {option_of(name)} {new}"
+        back = (
+            f"set lora to {old} in its config.json again"
+            if name == "lora"
+            else f"resume with {option_of(name)} {old}"
+        )
+        what = (
+            f"its {begun.checkpoint.name} was trained with {option_of(name)} {old}, whose tensors are not "
+            f"those of {option_of(name)} {new}"
+        )
         raise UserError(f"--resume {config.resume}: {what}: {back}, or {fresh(Path(config.resume))}.")
 
 

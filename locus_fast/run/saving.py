@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 
-from locus_fast.config import Config
 from locus_fast.errors import UserError
 from locus_fast.model.packing import PromptBatch
 from locus_fast.model.policy import prefill
 from locus_fast.run.folder import FINAL
 from locus_fast.run.interrupt import Interrupt
+from locus_fast.run.model import open_model
 from locus_fast.run.resume import layout_of
-from locus_fast.run.setup import Setup, open_model
+from locus_fast.run.setup import Setup
 from locus_fast.step.budget import make_room
 from locus_fast.step.optimizers import state_tensors
 from locus_fast.weights.checkpoint import (
     checkpoints,
+    damaged,
+    load_checkpoint,
     load_saved_weights,
     save_adapters,
     save_checkpoint,
@@ -41,11 +43,21 @@ class Saver:
     """Saves the state of a run into its folder `out`, and keeps what a Ctrl-C is answered with true.
     final_due: of the steps that were done before, there is no `final/` yet."""
 
-    def __init__(self, setup: Setup, optimizer: torch.optim.Optimizer, out: Path, stop: Interrupt, final_due: bool):
+    def __init__(
+        self, setup: Setup, optimizer: torch.optim.Optimizer, out: Path, stop: Interrupt, final_due: bool
+    ):
         self.setup, self.optimizer, self.out = setup, optimizer, out
         self.stop, self.final_due = stop, final_due
         self.trained = layout_of(setup.config, setup.engine.model.dtype)
         self.probe = setup.inputs.prompter(setup.inputs.cues.held_out(0))
+
+    def restore(self, checkpoint: Path | None) -> None:
+        """Takes the weights and the optimizer's state of a checkpoint, None for none. Raises UserError if it
+        is not whole, or not finite."""
+        if checkpoint:
+            load_checkpoint(checkpoint, self.setup.engine.model, self.optimizer)
+            if fault := self.fault():
+                raise damaged(checkpoint, fault)
 
     def expect(self, done: int) -> None:
         """What a Ctrl-C leads to from now on, when so many steps are done."""
@@ -56,8 +68,15 @@ class Saver:
     def fault(self) -> str | None:
         """What is not finite, in words: a trained weight, the optimizer's state, or what a held-out prompt
         leaves for its reply. None if all is well."""
-        weights = [(f"the weight {name}", p) for name, p in self.setup.engine.model.named_parameters() if p.requires_grad]
-        state = [(f"the optimizer's state {name}", tensor) for name, tensor in state_tensors(self.optimizer).items()]
+        weights = [
+            (f"the weight {name}", p)
+            for name, p in self.setup.engine.model.named_parameters()
+            if p.requires_grad
+        ]
+        state = [
+            (f"the optimizer's state {name}", tensor)
+            for name, tensor in state_tensors(self.optimizer).items()
+        ]
         if name := first_not_finite([*weights, *state]):
             return f"{name} is not finite"
         try:
@@ -65,7 +84,9 @@ class Saver:
         except torch.OutOfMemoryError:
             states = None
             make_room(self.setup.engine.decoder)
-            with suppress(torch.OutOfMemoryError):  # then nothing is known against it, and saving needs no memory
+            with suppress(
+                torch.OutOfMemoryError
+            ):  # then nothing is known against it, and saving needs no memory
                 states = self._states()
         return f"the model answers with {states} that are not finite" if states else None
 
@@ -120,18 +141,31 @@ class Saver:
         if found := checkpoints(self.out):
             load_saved_weights(found[-1][0], self.setup.engine.model)
             self._export(self.setup.engine.model)
-            return f"{what}: {self.out / FINAL} holds that of step {found[-1][1]}; lower --lr, and go on from there with --resume."
+            return (
+                f"{what}: {self.out / FINAL} holds that of step {found[-1][1]}; lower --lr, and go on from "
+                "there with --resume."
+            )
         self._export(self._base())
-        return f"{what}: {self.out / FINAL} holds the base, since there is no checkpoint; start again with a lower --lr."
+        return (
+            f"{what}: {self.out / FINAL} holds the base, since there is no checkpoint; start again with a "
+            "lower --lr."
+        )
 
     def _base(self) -> Any:
         """The model as it was before the first step, in host memory."""
-        config: Config = replace(self.setup.config, quantize="off")
+        config = replace(self.setup.config, quantize="off")
         return open_model(config, self.setup.origin.source, torch.device("cpu"), self.setup.origin.role)
 
     def _write_checkpoint(self, step: int) -> None:
         with self.stop.saving(name_of(step), then=f"{FINAL}/ is saved, and it ends"):
-            save_checkpoint(self.out, self.setup.engine.model, self.setup.origin.source.folder, self.optimizer, step, self.trained)
+            save_checkpoint(
+                self.out,
+                self.setup.engine.model,
+                self.setup.origin.source.folder,
+                self.optimizer,
+                step,
+                self.trained,
+            )
 
     def _export(self, model: Any) -> None:
         config = self.setup.config

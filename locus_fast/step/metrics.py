@@ -1,4 +1,5 @@
-"""What a step adds up over its microbatches, on the device, and the metrics that it makes of them with one readback."""
+"""What a step adds up over its microbatches, on the device, and the metrics that it makes of them with one
+readback."""
 
 from __future__ import annotations
 
@@ -11,12 +12,15 @@ import torch
 from locus_kernels.box_reward import BoxReward
 from torch import Tensor
 
-from locus_fast.cost.flops import PROMPT_ROWS, rates, step_flops, total
+from locus_fast.cost.flops import COLUMNS, PROMPT_ROWS, rates, step_flops, total
 from locus_fast.cost.shapes import Group
-from locus_fast.model.packing import PromptBatch, Replies
+from locus_fast.model.packing import Replies
 from locus_fast.step.engine import Engine
 from locus_fast.step.experience import Experience
 from locus_fast.step.rollout import Rollout
+
+# Columns of `cost.flops`: the passes of a step's first update, and of each further one on the same rollouts
+FIRST_PASSES, FURTHER_PASSES = COLUMNS, ("forward", "recompute", "backward")
 
 
 class Totals:
@@ -39,28 +43,30 @@ class Totals:
         self.add(**other.sums)
         self.peak(**other.peaks)
 
-    def add_rollout(self, batch: PromptBatch, rollout: Rollout, scored: BoxReward, lengths: list[int], truncated: int, equal: int) -> None:
-        """A microbatch's rollouts. lengths: of its replies; truncated: replies that were cut; equal: groups whose
-        rewards are all the same."""
+    def add_rollout(self, experience: Experience, scored: BoxReward) -> None:
+        """A microbatch's rollouts and what they earned."""
+        rollout, lengths = experience.rollout, [n for group in experience.lengths for n in group]
         self.add(
             reward=scored.reward.sum(),
             iou=scored.iou.sum(),
             valid=scored.valid.sum(),
             format=scored.format_ok.sum(),
             not_finite=(~rollout.logprob.isfinite()).sum(),
-            truncated=float(truncated),
-            zero_variance=float(equal),
+            truncated=rollout.truncated.sum(),
+            zero_variance=scored.zero_variance.sum(),
             replies=float(len(lengths)),
             reply_tokens=float(sum(lengths)),
-            prompt_tokens=float(sum(batch.lengths)),
+            prompt_tokens=float(sum(experience.batch.lengths)),
         )
 
     def add_loss(self, loss: Tensor, tokens: int, sums: dict[str, Tensor], first: bool) -> None:
-        """A microbatch's summed loss [] over so many tokens, and `sums`, as `losses.Objective` gives them. first: on
-        the first update, whose entropy is that of the policy that sampled."""
+        """A microbatch's summed loss [] over so many tokens, and `sums`, as `losses.Objective` gives them.
+        first: on the first update, whose entropy is that of the policy that sampled."""
         self.peak(ratio_max=sums["ratio_max"])
         self.add(loss=loss, updated_tokens=float(tokens))
-        self.add(**{name: sums[name] for name in ("clip_low", "clip_high", "ratio_clamped", "kl_clamped", "kl")})
+        self.add(
+            **{name: sums[name] for name in ("clip_low", "clip_high", "ratio_clamped", "kl_clamped", "kl")}
+        )
         if first:
             self.add(entropy=sums["entropy"])
 
@@ -87,10 +93,13 @@ def add_flops(
     columns: Sequence[str],
     prefilled_again: bool = False,
 ) -> None:
-    """Counts the FLOPs of some passes (columns of `cost.flops`) over a microbatch from its shapes: the model's, those
-    of the floor, and those spent. prefilled_again: its active prompts once more, apart from the others."""
+    """Counts the FLOPs of some passes (columns of `cost.flops`) over a microbatch from its shapes: the
+    model's, those of the floor, and those spent. prefilled_again: its active prompts once more, apart from
+    the others."""
     groups = [
-        Group(tuple((h, w) for _, h, w in prompt.grids.tolist()), len(prompt.ids), tuple(lengths), b in active)
+        Group(
+            tuple((h, w) for _, h, w in prompt.grids.tolist()), len(prompt.ids), tuple(lengths), b in active
+        )
         for active in [set(experience.active)]
         for b, (prompt, lengths) in enumerate(zip(experience.batch.prompts, experience.lengths, strict=True))
     ]
@@ -101,16 +110,21 @@ def add_flops(
     }
     floor = step_flops(engine.shape, groups, executed=False, **passes)
     apart = [[group for group in groups if group.active == active] for active in (True, False)]
-    tables = [step_flops(engine.shape, chosen, executed=True, **passes) for chosen in (apart if prefilled_again else [groups])]
+    tables = [
+        step_flops(engine.shape, chosen, executed=True, **passes)
+        for chosen in (apart if prefilled_again else [groups])
+    ]
     prefills = sum(tables[0][row]["forward"] for row in PROMPT_ROWS) if prefilled_again else 0
     useful = [column for column in columns if column != "recompute"]
     totals.add(model_flops=total(floor, useful), floor_flops=total(floor, columns))
     totals.add(spent_flops=sum(total(table, columns) for table in tables) + prefills)
 
 
-def summarise(totals: Totals, step: int, norms: Tensor, lr: float, skipped: int, began: float) -> dict[str, Any]:
-    """The metrics of step `step` (from 0), which began at `began` by `time.perf_counter`; norms [updates]; skipped:
-    images. Those that depend on time: seconds, mfu and the ones that end in _per_s."""
+def summarise(
+    totals: Totals, step: int, norms: Tensor, lr: float, skipped: int, began: float
+) -> dict[str, Any]:
+    """The metrics of step `step` (from 0), which began at `began` by `time.perf_counter`; norms [updates];
+    skipped: images. Those that depend on time: seconds, mfu and the ones that end in _per_s."""
     sums = totals.read(norm=norms[-1] + 0 * norms.sum())  # not finite if one of them is not
     seconds = time.perf_counter() - began  # until the device had done the step
     dropped = sums["not_finite"] > 0 or not math.isfinite(sums["norm"])
@@ -119,12 +133,17 @@ def summarise(totals: Totals, step: int, norms: Tensor, lr: float, skipped: int,
     per_update = ("kl", "clip_low", "clip_high", "ratio_clamped", "kl_clamped")
     return {
         "step": step + 1,
-        **{name: sums[name] / replies for name in ("reward", "iou", "valid", "format", "reply_tokens", "truncated")},
+        **{
+            name: sums[name] / replies
+            for name in ("reward", "iou", "valid", "format", "reply_tokens", "truncated")
+        },
         "zero_variance_groups": int(sums["zero_variance"]),
         "loss": sums.get("loss", 0.0) / sums["denominator"],  # the objective, the mean over the updates
         **{name: sums.get(name, 0.0) / updated for name in per_update},
         "ratio_max": sums.get("ratio_max", 1.0),
-        "entropy": sums["entropy"] / active if active else None,  # None: no group was active, so nothing was trained on
+        "entropy": sums["entropy"] / active
+        if active
+        else None,  # None: no group was active, so nothing was trained on
         "logprob_mismatch": sums["logprob_mismatch"] / active if active else None,
         "logprob_mismatch_max": sums.get("logprob_mismatch_max"),
         "grad_norm": None if dropped else sums["norm"],

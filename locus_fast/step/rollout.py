@@ -1,12 +1,12 @@
-"""Sampling replies over the shared prefix: static buffers, one CUDA graph for each number of rows, and a device that
-never idles.
+"""Sampling replies over the shared prefix: static buffers, one CUDA graph for each number of rows, and a
+device that never idles.
 
-Every decoding step feeds each slot's last token, attends to the group's prompt and the slot's own past, and samples.
-The number of replies still running reaches the host some steps late; when it falls below the next smaller number of
-rows (`cost.shapes.LADDER`), the running slots are moved together and the others dropped.
+Every decoding step feeds each slot's last token, attends to the group's prompt and the slot's own past, and
+samples. The number of replies still running reaches the host some steps late; when it falls below the next
+smaller number of rows (`cost.shapes.LADDER`), the running slots are moved together and the others dropped.
 
-Legend: B prompts, G replies a prompt, R = B * G rows of the rollout, S slots at work, K key heads, D head dimension, L
-longest reply, V vocabulary.
+Legend: B prompts, G replies a prompt, R = B * G rows of the rollout, S slots at work, K key heads, D head
+dimension, L longest reply, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from locus_kernels.box_reward import CLOSED, START, TokenTable, closing_table
+from locus_kernels.box_reward import CLOSED
 from locus_kernels.sample import sample
 from locus_kernels.shared_prefix_attention import send
 from locus_kernels.shared_prefix_decode import shared_prefix_decode
 from torch import Tensor
 
 from locus_fast.cost.shapes import rung
-from locus_fast.errors import UserError
 from locus_fast.model.policy import Prefix, next_logits
 from locus_fast.step.slots import Count, Extent, Graph, Slots
+from locus_fast.step.vocabulary import Vocabulary
 
 LAG = 4  # steps that CUDA has queued while the host decides on the next
 
@@ -54,56 +54,12 @@ class Sampling:
     top_p: float
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """Which ids a reply may hold, and what ends it: a stop id, or that it has said what the reader looks for."""
-
-    allowed: Tensor  # bool [V]
-    stops: Tensor  # int64 [stops]
-    closing: Tensor | None = None  # int16 [V, states], see `closing_table`
-    start: int = START  # the state in which a reply starts
-
-    @staticmethod
-    def of(
-        model: Any,
-        tokenizer: Any,
-        table: TokenTable | None = None,
-        which: str = "first",
-        opening: Sequence[int] = (),
-    ) -> Vocabulary:
-        """Rows past the tokenizer and vision tokens are never drawn: a placeholder in a reply would be taken for an
-        image that is not there.
-
-        table, which: replies end with the box that `box_reward` counts; without a table only with a stop id. opening:
-        ids that the prompt has written of the reply already.
-        """
-        config, rows = model.config, model.lm_head.weight.shape[0]
-        allowed = torch.arange(rows) < len(tokenizer)
-        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
-            if (token := getattr(config, name, None)) is not None:
-                allowed[token] = False
-        stated = model.generation_config.eos_token_id
-        stops = [tokenizer.eos_token_id] if stated is None else stated if isinstance(stated, list) else [stated]
-        if None in stops:
-            raise UserError(
-                "neither the model's generation_config.json nor its tokenizer names an end-of-sequence token: "
-                "name it in one of them, or a reply could not end."
-            )
-        device, closing, start = model.lm_head.weight.device, None, START
-        if table is not None:
-            closing = closing_table(table, which)
-            for token in opening:
-                start = int(closing[token, start])
-            closing = closing.to(device)
-        return Vocabulary(allowed.to(device), torch.tensor(stops, device=device), closing, start)
-
-
 class Decoder:
-    """The policy's sampler. Keep one for a run: on CUDA its buffers and graphs are used again by every microbatch that
-    fits them.
+    """The policy's sampler. Keep one for a run: on CUDA its buffers and graphs are used again by every
+    microbatch that fits them.
 
-    static: buffers that stay where they are, and steps that only the device can tell apart, as graphs need; by default
-    on CUDA.
+    static: buffers that stay where they are, and steps that only the device can tell apart, as graphs need;
+    by default on CUDA.
     """
 
     def __init__(self, model: Any, vocabulary: Vocabulary, static: bool | None = None):
@@ -126,11 +82,12 @@ class Decoder:
     def generate(self, prefix: Prefix, sampling: Sampling, *, seed: int, groups: Sequence[int]) -> Rollout:
         """Replies of every prompt in the prefix.
 
-        groups: the identity of each prompt in this seed's stream, so that a prompt's replies do not depend on the
-        microbatch it fell into.
+        groups: the identity of each prompt in this seed's stream, so that a prompt's replies do not depend on
+        the microbatch it fell into.
         """
         training = self.model.training
-        self.model.eval()  # in training mode, layers that recompute would look at the random state: no graph may
+        # in training mode, layers that recompute would look at the random state: no graph may
+        self.model.eval()
         try:
             with torch.no_grad():
                 return self._generate(prefix, sampling, seed, groups)
@@ -139,7 +96,9 @@ class Decoder:
 
     def _generate(self, prefix: Prefix, sampling: Sampling, seed: int, groups: Sequence[int]) -> Rollout:
         G, R, device = sampling.group_size, sampling.group_size * len(groups), prefix.last_hidden.device
-        identity = send(torch.tensor(groups, dtype=torch.int64)[:, None] * G + torch.arange(G), device).flatten()
+        identity = send(
+            torch.tensor(groups, dtype=torch.int64)[:, None] * G + torch.arange(G), device
+        ).flatten()
         slots = self._load(prefix, sampling, seed, identity)
         logits = next_logits(self.model, prefix.last_hidden.detach()).repeat_interleave(G, 0)
         idle = logits.new_zeros(slots.rows - R, logits.shape[1])
@@ -153,14 +112,20 @@ class Decoder:
             if (rows := rung(running)) < slots.rows:
                 slots.compact(rows, at - 1)
             self.advance(at)
-        ids, lengths, logprob, ended = (t[:R].clone() for t in (slots.ids, slots.lengths, slots.logprob, slots.ended))
+        ids, lengths, logprob, ended = (
+            t[:R].clone() for t in (slots.ids, slots.lengths, slots.logprob, slots.ended)
+        )
         return Rollout(ids, lengths, logprob, ~ended)
 
     def _load(self, prefix: Prefix, sampling: Sampling, seed: int, identity: Tensor) -> Slots:
         """Slots for every reply, on the prefix's keys and values."""
         packed = prefix.batch.pairs.queries
         needed = Extent.of(len(identity), sampling.group_size, packed.lengths, sampling.max_new_tokens)
-        slots = self._static(prefix, needed, sampling, seed) if self.is_static else self._exact(prefix, needed, sampling)
+        slots = (
+            self._static(prefix, needed, sampling, seed)
+            if self.is_static
+            else self._exact(prefix, needed, sampling)
+        )
         self.sampling, self.seed = sampling, seed
         rows = rung(needed.slots) if self.is_static else needed.slots
         position = prefix.batch.position[0, prefix.batch.last] + 1
@@ -168,16 +133,20 @@ class Decoder:
         return slots
 
     def _exact(self, prefix: Prefix, needed: Extent, sampling: Sampling) -> Slots:
-        """Buffers for this rollout alone. Key heads outside, so that prompts of one length are a batch of matrices."""
+        """Buffers for this rollout alone. Key heads outside, so that prompts of one length are a batch of
+        matrices."""
         packed = prefix.batch.pairs.queries
-        self.prompt_kv = {layer: tuple(t.detach().transpose(0, 1).contiguous().transpose(0, 1) for t in pair) for layer, pair in prefix.kv.items()}
+        self.prompt_kv = {
+            layer: tuple(t.detach().transpose(0, 1).contiguous().transpose(0, 1) for t in pair)
+            for layer, pair in prefix.kv.items()
+        }
         self.cu_prompts, self.longest_prompt = packed.cu_seqlens, packed.longest
         self.slots = Slots(needed, sampling.group_size, prefix.kv)
         return self.slots
 
     def _static(self, prefix: Prefix, needed: Extent, sampling: Sampling, seed: int) -> Slots:
-        """Buffers that are rounded up, and kept while they are large enough: graphs hold their addresses, and the
-        sampling and the seed as constants."""
+        """Buffers that are rounded up, and kept while they are large enough: graphs hold their addresses, and
+        the sampling and the seed as constants."""
         wanted, same = needed.rounded(sampling.group_size), (sampling, seed) == (self.sampling, self.seed)
         kept = self.slots
         if kept is None or not same or not kept.extent.holds(wanted):
@@ -186,9 +155,12 @@ class Decoder:
             kept = self.slots = Slots(extent, sampling.group_size, prefix.kv)
             tokens = extent.prompt_tokens
             self.prompt_kv = {
-                layer: tuple(k.new_empty(k.shape[1], tokens, k.shape[2]).transpose(0, 1) for k in pair) for layer, pair in prefix.kv.items()
+                layer: tuple(k.new_empty(k.shape[1], tokens, k.shape[2]).transpose(0, 1) for k in pair)
+                for layer, pair in prefix.kv.items()
             }
-            self.cu_prompts = torch.zeros(extent.prompts + 1, dtype=torch.int32, device=prefix.last_hidden.device)
+            self.cu_prompts = torch.zeros(
+                extent.prompts + 1, dtype=torch.int32, device=prefix.last_hidden.device
+            )
             self.longest_prompt = extent.longest_prompt
         for layer, pair in prefix.kv.items():
             for buffer, t in zip(self.prompt_kv[layer], pair, strict=True):
@@ -227,8 +199,8 @@ class Decoder:
         slots.running[:S] = running & ~ends
 
     def step(self, longest_own: int | None) -> None:
-        """Feed every slot its last token and sample the next. longest_own: tokens of their own past, None where only
-        the device knows."""
+        """Feed every slot its last token and sample the next. longest_own: tokens of their own past, None
+        where only the device knows."""
         slots, language = self.slots, self.model.model.language_model
         assert slots is not None
         S = slots.rows
@@ -240,14 +212,16 @@ class Decoder:
         self.choose(next_logits(self.model, out.last_hidden_state[:, 0]))
 
     def advance(self, at: int) -> None:
-        """One step; on CUDA by the graph of this number of slots, which the second step of its kind captures (the
-        first warms up)."""
+        """One step; on CUDA by the graph of this number of slots, which the second step of its kind captures
+        (the first warms up)."""
         assert self.slots is not None
         if not self.is_static:
             self.step(at)
             return
         if self.slots.rows not in self.graphs:
-            self.graphs[self.slots.rows] = Graph(lambda: self.step(None), next(iter(self.graphs.values()), None))
+            self.graphs[self.slots.rows] = Graph(
+                lambda: self.step(None), next(iter(self.graphs.values()), None)
+            )
         self.graphs[self.slots.rows]()
 
 
@@ -257,7 +231,9 @@ class DecodePass:
     def __init__(self, decoder: Decoder, slots: Slots, longest_own: int | None):
         self.decoder, self.slots, self.longest_own = decoder, slots, longest_own
 
-    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> Tensor:
+    def attend(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None
+    ) -> Tensor:
         slots, decoder = self.slots, self.decoder
         S, past = slots.rows, slots.at - 1
         own_k, own_v = (t[:S] for t in slots.own[module.layer_idx])

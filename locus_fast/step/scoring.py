@@ -11,6 +11,7 @@ from torch import Tensor
 
 from locus_fast.config import Config
 from locus_fast.model.prompts import PROMPT_STYLES
+from locus_fast.step.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Scoring:
         return Scoring(*reading, config.group_size, config.reward, config.format_weight, config.normalize_std)
 
     def _whole(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Replies with what the prompt has written of them: a thinking model's `<think>`, and the answer's prefix."""
+        """Replies with what the prompt has written of them: a thinking model's `<think>`, and the answer's
+        prefix."""
         opening = send(torch.tensor(self.opening, dtype=torch.int64), ids.device)
         return torch.cat([opening.expand(len(ids), -1), ids], 1), lengths + len(opening)
 
@@ -41,11 +43,11 @@ class Scoring:
         """The box of each reply. ids int64 [R, L], lengths int64 [R]."""
         return read_boxes(*self._whole(ids, lengths), self.table, which=self.which, grammar=self.grammar)
 
-    def reward(self, ids: Tensor, lengths: Tensor, target: Tensor, progress: float) -> BoxReward:
-        """Box, reward and group advantage of each reply. target: float32 [B, 4], a group's true box in the family's
-        frame; progress: share of the training that is done, in [0, 1]."""
+    def reward(self, rollout: Rollout, target: Tensor, progress: float) -> BoxReward:
+        """Box, reward and group advantage of each reply. target: float32 [B, 4], a group's true box in the
+        family's frame; progress: share of the training that is done, in [0, 1]."""
         return box_reward(
-            *self._whole(ids, lengths),
+            *self._whole(rollout.ids, rollout.lengths),
             self.table,
             target.repeat_interleave(self.group_size, 0),
             group_size=self.group_size,

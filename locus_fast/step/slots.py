@@ -1,8 +1,8 @@
-"""The decoder's state in buffers of a fixed address, and what lets a device run ahead of its host: CUDA graphs, and a
-count of running rows that arrives some steps late.
+"""The decoder's state in buffers of a fixed address, and what lets a device run ahead of its host: CUDA
+graphs, and a count of running rows that arrives some steps late.
 
-Legend: B prompts, G replies a prompt, R = B * G rows of the rollout, S slots at work, K key heads, D head dimension, L
-longest reply.
+Legend: B prompts, G replies a prompt, R = B * G rows of the rollout, S slots at work, K key heads, D head
+dimension, L longest reply.
 """
 
 from __future__ import annotations
@@ -35,12 +35,16 @@ class Extent:
 
     def rounded(self, group_size: int) -> Extent:
         """Rounded up to the few sizes that graphs are captured for."""
-        tokens, longest = (-(-n // PROMPT_STEP) * PROMPT_STEP for n in (self.prompt_tokens, self.longest_prompt))
+        tokens, longest = (
+            -(-n // PROMPT_STEP) * PROMPT_STEP for n in (self.prompt_tokens, self.longest_prompt)
+        )
         slots = rung(self.slots)
         return Extent(slots, max(slots // group_size, self.prompts), tokens, longest, self.longest_reply)
 
     def holds(self, other: Extent) -> bool:
-        return all(mine >= theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True))
+        return all(
+            mine >= theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)
+        )
 
     def joined(self, other: Extent) -> Extent:
         """Large enough for both."""
@@ -59,12 +63,17 @@ class Slots:
         self.token, self.phase, self.base = (torch.zeros(capacity, **whole) for _ in range(3))
         self.identity = torch.zeros(capacity, **whole)  # in the seed's stream
         self.order = torch.zeros(capacity, **whole)  # the slot's row of the rollout; `idle` for an idle slot
-        self.group = torch.zeros(capacity, dtype=torch.int32, device=device)  # extent.prompts for an idle slot
+        self.group = torch.zeros(
+            capacity, dtype=torch.int32, device=device
+        )  # extent.prompts for an idle slot
         self.running = torch.zeros(capacity, dtype=torch.bool, device=device)
         self.at = torch.zeros(1, **whole)  # tokens sampled so far
         self.own_lengths = torch.zeros(capacity, dtype=torch.int32, device=device)
         self.cu_rows = torch.zeros(extent.prompts + 1, dtype=torch.int32, device=device)
-        self.own = {layer: tuple(k.new_zeros(capacity, k.shape[1], longest, k.shape[2]) for _ in range(2)) for layer, (k, _) in kv.items()}
+        self.own = {
+            layer: tuple(k.new_zeros(capacity, k.shape[1], longest, k.shape[2]) for _ in range(2))
+            for layer, (k, _) in kv.items()
+        }
         self.idle = capacity  # the row of the outputs that idle slots write to
         self.ids = torch.zeros(capacity + 1, longest, **whole)
         self.logprob = torch.zeros(capacity + 1, longest, device=device)
@@ -74,8 +83,8 @@ class Slots:
     def start(self, rows: int, identity: Tensor, position: Tensor, phase: int, stop: Tensor) -> None:
         """Every slot as before the first token: a slot for each reply, the others idle, outputs empty.
 
-        rows: slots to work with; identity int64 [R], of each reply; position int64 [B], of each prompt's first reply
-        token; phase: the state in which a reply starts; stop: int64 [], what fills the ids.
+        rows: slots to work with; identity int64 [R], of each reply; position int64 [B], of each prompt's
+        first reply token; phase: the state in which a reply starts; stop: int64 [], what fills the ids.
         """
         R, device = len(identity), identity.device
         self.rows = rows
@@ -100,7 +109,8 @@ class Slots:
         self.cu_rows.copy_(torch.searchsorted(self.group[: self.rows], bounds, out_int32=True))
 
     def compact(self, rows: int, past: int) -> None:
-        """Go on with `rows` slots: those that run, in their order, then idle ones. past: tokens of their own past."""
+        """Go on with `rows` slots: those that run, in their order, then idle ones. past: tokens of their own
+        past."""
         order = torch.argsort(self.running[: self.rows].to(torch.uint8), descending=True, stable=True)
         keep = order[:rows]
         for t in (self.token, self.phase, self.base, self.identity, self.order, self.group, self.running):
@@ -116,8 +126,8 @@ class Slots:
 
 
 class Graph:
-    """A function of no arguments over static buffers, replayed as one CUDA graph from its second call on. Graphs share
-    one memory pool: they never run at once, and leave nothing in it."""
+    """A function of no arguments over static buffers, replayed as one CUDA graph from its second call on.
+    Graphs share one memory pool: they never run at once, and leave nothing in it."""
 
     def __init__(self, function: Callable[[], None], other: Graph | None):
         self.function, self.warm = function, False
@@ -137,9 +147,10 @@ class Graph:
 
 
 class Count:
-    """How many slots are still running, told to the host `lag` steps later: the device always has that many steps
-    queued, and the host, which could queue every step before the first has ended, does not run further ahead. The
-    number can only fall, so an old one is safe, and its age is the same every time, so that two runs compact alike."""
+    """How many slots are still running, told to the host `lag` steps later: the device always has that many
+    steps queued, and the host, which could queue every step before the first has ended, does not run further
+    ahead. The number can only fall, so an old one is safe, and its age is the same every time, so that two
+    runs compact alike."""
 
     def __init__(self, lag: int, on_cuda: bool):
         self.lag, self.asked = lag, 0

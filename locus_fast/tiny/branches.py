@@ -1,6 +1,8 @@
-"""Training rows of the base: a scene's image tokens once, then one branch a cue (its tokens, the question, the reply), kept apart by a mask.
+"""Training rows of the base: a scene's image tokens once, then one branch a cue (its tokens, the question,
+the reply), kept apart by a mask.
 
-Tokens and positions are those of `prompts.py`; sharing the image makes six questions cost little more than one.
+Tokens and positions are those of `prompts.py`; sharing the image makes six questions cost little more than
+one.
 """
 
 from __future__ import annotations
@@ -37,8 +39,15 @@ class Task:
 
     @staticmethod
     def of(tokenizer: Any) -> Task:
-        placeholder, stop = (tokenizer.convert_tokens_to_ids(token) for token in ("<|image_pad|>", "<|im_end|>"))
-        return Task(question_pieces(tokenizer, PROMPT_STYLES["direct"], Frame(EXTENT), placeholder), placeholder, stop, tokenizer)
+        placeholder, stop = (
+            tokenizer.convert_tokens_to_ids(token) for token in ("<|image_pad|>", "<|im_end|>")
+        )
+        return Task(
+            question_pieces(tokenizer, PROMPT_STYLES["direct"], Frame(EXTENT), placeholder),
+            placeholder,
+            stop,
+            tokenizer,
+        )
 
     def reply(self, box: tuple[float, ...], size: tuple[int, int]) -> list[int]:
         """The tokens of a box: two digits a number."""
@@ -49,7 +58,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Branches:
-    """S scenes of one size with K cues each. A row is the image's tokens, then K branches of one width, short cues padded in front."""
+    """S scenes of one size with K cues each. A row is the image's tokens, then K branches of one width, short
+    cues padded in front."""
 
     ids: Tensor  # int64 [S, row]
     position: Tensor  # int64 [3, S, row]
@@ -69,8 +79,11 @@ class Branches:
         return self.ids[:, self.predicting + 1]
 
 
-def draw_branches(rng: np.random.Generator, task: Task, scenes: int, cues: int, objects: tuple[int, int], loosen: float) -> Branches:
-    """Scenes of one random size with this many objects; replies state the cue's region, enlarged by a random factor of up to `loosen`."""
+def draw_branches(
+    rng: np.random.Generator, task: Task, scenes: int, cues: int, objects: tuple[int, int], loosen: float
+) -> Branches:
+    """Scenes of one random size with this many objects; replies state the cue's region, enlarged by a random
+    factor of up to `loosen`."""
     size = IMAGE_SIZES[int(rng.integers(len(IMAGE_SIZES)))]
     cells = (size[1] // CELL, size[0] // CELL)
     image_start = len(task.pieces[0])
@@ -96,11 +109,21 @@ def draw_branches(rng: np.random.Generator, task: Task, scenes: int, cues: int, 
             grids.append((1, h * MERGE, w * MERGE))
             boxes[s, k] = torch.tensor(region)
             reply = task.reply(loosened(rng, region, size, loosen), size)
-            tokens, places = interleave([*task.pieces[:2], task.pieces[2] + reply], [cells, (h, w)], task.placeholder)
-            ids[s, :shared], position[:, s, :shared], real[s, :shared] = tokens[:shared], places[:, :shared], True
+            tokens, places = interleave(
+                [*task.pieces[:2], task.pieces[2] + reply], [cells, (h, w)], task.placeholder
+            )
+            ids[s, :shared], position[:, s, :shared], real[s, :shared] = (
+                tokens[:shared],
+                places[:, :shared],
+                True,
+            )
             end = shared + (k + 1) * width
             start = end - (len(tokens) - shared)
-            ids[s, start:end], position[:, s, start:end], real[s, start:end] = tokens[shared:], places[:, shared:], True
+            ids[s, start:end], position[:, s, start:end], real[s, start:end] = (
+                tokens[shared:],
+                places[:, shared:],
+                True,
+            )
     ends = shared + (1 + torch.arange(cues)) * width
     cells_of_box, cells_of_edge = box_cells(boxes, *cells)
     return Branches(
@@ -119,7 +142,8 @@ def draw_branches(rng: np.random.Generator, task: Task, scenes: int, cues: int, 
 
 
 def branch_mask(real: Tensor, shared: int, width: int) -> Tensor:
-    """Causal, without padding, and from a branch only to the shared part and itself: 0 or -1e4, float32 [S, 1, row, row]. real bool [S, row]."""
+    """Causal, without padding, and from a branch only to the shared part and itself: 0 or -1e4, float32 [S,
+    1, row, row]. real bool [S, row]."""
     place = torch.arange(real.shape[1])
     branch = torch.where(place < shared, -1, (place - shared) // width)
     seen = (place[None] <= place[:, None]) & ((branch[:, None] == branch[None]) | (branch[None] < 0))
@@ -128,7 +152,14 @@ def branch_mask(real: Tensor, shared: int, width: int) -> Tensor:
 
 def patches_of(image: np.ndarray) -> Tensor:
     """Normalised patches of an RGB image."""
-    return patchify(torch.from_numpy(image.copy()), patch=SPEC.patch, frames=SPEC.frames, merge=SPEC.merge, mean=SPEC.mean, std=SPEC.std)
+    return patchify(
+        torch.from_numpy(image.copy()),
+        patch=SPEC.patch,
+        frames=SPEC.frames,
+        merge=SPEC.merge,
+        mean=SPEC.mean,
+        std=SPEC.std,
+    )
 
 
 def box_cells(box: Tensor, grid_h: int, grid_w: int) -> tuple[Tensor, Tensor]:
@@ -136,18 +167,26 @@ def box_cells(box: Tensor, grid_h: int, grid_w: int) -> tuple[Tensor, Tensor]:
 
     box [..., 4] xyxy in pixels. Returns float32 [..., cells] and [..., 4, cells].
     """
-    y, x = (t.flatten() * CELL for t in torch.meshgrid(torch.arange(grid_h), torch.arange(grid_w), indexing="ij"))
+    y, x = (
+        t.flatten() * CELL for t in torch.meshgrid(torch.arange(grid_h), torch.arange(grid_w), indexing="ij")
+    )
     left, top, right, bottom = box[..., None].unbind(-2)
     inside = (x + CELL > left) & (x < right) & (y + CELL > top) & (y < bottom)
-    edges = torch.stack([x <= left, y <= top, x + CELL >= right, y + CELL >= bottom], -2) & inside[..., None, :]
+    edges = (
+        torch.stack([x <= left, y <= top, x + CELL >= right, y + CELL >= bottom], -2) & inside[..., None, :]
+    )
     return inside.float(), edges.float()
 
 
 def loosened(rng: np.random.Generator, box: Box, size: tuple[int, int], most: float) -> tuple[float, ...]:
-    """The box with its width and height grown by a random factor of 1 to `most`, clipped to the image; `size` is (width, height)."""
+    """The box with its width and height grown by a random factor of 1 to `most`, clipped to the image; `size`
+    is (width, height)."""
     if most <= 1:
         return box
     grow = (rng.uniform(1.0, most) - 1) * np.array([box[2] - box[0], box[3] - box[1]])
     share = rng.uniform(0.3, 0.7, 2)
-    low, high = np.maximum(0, np.array(box[:2]) - grow * share), np.minimum(size, np.array(box[2:]) + grow * (1 - share))
+    low, high = (
+        np.maximum(0, np.array(box[:2]) - grow * share),
+        np.minimum(size, np.array(box[2:]) + grow * (1 - share)),
+    )
     return (*low, *high)

@@ -1,6 +1,8 @@
-"""The embedded model: a Qwen3-VL of 1.6M parameters, with what a model so small needs and a large one does not.
+"""The embedded model: a Qwen3-VL of 1.6M parameters, with what a model so small needs and a large one does
+not.
 
-That is a sine/cosine position table and weights initialised at fan-in scale: with the usual 0.02 it stays on a plateau for hours.
+That is a sine/cosine position table and weights initialised at fan-in scale: with the usual 0.02 it stays on
+a plateau for hours.
 """
 
 from __future__ import annotations
@@ -73,5 +75,8 @@ def build_model(special: dict[str, int]) -> Qwen3VLForConditionalGeneration:
 def position_table(width: int) -> Tensor:
     """Sine and cosine of row and column at `width // 4` frequencies, float32 [TABLE_SIDE**2, width]."""
     omega = 1.5 * torch.exp(-torch.arange(width // 4) / (width // 4) * math.log(50.0))
-    y, x = (t.flatten().float() for t in torch.meshgrid(torch.arange(TABLE_SIDE), torch.arange(TABLE_SIDE), indexing="ij"))
+    y, x = (
+        t.flatten().float()
+        for t in torch.meshgrid(torch.arange(TABLE_SIDE), torch.arange(TABLE_SIDE), indexing="ij")
+    )
     return 0.5 * torch.cat([f(t[:, None] * omega) for t in (y, x) for f in (torch.sin, torch.cos)], 1)

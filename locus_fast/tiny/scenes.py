@@ -1,8 +1,9 @@
 """Procedurally drawn scenes: the embedded default's data, a pure function of (seed, index).
 
-A scene is a textured ground with 5 to 12 separate objects of varied shape, colour, pattern and size; about half of them are distractors that share
-a colour or a shape with an earlier one. The cue is one object with up to 10% of padding, rescaled by 0.8 to 2.0, as the LOCUS recipe does for
-tiny cues. Four image sizes and aspect ratios are mixed.
+A scene is a textured ground with 5 to 12 separate objects of varied shape, colour, pattern and size; about
+half of them are distractors that share a colour or a shape with an earlier one. The cue is one object with up
+to 10% of padding, rescaled by 0.8 to 2.0, as the LOCUS recipe does for tiny cues. Four image sizes and aspect
+ratios are mixed.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ Box = tuple[int, int, int, int]
 Look = tuple[int, int, np.ndarray, np.ndarray]  # shape, pattern, two RGB colours
 
 
-def draw_scene(rng: np.random.Generator, size: tuple[int, int], objects: tuple[int, int]) -> tuple[np.ndarray, list[Box]]:
-    """An RGB scene (uint8 [height, width, 3]) of `size` (width, height) and the xyxy boxes of its objects, drawn without overlap."""
+def draw_scene(
+    rng: np.random.Generator, size: tuple[int, int], objects: tuple[int, int]
+) -> tuple[np.ndarray, list[Box]]:
+    """An RGB scene (uint8 [height, width, 3]) of `size` (width, height) and the xyxy boxes of its objects,
+    drawn without overlap."""
     width, height = size
     scene = draw_ground(rng, width, height)
     boxes: list[Box] = []
@@ -53,12 +57,15 @@ def draw_ground(rng: np.random.Generator, width: int, height: int) -> np.ndarray
     """A smooth random texture, float32 [height, width, 3]."""
     base = rng.uniform(60, 195, 3)
     coarse = base + rng.normal(0, 14, (int(rng.integers(3, 9)), int(rng.integers(3, 9)), 3))
-    image = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    image = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     return np.asarray(image).astype(np.float32)
 
 
 def choose_look(rng: np.random.Generator, looks: list[Look]) -> Look:
-    """A random shape, pattern and two colours; half of the time one of them is shared with an earlier object."""
+    """A random shape, pattern and two colours; half of the time one of them is shared with an earlier
+    object."""
     shape, pattern = int(rng.integers(len(SHAPES))), int(rng.integers(len(PATTERNS)))
     first, second = rng.integers(0, 256, 3), rng.integers(0, 256, 3)
     if looks and rng.random() < 0.5:
@@ -71,7 +78,8 @@ def choose_look(rng: np.random.Generator, looks: list[Look]) -> Look:
 
 
 def draw_object(look: Look, w: int, h: int) -> tuple[np.ndarray, np.ndarray]:
-    """The colours of an object that fills its w x h box (float32 [h, w, 3]) and its coverage (float32 [h, w, 1] in 0..1)."""
+    """The colours of an object that fills its w x h box (float32 [h, w, 3]) and its coverage (float32 [h, w,
+    1] in 0..1)."""
     shape, pattern, first, second = look
     W, H = w * SMOOTH, h * SMOOTH
     mask = Image.new("L", (W, H), 0)
@@ -102,7 +110,9 @@ def draw_object(look: Look, w: int, h: int) -> tuple[np.ndarray, np.ndarray]:
             pen.rectangle((0, H // 2, W - 1, H - 1), fill=255)
         case "dot":
             pen.ellipse((W * 3 // 10, H * 3 // 10, W * 7 // 10, H * 7 // 10), fill=255)
-    coverage, share = (np.asarray(layer.reduce(SMOOTH), dtype=np.float32)[..., None] / 255 for layer in (mask, paint))
+    coverage, share = (
+        np.asarray(layer.reduce(SMOOTH), dtype=np.float32)[..., None] / 255 for layer in (mask, paint)
+    )
     return first * (1 - share) + second * share, coverage
 
 
@@ -111,7 +121,12 @@ def cut_cue(rng: np.random.Generator, scene: np.ndarray, box: Box) -> tuple[np.n
     height, width = scene.shape[:2]
     pads = rng.uniform(0, PADDING, 4) * np.array([box[2] - box[0], box[3] - box[1]] * 2)
     left, top, right, bottom = (round(pad) for pad in pads)
-    region = (max(0, box[0] - left), max(0, box[1] - top), min(width, box[2] + right), min(height, box[3] + bottom))
+    region = (
+        max(0, box[0] - left),
+        max(0, box[1] - top),
+        min(width, box[2] + right),
+        min(height, box[3] + bottom),
+    )
     scale = rng.uniform(*SCALE)
     w, h = (max(8, round(scale * side)) for side in (region[2] - region[0], region[3] - region[1]))
     crop = Image.fromarray(scene[region[1] : region[3], region[0] : region[2]])
@@ -119,7 +134,8 @@ def cut_cue(rng: np.random.Generator, scene: np.ndarray, box: Box) -> tuple[np.n
 
 
 class SceneCues:
-    """The CueSource of drawn scenes. Held-out scenes are the same for every seed and share no random stream with training scenes."""
+    """The CueSource of drawn scenes. Held-out scenes are the same for every seed and share no random stream
+    with training scenes."""
 
     def __init__(self, seed: int, held_out: int):
         self.seed, self.held_out_count = seed, held_out
@@ -134,11 +150,15 @@ class SceneCues:
 
     def describe(self) -> str:
         """One line on what is drawn."""
-        return f"drawn scenes of {OBJECTS[0]} to {OBJECTS[1]} objects in {len(IMAGE_SIZES)} image sizes, {self.held_out_count} held out"
+        return (
+            f"drawn scenes of {OBJECTS[0]} to {OBJECTS[1]} objects in {len(IMAGE_SIZES)} image sizes, "
+            f"{self.held_out_count} held out"
+        )
 
     def _example(self, rng: np.random.Generator, source: str) -> Example:
         size = IMAGE_SIZES[int(rng.integers(len(IMAGE_SIZES)))]
         scene, boxes = draw_scene(rng, size, OBJECTS)
         box = boxes[int(rng.integers(len(boxes)))]
         cue, region = cut_cue(rng, scene, box)
-        return Example(scene, cue, tuple(map(float, region)), size_class_of(box, *size), source)  # type: ignore[arg-type]
+        left, top, right, bottom = map(float, region)
+        return Example(scene, cue, (left, top, right, bottom), size_class_of(box, *size), source)

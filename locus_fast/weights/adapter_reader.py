@@ -27,12 +27,41 @@ PICKLE = "adapter_model.bin"
 REMEDY = "merge it into its base with peft first"
 
 # Keys of adapter_config.json. What is in none of the three must be unset.
-READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "target_modules"}
+READ = {
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "init_lora_weights",
+    "target_modules",
+}
 READ |= {"base_model_name_or_path", "peft_type", "revision", "bias"}
-OF_TRAINING = {"auto_mapping", "inference_mode", "lora_dropout", "peft_version", "task_type", "runtime_config"}
+OF_TRAINING = {
+    "auto_mapping",
+    "inference_mode",
+    "lora_dropout",
+    "peft_version",
+    "task_type",
+    "runtime_config",
+}
 WITHOUT_EFFECT = {  # on what loaded adapters compute; fan_in_fan_out is of layers that no family has
-    *("corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "layers_pattern"),
-    *("layers_to_transform", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "qalora_group_size"),
+    *(
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "layers_pattern",
+    ),
+    *(
+        "layers_to_transform",
+        "loftq_config",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "qalora_group_size",
+    ),
 }
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")  # init_lora_weights that leave the base
 
@@ -59,7 +88,9 @@ def read_adapters(folder: Path, linears: Mapping[str, tuple[int, int]]) -> dict[
         what = f"{len(others)} tensors that are no adapters of the language model's linear layers"
         raise UserError(f"{folder / WEIGHTS} holds {what}, the first {others[0]}: {REMEDY}.")
     if not halves:
-        raise UserError(f"{folder / WEIGHTS} holds no adapters: save them again, or give the base itself as --model.")
+        raise UserError(
+            f"{folder / WEIGHTS} holds no adapters: save them again, or give the base itself as --model."
+        )
     pairs = {}
     for stored, sides in halves.items():
         layer = held_name(stored, linears)
@@ -75,12 +106,18 @@ def _check_keys(folder: Path, config: dict[str, Any]) -> None:
     computed here."""
     file = folder / CONFIG
     if config.get("peft_type", "LORA") != "LORA":
-        raise UserError(f"{file}: peft_type is {config['peft_type']!r}, and only LORA is computed here: {REMEDY}.")
+        raise UserError(
+            f"{file}: peft_type is {config['peft_type']!r}, and only LORA is computed here: {REMEDY}."
+        )
     for key, value in sorted(config.items()):
         if key not in READ | OF_TRAINING | WITHOUT_EFFECT and value:
-            raise UserError(f"{file}: {key} is {_shown(value)}, a variant of LoRA that is not computed here: {REMEDY}.")
+            raise UserError(
+                f"{file}: {key} is {_shown(value)}, a variant of LoRA that is not computed here: {REMEDY}."
+            )
     if config.get("bias", "none") != "none":
-        raise UserError(f"{file}: bias is {_shown(config['bias'])}, and biases are not adapted here: {REMEDY}.")
+        raise UserError(
+            f"{file}: bias is {_shown(config['bias'])}, and biases are not adapted here: {REMEDY}."
+        )
     start = config.get("init_lora_weights", True)
     if start not in PLAIN_STARTS and start is not None:
         what = f"init_lora_weights is {_shown(start)}, which took a part of the base's weights away at first"
@@ -96,11 +133,18 @@ def _check_keys(folder: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{file}: r is {_shown(config['r'])}, and must be a whole number above 0.")
     if not is_number(config["lora_alpha"]):
         raise UserError(f"{file}: lora_alpha is {_shown(config['lora_alpha'])}, and must be a finite number.")
-    patterns = ("rank_pattern", _is_rank, "whole numbers above 0"), ("alpha_pattern", is_number, "finite numbers")
+    patterns = (
+        ("rank_pattern", _is_rank, "whole numbers above 0"),
+        ("alpha_pattern", is_number, "finite numbers"),
+    )
     for key, good, words in patterns:
         pattern = config.get(key) or {}
-        if not isinstance(pattern, dict) or not all(_is_regex(name) and good(value) for name, value in pattern.items()):
-            raise UserError(f"{file}: {key} is {_shown(pattern)}, and must give {words} by patterns of layer names.")
+        if not isinstance(pattern, dict) or not all(
+            _is_regex(name) and good(value) for name, value in pattern.items()
+        ):
+            raise UserError(
+                f"{file}: {key} is {_shown(pattern)}, and must give {words} by patterns of layer names."
+            )
 
 
 def _is_rank(value: Any) -> bool:
@@ -119,14 +163,20 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     file = folder / WEIGHTS
     if not file.is_file() and (folder / PICKLE).is_file():
         mend = f"save the adapters as {WEIGHTS} with peft"
-        raise UserError(f"{folder / PICKLE} is in pickle format, which is never loaded as it may run code: {mend}.")
+        raise UserError(
+            f"{folder / PICKLE} is in pickle format, which is never loaded as it may run code: {mend}."
+        )
     try:
         return load_file(file)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder} does not hold whole adapters: {WEIGHTS} cannot be read ({reason(error)}).") from None
+        raise UserError(
+            f"{folder} does not hold whole adapters: {WEIGHTS} cannot be read ({reason(error)})."
+        ) from None
 
 
-def _pair(folder: Path, config: dict[str, Any], stored: str, sides: dict[str, Any], layer: tuple[int, int]) -> Pair:
+def _pair(
+    folder: Path, config: dict[str, Any], stored: str, sides: dict[str, Any], layer: tuple[int, int]
+) -> Pair:
     """The pair of a layer whose weight is [out, in] = layer. sides: "A" and "B" -> (name, tensor)."""
     file, (out, inputs) = folder / WEIGHTS, layer
     if len(sides) < 2:
@@ -139,7 +189,9 @@ def _pair(folder: Path, config: dict[str, Any], stored: str, sides: dict[str, An
         name, tensor = sides[side]
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"{file}: {name} is stored as {kind}, and adapters are floating point of 16 bits or more.")
+            raise UserError(
+                f"{file}: {name} is stored as {kind}, and adapters are floating point of 16 bits or more."
+            )
         if list(tensor.shape) != shape:
             what = f"{name} has shape {list(tensor.shape)}, and should have {shape}"
             why = f"by rank {rank} of {CONFIG} and a layer of {inputs} inputs and {out} outputs"
@@ -156,7 +208,9 @@ def _by_pattern(pattern: dict[str, Any] | None, layer: str, default: Any) -> Any
     return next(found, default)
 
 
-def _check_targets(folder: Path, config: dict[str, Any], stored: Mapping[str, Any], linears: Mapping[str, Any]) -> None:
+def _check_targets(
+    folder: Path, config: dict[str, Any], stored: Mapping[str, Any], linears: Mapping[str, Any]
+) -> None:
     """Raises UserError if target_modules leaves out a layer that has tensors, which peft would pass over, or
     names one that has none, which peft would begin anew. A config without target_modules is not judged."""
     targets = config.get("target_modules")
@@ -166,7 +220,9 @@ def _check_targets(folder: Path, config: dict[str, Any], stored: Mapping[str, An
         what = f"target_modules is {_shown(targets)}, and must be a pattern or a list of names"
         raise UserError(f"{folder / CONFIG}: {what}.")
     if isinstance(targets, str) and not _is_regex(targets):
-        raise UserError(f"{folder / CONFIG}: target_modules is {_shown(targets)}, which is no regular expression.")
+        raise UserError(
+            f"{folder / CONFIG}: target_modules is {_shown(targets)}, which is no regular expression."
+        )
     if left := [name for name in stored if not _targeted(name, targets)]:
         what = f"{WEIGHTS} has adapters of {left[0]}, which target_modules of {CONFIG} does not name"
         raise UserError(f"{folder}: {what}: one of the two is of other adapters.")

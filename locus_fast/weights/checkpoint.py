@@ -1,4 +1,5 @@
-"""Models in and out of folders in the Hugging Face layout, and the optimizer's state beside them. Safetensors only, nothing is unpickled."""
+"""Models in and out of folders in the Hugging Face layout, and the optimizer's state beside them. Safetensors
+only, nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -37,19 +38,28 @@ SMALL_FILES = ["*.json", "*.txt", "*.jinja"]  # of a model on the hub: all but i
 
 def is_hub_id(name: str) -> bool:
     """Whether a model's name is no folder but has the form of a hub id."""
-    return bool(name) and not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return (
+        bool(name)
+        and not Path(name).exists()
+        and name.count("/") == 1
+        and not name.startswith((".", "/", "~"))
+    )
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model: the embedded base for an empty name, a path, or the local copy of a hub id (fetched if it
-    is not there). Raises UserError for what is no folder of a model, a run folder among them."""
+    """The folder of a model: the embedded base for an empty name, a path, or the local copy of a hub id
+    (fetched if it is not there). Raises UserError for what is no folder of a model, a run folder among them.
+    """
     refuse_endless(Path(name), "--model")
     if not is_hub_id(name):
         folder = Path(name) if name else TINY_BASE
         if folder.is_file():
             raise UserError(f"--model {name} is a file: give the folder of a model in Hugging Face layout.")
         if not folder.is_dir():
-            raise UserError(f"--model {name}: there is no such folder; give that of a model in Hugging Face layout, or a hub id.")
+            raise UserError(
+                f"--model {name}: there is no such folder; give that of a model in Hugging Face layout, or "
+                "a hub id."
+            )
         refuse_run(folder)
         refuse_endless_in(folder)
         return folder
@@ -64,7 +74,10 @@ def model_folder(name: str) -> Path:
         raise
     except Exception as error:  # the hub client raises many kinds; each means that the model is not to be had
         why = f"it could not be fetched from the hub ({type(error).__name__})"
-        raise UserError(f"--model {name}: no such folder, and {why}; check id and connection, or give the folder of a copy with --model.") from None
+        raise UserError(
+            f"--model {name}: no such folder, and {why}; check id and connection, or give the folder of a "
+            "copy with --model."
+        ) from None
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -76,33 +89,45 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = N
 def load_source(source: Source, device: torch.device, dtype: torch.dtype | None = None) -> Any:
     """The model, on the device, with our attention, in evaluation mode.
 
-    dtype: of every parameter; None for the checkpoint's own: what its config states (bfloat16 for the published ones), else what its tensors have.
-    The weights are views of the mapped files until they are moved or written to, so host memory never holds a copy of them beside the model.
+    dtype: of every parameter; None for the checkpoint's own: what its config states (bfloat16 for the
+    published ones), else what its tensors have. The weights are views of the mapped files until they are
+    moved or written to, so host memory never holds a copy of them beside the model.
     """
-    transformers_logging.set_verbosity_error()  # its table of missing tensors says at length what the sentence below says
+    # its table of missing tensors says at length what the sentence below says
+    transformers_logging.set_verbosity_error()
     wanted = weight_dtype(source.folder, source.config, dtype)
     load: Any = AutoModelForImageTextToText.from_pretrained
     try:
-        model, found = load(source.folder, dtype=wanted, output_loading_info=True)
+        model, found = load(source.folder, config=source.config, dtype=wanted, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{source.folder} could not be loaded as a model: {reason(error)}") from None
     if missing := sorted(found["missing_keys"]):
-        raise UserError(f"{source.folder}: {len(missing)} of the model's tensors are in none of its weight files, the first {missing[0]}.")
+        raise UserError(
+            f"{source.folder}: {len(missing)} of the model's tensors are in none of its weight files, the "
+            f"first {missing[0]}."
+        )
     if source.config.tie_word_embeddings and model.lm_head.weight is not model.get_input_embeddings().weight:
-        what = "tie_word_embeddings is true, and lm_head.weight is stored with other values than the embedding"
-        raise UserError(f"{source.folder / 'config.json'}: {what}: set it to false to train the head that is stored, or fetch the model again.")
+        what = (
+            "tie_word_embeddings is true, and lm_head.weight is stored with other values than the embedding"
+        )
+        raise UserError(
+            f"{source.folder / 'config.json'}: {what}: set it to false to train the head that is stored, or "
+            "fetch the model again."
+        )
     _stop_at_turns(model, source.tokenizer, family_of(source.config).stop)
     use_attention(model)
     return model.to(device).eval()
 
 
 def weight_dtype(folder: Path, config: Any, dtype: torch.dtype | None) -> torch.dtype:
-    """What the weights of a folder are loaded in: `dtype`, else what its config states, else what its tensors have."""
+    """What the weights of a folder are loaded in: `dtype`, else what its config states, else what its tensors
+    have."""
     return dtype or config.dtype or config.get_text_config().dtype or stored_dtype(folder)
 
 
 def _stop_at_turns(model: Any, tokenizer: Any, stop: str) -> None:
-    """Let replies end at the token that ends a turn, besides those that generation_config.json names (the file itself stays as it is)."""
+    """Let replies end at the token that ends a turn, besides those that generation_config.json names (the
+    file itself stays as it is)."""
     stated = model.generation_config.eos_token_id
     stops = stated if isinstance(stated, list) else [] if stated is None else [stated]
     turn = tokenizer.get_vocab().get(stop)
@@ -110,10 +135,18 @@ def _stop_at_turns(model: Any, tokenizer: Any, stop: str) -> None:
         model.generation_config.eos_token_id = [*stops, turn]
 
 
-def save_model(model: Any, source: Path, folder: Path, dtype: torch.dtype | None = None, limits: tuple[int, int] | None = None) -> None:
-    """The model in the layout it came in, as `source` has it (see `shards.write_model`). Written beside and renamed: whole or absent.
+def save_model(
+    model: Any,
+    source: Path,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    limits: tuple[int, int] | None = None,
+) -> None:
+    """The model in the layout it came in, as `source` has it (see `shards.write_model`). Written beside and
+    renamed: whole or absent.
 
-    limits: the fewest and most pixels that the config of its image processor is to have; None for those of the source.
+    limits: the fewest and most pixels that the config of its image processor is to have; None for those of
+    the source.
     """
     with whole_or_absent(folder) as partial:
         write_model(model, source, partial, dtype)
@@ -128,7 +161,12 @@ def save_adapters(model: Any, base: str, folder: Path) -> None:
 
 
 def save_checkpoint(
-    run: Path, model: Any, source: Path, optimizer: torch.optim.Optimizer, step: int, trained: Mapping[str, Any] | None = None
+    run: Path,
+    model: Any,
+    source: Path,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    trained: Mapping[str, Any] | None = None,
 ) -> None:
     """`checkpoints/step-N` of a run folder: the model in the dtype it is trained in, or of one with adapters
     these alone, and what `load_checkpoint` needs besides.
@@ -144,7 +182,9 @@ def save_checkpoint(
             sums = write_model(model, source, partial, model.dtype)
         (partial / "optimizer").mkdir()
         sums[STATE] = write_tensors(partial / STATE, state_tensors(optimizer))
-        names = [file.relative_to(partial).as_posix() for file in sorted(partial.rglob("*")) if file.is_file()]
+        names = [
+            file.relative_to(partial).as_posix() for file in sorted(partial.rglob("*")) if file.is_file()
+        ]
         listed = {name: f"{sums[name] if name in sums else crc_of(partial / name):08x}" for name in names}
         (partial / STEP).write_text(json.dumps({"step": step, "trained": trained, "crc32": listed}, indent=2))
 
@@ -152,7 +192,10 @@ def save_checkpoint(
 def checkpoints(run: Path) -> list[tuple[Path, int]]:
     """The checkpoints of a run folder with the number of steps in their names, the fewest first."""
     found = [(folder, NAMED.fullmatch(folder.name)) for folder in (run / "checkpoints").glob("step-*")]
-    return sorted(((folder, int(match[1])) for folder, match in found if match and folder.is_dir()), key=lambda entry: entry[1])
+    return sorted(
+        ((folder, int(match[1])) for folder, match in found if match and folder.is_dir()),
+        key=lambda entry: entry[1],
+    )
 
 
 def latest_checkpoint(run: Path) -> tuple[Path, int]:
@@ -207,7 +250,10 @@ def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) 
     try:
         load_state_tensors(optimizer, tensors)
     except (ValueError, KeyError, RuntimeError) as error:
-        advice = f"resume with the --optimizer, --lr-scale and --dtype that it was trained with, or start a new run with --model {folder}"
+        advice = (
+            "resume with the --optimizer, --lr-scale and --dtype that it was trained with, or start a new "
+            f"run with --model {folder}"
+        )
         raise UserError(f"{folder}: {error}: {advice}.") from None
     states = ((f"{STATE}: {name}", tensor) for name, tensor in state_tensors(optimizer).items())
     if name := first_not_finite([*model.named_parameters(), *states]):
@@ -223,5 +269,9 @@ def damaged(folder: Path, what: str) -> UserError:
     """For a checkpoint that is of no use: what is wrong with it, and what there is instead."""
     steps = {other.name: step for other, step in checkpoints(folder.parent.parent)}
     earlier = [name for name, step in steps.items() if step < steps.get(folder.name, 0)]
-    advice = f"remove it to resume from {earlier[-1]}" if earlier else "there is no earlier one, so start a new run"
+    advice = (
+        f"remove it to resume from {earlier[-1]}"
+        if earlier
+        else "there is no earlier one, so start a new run"
+    )
     return UserError(f"{folder} is not a whole checkpoint ({what}): {advice}.")

@@ -1,7 +1,9 @@
-"""The published layout of a model's folder: which files hold its weights, which stored tensor is which of the model's, and the way back.
+"""The published layout of a model's folder: which files hold its weights, which stored tensor is which of the
+model's, and the way back.
 
-What is written has the same files, the same tensors in each at the same places, and the same bytes where the model's values are the source's.
-The safetensors format (a length, a JSON header, the tensors' bytes) is written here, so that never more than a tensor or two are in host memory.
+What is written has the same files, the same tensors in each at the same places, and the same bytes where the
+model's values are the source's. The safetensors format (a length, a JSON header, the tensors' bytes) is
+written here, so that never more than a tensor or two are in host memory.
 """
 
 from __future__ import annotations
@@ -27,12 +29,29 @@ from locus_fast.model.families import held_name
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-STATE_CODES = {**CODES, torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}  # an optimizer's state has integers besides
-OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack"}  # they would be the base's, so never copied
+STATE_CODES = {
+    **CODES,
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}  # an optimizer's state has integers besides
+OTHER_WEIGHTS = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+}  # they would be the base's, so never copied
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: the one, else the shards that the index names. UserError if there are none or the index cannot be read."""
+    """The safetensors files of a model: the one, else the shards that the index names. UserError if there are
+    none or the index cannot be read."""
     if (folder / WHOLE).is_file():
         return [folder / WHOLE]
     index = folder / INDEX
@@ -43,10 +62,15 @@ def weight_files(folder: Path) -> list[Path]:
         dict(content["metadata"])  # which transformers reads
         names = sorted({str(name) for name in content["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} cannot be read as the index of a model's shards ({type(error).__name__}: {error}): fetch it again.") from None
+        raise UserError(
+            f"{index} cannot be read as the index of a model's shards ({type(error).__name__}: {error}): "
+            "fetch it again."
+        ) from None
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{index} names the shard {name}, which is not in the folder: fetch the model again.")
+            raise UserError(
+                f"{index} names the shard {name}, which is not in the folder: fetch the model again."
+            )
     return [folder / name for name in names]
 
 
@@ -54,15 +78,23 @@ def _without_weights(folder: Path) -> str:
     """The sentence for a folder with neither of the two files."""
     if pickled := sorted(file.name for file in folder.glob("pytorch_model*.bin")):
         call = "M.from_pretrained(sys.argv[1], dtype='auto').save_pretrained(sys.argv[1])"
-        command = f'python -c "import sys; from transformers import AutoModelForImageTextToText as M; {call}" {shlex.quote(str(folder))}'
-        return f"{folder} has its weights in pickle format ({pickled[0]}), which is never loaded as it may run code; convert them with: {command}"
+        code = f"import sys; from transformers import AutoModelForImageTextToText as M; {call}"
+        command = f'python -c "{code}" {shlex.quote(str(folder))}'
+        return (
+            f"{folder} has its weights in pickle format ({pickled[0]}), which is never loaded as it may run "
+            f"code; convert them with: {command}"
+        )
     others = sorted(file.name for file in folder.iterdir() if file.suffix in OTHER_WEIGHTS)
     found = f" (there is {others[0]})" if others else ""
-    return f"{folder} has neither {WHOLE} nor {INDEX}{found}: give the folder of a model in Hugging Face layout, with all of its files."
+    return (
+        f"{folder} has neither {WHOLE} nor {INDEX}{found}: give the folder of a model in Hugging Face "
+        "layout, with all of its files."
+    )
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], bytes]:
-    """(header, its bytes) of a safetensors file: for each tensor dtype, shape and data_offsets, and perhaps `__metadata__`. UserError if damaged."""
+    """(header, its bytes) of a safetensors file: for each tensor dtype, shape and data_offsets, and perhaps
+    `__metadata__`. UserError if damaged."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -70,15 +102,23 @@ def read_header(file: Path) -> tuple[dict[str, Any], bytes]:
             raw = stream.read(length) if length <= size else b""
         header = dict(json.loads(raw))
         at = 0
-        for entry in sorted((entry for name, entry in header.items() if name != "__metadata__"), key=lambda entry: entry["data_offsets"]):
+        for entry in sorted(
+            (entry for name, entry in header.items() if name != "__metadata__"),
+            key=lambda entry: entry["data_offsets"],
+        ):
             start, end = entry["data_offsets"]
-            if start != at or (entry["dtype"] in DTYPES and end - start != math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize):
+            if start != at or (
+                entry["dtype"] in DTYPES
+                and end - start != math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
+            ):
                 raise ValueError
             at = end
         if size != 8 + len(raw) + at:
             raise ValueError
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): correct its permissions, or fetch it again.") from None
+        raise UserError(
+            f"{file} cannot be read ({error.strerror}): correct its permissions, or fetch it again."
+        ) from None
     except (ValueError, KeyError, TypeError):
         raise UserError(_damaged(file)) from None
     return header, raw
@@ -93,11 +133,20 @@ def _damaged(file: Path) -> str:
 
 
 def read_headers(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Each stored tensor of a model with its file and header entry. UserError if any is stored in a type that is not trained: a quantised model."""
-    entries = {name: (file, entry) for file in weight_files(folder) for name, entry in read_header(file)[0].items() if name != "__metadata__"}
+    """Each stored tensor of a model with its file and header entry. UserError if any is stored in a type that
+    is not trained: a quantised model."""
+    entries = {
+        name: (file, entry)
+        for file in weight_files(folder)
+        for name, entry in read_header(file)[0].items()
+        if name != "__metadata__"
+    }
     for name, (file, entry) in entries.items():
         if entry["dtype"] not in DTYPES:
-            raise UserError(f"{file}: {name} is stored as {entry['dtype']}; give the model's unquantised checkpoint ({', '.join(CODES.values())}).")
+            raise UserError(
+                f"{file}: {name} is stored as {entry['dtype']}; give the model's unquantised checkpoint "
+                f"({', '.join(CODES.values())})."
+            )
     if not entries:
         raise UserError(f"{folder}: its weight files hold no tensors; fetch the model again.")
     return entries
@@ -110,7 +159,8 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 @torch.no_grad()
 def load_weights(folder: Path, model: Any) -> None:
-    """Copy the weights of a folder into a model, one tensor at a time. UserError if they are not those of this model."""
+    """Copy the weights of a folder into a model, one tensor at a time. UserError if they are not those of
+    this model."""
     state = model.state_dict()
     missing = {_identity(tensor) for tensor in state.values()}
     for file in weight_files(folder):
@@ -120,7 +170,10 @@ def load_weights(folder: Path, model: Any) -> None:
                     continue
                 value = shard.get_tensor(stored)
                 if value.shape != state[name].shape:
-                    raise UserError(f"{file}: {stored} has shape {list(value.shape)}, and the model's {list(state[name].shape)}.")
+                    raise UserError(
+                        f"{file}: {stored} has shape {list(value.shape)}, and the model's "
+                        f"{list(state[name].shape)}."
+                    )
                 state[name].copy_(value)
                 missing.discard(_identity(state[name]))
     if missing:
@@ -134,21 +187,31 @@ def _identity(tensor: Tensor) -> tuple[int, torch.Size]:
 
 @torch.no_grad()
 def write_model(model: Any, source: Path, folder: Path, dtype: torch.dtype | None) -> dict[str, int]:
-    """The model into the existing folder as `source` lies: its files, names and shards, everything but the weights copied as it stands.
+    """The model into the existing folder as `source` lies: its files, names and shards, everything but the
+    weights copied as it stands.
 
-    dtype: of the written tensors; None for those they have in `source`. Where they differ, config.json and the index say so. A stored tensor that
-    the model does not hold is copied; of tied weights each that is stored gets the common value. Adapters are merged into what they adapt.
-    Returns the CRC-32 of each file of weights.
+    dtype: of the written tensors; None for those they have in `source`. Where they differ, config.json and
+    the index say so. A stored tensor that the model does not hold is copied; of tied weights each that is
+    stored gets the common value. Adapters are merged into what they adapt. Returns the CRC-32 of each file of
+    weights.
     """
     state, files = merged_state(model), weight_files(source)
-    sizes, changed, sums = zip(*(_write_weights(state, file, folder / file.name, dtype) for file in files), strict=True)
+    sizes, changed, sums = zip(
+        *(_write_weights(state, file, folder / file.name, dtype) for file in files), strict=True
+    )
     for file in source.iterdir():
         unused_index = file.name == INDEX and files == [source / WHOLE]
         if file.is_file() and file.suffix not in OTHER_WEIGHTS and not unused_index:
             shutil.copyfile(file, folder / file.name)
     if any(changed):
         config = folder / "config.json"
-        config.write_text(re.sub(r'("(?:torch_)?dtype":\s*)"\w+"', rf'\1"{str(dtype).removeprefix("torch.")}"', config.read_text()))
+        config.write_text(
+            re.sub(
+                r'("(?:torch_)?dtype":\s*)"\w+"',
+                rf'\1"{str(dtype).removeprefix("torch.")}"',
+                config.read_text(),
+            )
+        )
         if (folder / INDEX).is_file():
             index = json.loads((folder / INDEX).read_text())
             index["metadata"] = {**index.get("metadata", {}), "total_size": sum(sizes)}
@@ -156,11 +219,16 @@ def write_model(model: Any, source: Path, folder: Path, dtype: torch.dtype | Non
     return {file.name: crc for file, crc in zip(files, sums, strict=True)}
 
 
-def _write_weights(state: Mapping[str, Tensor], source: Path, target: Path, dtype: torch.dtype | None) -> tuple[int, bool, int]:
+def _write_weights(
+    state: Mapping[str, Tensor], source: Path, target: Path, dtype: torch.dtype | None
+) -> tuple[int, bool, int]:
     """One safetensors file; returns the bytes of its tensors, whether any has another dtype than in the
     source, and the file's CRC-32."""
     header, raw = read_header(source)
-    entries = {name: header[name] for name in sorted(header.keys() - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])}
+    entries = {
+        name: header[name]
+        for name in sorted(header.keys() - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])
+    }
     new = _with_dtype(entries, {name for name in entries if held_name(name, state)}, dtype)
     text = raw
     if new != entries:
@@ -171,7 +239,9 @@ def _write_weights(state: Mapping[str, Tensor], source: Path, target: Path, dtyp
         for name, entry in entries.items():
             held = held_name(name, state)
             value = state[held].detach().cpu() if held else reader.get_tensor(name)
-            if value.dtype != DTYPES[entry["dtype"]] and torch.equal((stored := reader.get_tensor(name)).to(value.dtype), value):
+            if value.dtype != DTYPES[entry["dtype"]] and torch.equal(
+                (stored := reader.get_tensor(name)).to(value.dtype), value
+            ):
                 value = stored  # not trained, so not rounded to the dtype of training either
             value = value.to(DTYPES[new[name]["dtype"]]).contiguous()
             writer.write(value.flatten().view(torch.uint8).numpy().data)
@@ -200,7 +270,11 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> int:
     at = 0
     for name in names:
         tensor = tensors[name]
-        header[name] = {"dtype": STATE_CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        header[name] = {
+            "dtype": STATE_CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
         at += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

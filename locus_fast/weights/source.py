@@ -1,6 +1,7 @@
 """A model's folder before its weights are read: whether its files are whole and belong together.
 
-Weights are judged by their headers and by a model without memory, so a folder of any size is known to be good or bad in about a second.
+Weights are judged by their headers and by a model without memory, so a folder of any size is known to be good
+or bad in about a second.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from locus_fast.errors import UserError, reason
 from locus_fast.model.adapter_files import CONFIG as ADAPTERS
 from locus_fast.model.adapter_files import Pair
-from locus_fast.model.families import family_named, family_of, held_name
+from locus_fast.model.families import family_named, family_of, held_name, read_config
 from locus_fast.model.preprocess import PatchSpec
 from locus_fast.model.processor import own_limits
 from locus_fast.model.quantize import language_linears, linear_names
@@ -39,35 +40,48 @@ class Source:
 
 
 def read_source(folder: Path) -> Source:
-    """What there is to know of a model before its weights are read. Raises UserError, naming file and mend, for a model that cannot be loaded whole:
-    of another family, quantised, pickled, with shards that are absent, damaged or another model's, or with a tokenizer of another model."""
+    """What there is to know of a model before its weights are read. Raises UserError, naming file and mend,
+    for a model that cannot be loaded whole: of another family, quantised, pickled, with shards that are
+    absent, damaged or another model's, or with a tokenizer of another model."""
     check_config(folder)
     headers = read_headers(folder)
     file, config = folder / "config.json", None
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = read_config(folder)
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=torch.bfloat16)  # which writes the dtype into its config
-    except Exception as error:  # sizes that do not fit together raise anything from TypeError to ZeroDivisionError
+            model = AutoModelForImageTextToText.from_config(
+                copy.deepcopy(config), dtype=torch.bfloat16
+            )  # which writes the dtype into its config
+    except (
+        Exception
+    ) as error:  # sizes that do not fit together raise anything from TypeError to ZeroDivisionError
         if config is not None:
             check_switches(file, config)
-        raise UserError(f"{file} does not describe a model ({reason(error)}): copy the base model's.") from None
+        raise UserError(
+            f"{file} does not describe a model ({reason(error)}): copy the base model's."
+        ) from None
     _check_tensors(folder, headers, model)
     check_switches(file, config)
     tokenizer = load_tokenizer(folder)
     _check_tokens(folder, config, tokenizer)
     names = linear_names(model)
-    linears = {names[id(linear)]: (linear.out_features, linear.in_features) for _, _, linear in language_linears(model)}
+    linears = {
+        names[id(linear)]: (linear.out_features, linear.in_features)
+        for _, _, linear in language_linears(model)
+    }
     return Source(folder, config, tokenizer, PatchSpec.of(config, folder), own_limits(folder), linears)
 
 
 def check_config(folder: Path) -> None:
-    """Raises UserError unless config.json says that the folder holds an unquantised model of a known family."""
+    """Raises UserError unless config.json says that the folder holds an unquantised model of a known
+    family."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} has no config.json: give the folder of a model in Hugging Face layout.")
     if (folder / ADAPTERS).is_file():  # transformers would put them on the model in silence
-        raise UserError(f"{folder} holds a model and adapters ({ADAPTERS}): move one of the two to a folder of its own.")
+        raise UserError(
+            f"{folder} holds a model and adapters ({ADAPTERS}): move one of the two to a folder of its own."
+        )
     stated = read_json(file)
     try:
         family_named(stated.get("model_type"))
@@ -76,7 +90,10 @@ def check_config(folder: Path) -> None:
     if stated.get("quantization_config"):
         raise UserError(f"{file} has a quantization_config: give the model's unquantised checkpoint.")
     if not isinstance(stated.get("vision_config"), dict) or not stated["vision_config"]:
-        raise UserError(f"{file} has no vision_config: give a vision-language model, or copy the base model's config.json.")
+        raise UserError(
+            f"{file} has no vision_config: give a vision-language model, or copy the base model's "
+            "config.json."
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -98,23 +115,33 @@ def _check_tensors(folder: Path, headers: dict[str, tuple[Path, dict[str, Any]]]
         if name := held_name(stored, state):
             if entry["shape"] != list(state[name].shape):
                 wanted = f"{list(state[name].shape)} by config.json"
-                raise UserError(f"{file}: {stored} has shape {entry['shape']}, and should have {wanted}: one of the two is another model's.")
+                raise UserError(
+                    f"{file}: {stored} has shape {entry['shape']}, and should have {wanted}: one of the two "
+                    "is another model's."
+                )
             missing.pop(id(state[name]), None)
     if missing:
         first = min(missing.values())
-        raise UserError(f"{folder}: {len(missing)} of the model's tensors are in none of its weight files, the first {first}: fetch the model again.")
+        raise UserError(
+            f"{folder}: {len(missing)} of the model's tensors are in none of its weight files, the first "
+            f"{first}: fetch the model again."
+        )
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder. Its chat template is the one that a processor would take: chat_template.jinja, else chat_template.json, else the
-    tokenizer's own."""
+    """The tokenizer of a folder. Its chat template is the one that a processor would take:
+    chat_template.jinja, else chat_template.json, else the tokenizer's own."""
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder} has no tokenizer.json: copy the tokenizer's files of the base model there.")
+        raise UserError(
+            f"{folder} has no tokenizer.json: copy the tokenizer's files of the base model there."
+        )
     template = folder / "chat_template.json"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises Exception itself
-        raise UserError(f"{folder}: its tokenizer could not be loaded ({reason(error)}): copy the base model's files.") from None
+        raise UserError(
+            f"{folder}: its tokenizer could not be loaded ({reason(error)}): copy the base model's files."
+        ) from None
     if template.is_file() and not (folder / "chat_template.jinja").is_file():
         tokenizer.chat_template = read_json(template).get("chat_template")
         if not isinstance(tokenizer.chat_template, str):
@@ -123,16 +150,26 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _check_tokens(folder: Path, config: Any, tokenizer: Any) -> None:
-    """Raises UserError unless tokenizer, config and generation config mean the same ids, all of which the embedding has."""
+    """Raises UserError unless tokenizer, config and generation config mean the same ids, all of which the
+    embedding has."""
     rows, family = config.get_text_config().vocab_size, family_of(config)
     highest, mend = max(tokenizer.get_vocab().values()), "copy the tokenizer's files of the base model there"
     if highest >= rows:
-        raise UserError(f"{folder}: its tokenizer has ids up to {highest}, and the model's embedding has {rows} rows: {mend}.")
+        raise UserError(
+            f"{folder}: its tokenizer has ids up to {highest}, and the model's embedding has {rows} rows: "
+            f"{mend}."
+        )
     image = getattr(config, family.placeholder)
     if image not in tokenizer.added_tokens_decoder:
-        raise UserError(f"{folder}: config.json has {family.placeholder} {image}, which is no special token of its tokenizer: {mend}.")
+        raise UserError(
+            f"{folder}: config.json has {family.placeholder} {image}, which is no special token of its "
+            f"tokenizer: {mend}."
+        )
     generation = folder / "generation_config.json"
     stops = read_json(generation).get("eos_token_id") if generation.is_file() else None
     for stop in stops if isinstance(stops, list) else [] if stops is None else [stops]:
         if not isinstance(stop, int) or not 0 <= stop < rows:
-            raise UserError(f"{generation}: eos_token_id {stop!r} is no id of the model, which has {rows}: copy the base model's.")
+            raise UserError(
+                f"{generation}: eos_token_id {stop!r} is no id of the model, which has {rows}: copy the "
+                "base model's."
+            )

@@ -19,7 +19,13 @@ LARGE = [(4000, 3000), (3000, 2000)]
 THOUSAND_WIDE = [(1000, 667), (667, 1000)]
 NEARLY_THOUSAND = [(900, 900), (960, 920)]
 MIXED = [(640, 480), (4000, 3000), (2000, 3000), (3000, 3000)]
-SIZES = {"COCO's": COCO, "large": LARGE, "1000 wide": THOUSAND_WIDE, "nearly 1000": NEARLY_THOUSAND, "mixed": MIXED}
+SIZES = {
+    "COCO's": COCO,
+    "large": LARGE,
+    "1000 wide": THOUSAND_WIDE,
+    "nearly 1000": NEARLY_THOUSAND,
+    "mixed": MIXED,
+}
 
 MEANING = {
     "xyxy": "x1, y1, x2, y2 in pixels",
@@ -52,7 +58,12 @@ def written(box: list[float], size: tuple[int, int], form: str) -> list[float]:
         "normalized": [x1 / width, y1 / height, x2 / width, y2 / height],
         "thousand": [1000 * x1 / width, 1000 * y1 / height, 1000 * x2 / width, 1000 * y2 / height],
         "normalized widths": [x1 / width, y1 / height, (x2 - x1) / width, (y2 - y1) / height],
-        "thousand widths": [1000 * x1 / width, 1000 * y1 / height, 1000 * (x2 - x1) / width, 1000 * (y2 - y1) / height],
+        "thousand widths": [
+            1000 * x1 / width,
+            1000 * y1 / height,
+            1000 * (x2 - x1) / width,
+            1000 * (y2 - y1) / height,
+        ],
     }[form]
 
 
@@ -62,7 +73,9 @@ def write(folder: Path, kind: str, sizes: list[tuple[int, int]], boxes: Boxes, f
         Image.new("1", size).save(folder / f"{image}.png")
     values = [(image, written(box, sizes[image], form)) for image, box in boxes]
     if kind == "coco":
-        images = [{"id": i, "file_name": f"{i}.png", "width": w, "height": h} for i, (w, h) in enumerate(sizes)]
+        images = [
+            {"id": i, "file_name": f"{i}.png", "width": w, "height": h} for i, (w, h) in enumerate(sizes)
+        ]
         annotations = [{"image_id": image, "bbox": box} for image, box in values]
         (folder / "boxes.json").write_text(json.dumps({"images": images, "annotations": annotations}))
         return folder / "boxes.json"

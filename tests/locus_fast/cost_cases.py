@@ -9,13 +9,15 @@ from locus_fast import cost
 from locus_fast.cost.shapes import Group
 from locus_fast.model.packing import PromptBatch, Replies
 from locus_fast.model.prompts import Prompt
-from locus_fast.step.rollout import Vocabulary
+from locus_fast.step.vocabulary import Vocabulary
 from tests.small_models import CLASSES, VOCABULARY, small_model, small_prompt
 
 FAMILIES = sorted(CLASSES)
 GRIDS = [[(8, 12), (4, 4)], [(10, 6), (4, 8)]]  # whole windows, and ragged ones
 REPLIES = [[5, 1, 9], [3, 7, 2]]
-ENDLESS = Vocabulary(torch.arange(VOCABULARY) < 3, torch.tensor([5]))  # the id that would end a reply is never drawn
+ENDLESS = Vocabulary(
+    torch.arange(VOCABULARY) < 3, torch.tensor([5])
+)  # the id that would end a reply is never drawn
 
 
 def work(family: str):
@@ -46,19 +48,28 @@ def attention_backward(_, q, k, v, *__, out_shape=None, **___) -> int:
 
 
 def batched_product(a, b, *_, out_shape=None, **__) -> int:
-    """Without outer products: that is how older versions of `transformers` multiply positions by frequencies."""
+    """Without outer products: that is how older versions of `transformers` multiply positions by
+    frequencies."""
     return 2 * a[0] * a[1] * a[2] * b[2] * (a[2] > 1)
 
 
-# The CPU's attention and our operators, by the same rules as the CUDA ones that torch.utils.flop_counter knows.
+def head_forward(hidden, weight, *_, out_shape=None, **__) -> int:
+    return 2 * hidden[0] * weight[0] * weight[1]
+
+
+def head_backward(_, __, hidden, weight, *rest, out_shape=None, **___) -> int:
+    """The logits again, and each gradient that is wanted."""
+    return 2 * hidden[0] * weight[0] * weight[1] * (1 + sum(rest[-2:]))
+
+
+# The CPU's attention and our operators, by the rules of the CUDA ones that torch.utils.flop_counter knows
 FORMULAS = {
     torch.ops.aten.bmm: batched_product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-    torch.ops.locus_kernels.linear_logprob: lambda hidden, weight, *_, out_shape=None, **__: 2 * hidden[0] * weight[0] * weight[1],
-    torch.ops.locus_kernels.linear_logprob_backward: lambda _, __, hidden, weight, *rest, out_shape=None, **___: (
-        2 * hidden[0] * weight[0] * weight[1] * (1 + sum(rest[-2:]))  # the logits again, and each gradient that is wanted
-    ),
+    torch.ops.locus_kernels.linear_logprob: head_forward,
+    torch.ops.locus_kernels.grpo_loss: head_forward,
+    torch.ops.locus_kernels.linear_logprob_backward: head_backward,
 }
 
 

@@ -28,7 +28,8 @@ def noise(width: int = WIDTH, height: int = HEIGHT, seed: int = 0) -> np.ndarray
 
 
 def dataset(folder: Path, bboxes_of: Iterable[list[Any]]) -> Path:
-    """A COCO file and its noise images 0.png, 1.png, ..., each with the boxes (xywh) of one entry of `bboxes_of`."""
+    """A COCO file and its noise images 0.png, 1.png, ..., each with the boxes (xywh) of one entry of
+    `bboxes_of`."""
     images, annotations = [], []
     for place, bboxes in enumerate(bboxes_of):
         Image.fromarray(noise(seed=place)).save(folder / f"{place}.png")
@@ -45,7 +46,12 @@ def cues(data: Path, held_out: int = 4, seed: int = 0, **changes: Any) -> FileCu
 
 def same(first: Example, second: Example) -> bool:
     arrays = np.array_equal(first.image, second.image) and np.array_equal(first.cue, second.cue)
-    return arrays and (first.box, first.size_class, first.source, first.skipped) == (second.box, second.size_class, second.source, second.skipped)
+    return arrays and (first.box, first.size_class, first.source, first.skipped) == (
+        second.box,
+        second.size_class,
+        second.source,
+        second.skipped,
+    )
 
 
 def truncate(path: Path) -> None:

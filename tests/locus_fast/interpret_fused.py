@@ -17,7 +17,8 @@ from locus_fast.model.attention import use_attention
 from locus_fast.model.fused import fuse, unfuse
 from locus_fast.model.packing import PromptBatch, Replies
 from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
-from locus_fast.step.rollout import Decoder, Rollout, Sampling, Vocabulary
+from locus_fast.step.rollout import Decoder, Rollout, Sampling
+from locus_fast.step.vocabulary import Vocabulary
 from tests.kernels.interpreter import device
 from tests.small_models import IMAGE, VOCABULARY, small_model, small_prompt
 
@@ -36,7 +37,11 @@ def what_the_interpreter_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = interpreter._implicit_cvt
 
     def convert(value):
-        handle = interpreter.TensorHandle(np.array([value], np.float32), tl.float32) if isinstance(value, float) else None
+        handle = (
+            interpreter.TensorHandle(np.array([value], np.float32), tl.float32)
+            if isinstance(value, float)
+            else None
+        )
         return plain(value) if handle is None else tl.tensor(handle, tl.float32)
 
     monkeypatch.setattr(interpreter, "_implicit_cvt", convert)
@@ -50,7 +55,12 @@ def task(family: str, dtype: torch.dtype = torch.float32):
     unfuse(model)
     prompts = [small_prompt(model, grids, words=2, seed=seed) for seed, grids in enumerate([[(4, 8)], []])]
     ids = torch.randint(3, 290, (4, 3), generator=torch.Generator().manual_seed(7)).to(DEVICE)
-    played = Rollout(ids, torch.tensor([3, 1, 2, 2], device=DEVICE), torch.zeros(4, 3, device=DEVICE))
+    played = Rollout(
+        ids,
+        torch.tensor([3, 1, 2, 2], device=DEVICE),
+        torch.zeros(4, 3, device=DEVICE),
+        torch.zeros(4, dtype=torch.bool),
+    )
     return model, PromptBatch.of(prompts, model.config, DEVICE), played
 
 
@@ -59,7 +69,9 @@ def trained(model, batch: PromptBatch, played: Rollout) -> tuple[Tensor, dict[st
     replies = Replies.of(batch, played.ids, [[3, 1], [2, 2]], range(2))
     logprob, _ = reply_logprob(model, prefill(model, batch), replies, 1.0)
     logprob.sum().backward()
-    return logprob.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logprob.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize(("family", "checkpointing"), [("qwen2_5_vl", False), ("qwen3_vl", True)])
@@ -73,7 +85,9 @@ def test_logprobs_and_gradients_are_the_modules_own(family: str, checkpointing: 
     torch.testing.assert_close(logprob, expected, rtol=0, atol=1e-5)
     assert gradient.keys() == expected_gradient.keys()
     for name, value in gradient.items():
-        assert (value - expected_gradient[name]).norm() <= 1e-5 * expected_gradient[name].norm().clamp(min=1e-6), name
+        assert (value - expected_gradient[name]).norm() <= 1e-5 * expected_gradient[name].norm().clamp(
+            min=1e-6
+        ), name
     unfuse(model)
     assert torch.equal(trained(model, batch, played)[0], expected)
 
@@ -86,7 +100,11 @@ def test_decoding_draws_the_same_tokens(family: str) -> None:
     for change in (unfuse, fuse):
         change(model)
         with torch.no_grad():
-            drawn.append(Decoder(model, words).generate(prefill(model, batch), Sampling(2, 3, 1.0, 1.0), seed=5, groups=[0, 1]))
+            drawn.append(
+                Decoder(model, words).generate(
+                    prefill(model, batch), Sampling(2, 3, 1.0, 1.0), seed=5, groups=[0, 1]
+                )
+            )
     assert torch.equal(drawn[0].ids, drawn[1].ids)
     torch.testing.assert_close(drawn[0].logprob, drawn[1].logprob, rtol=0, atol=1e-5)
 
@@ -110,7 +128,11 @@ def test_it_is_ligers_kernels_that_run(family: str, monkeypatch: pytest.MonkeyPa
     kernels: Counter[str] = Counter()
     for kind in (triton.runtime.jit.JITFunction, triton.runtime.interpreter.InterpretedFunction):
         run = kind.run
-        monkeypatch.setattr(kind, "run", lambda self, *a, run=run, **k: (kernels.update([self.__name__]), run(self, *a, **k))[1])
+        monkeypatch.setattr(
+            kind,
+            "run",
+            lambda self, *a, run=run, **k: (kernels.update([self.__name__]), run(self, *a, **k))[1],
+        )
     with torch.no_grad(), Operators() as operators:
         prefill(model, batch)
     gated, L, D = family == "qwen2_5_vl", 3, 3  # layers of language model and vision tower

@@ -15,7 +15,18 @@ from typing import Any
 
 from locus_fast import train
 
-SHORT = ["--prompts", "4", "--eval-cues", "8", "--microbatch-tokens", "1500", "--device", "cpu", "--workers", "1"]
+SHORT = [
+    "--prompts",
+    "4",
+    "--eval-cues",
+    "8",
+    "--microbatch-tokens",
+    "1500",
+    "--device",
+    "cpu",
+    "--workers",
+    "1",
+]
 PATIENCE = 240.0  # seconds that a line of a child process is waited for: the machine may be busy
 
 
@@ -27,7 +38,10 @@ def finished_run(out: Path, *more: str) -> Path:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """Every file of a folder, however deep, and every folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in sorted(folder.rglob("*"))}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
@@ -36,7 +50,9 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     def refuse(name: str) -> None:
         raise AssertionError(f"metrics.jsonl holds {name}, which is no JSON")
 
-    rows = [json.loads(line, parse_constant=refuse) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line, parse_constant=refuse) for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
     return [{k: v for k, v in row.items() if not k.endswith(("seconds", "_per_s"))} for row in rows]
 
 
@@ -52,7 +68,9 @@ class Child:
     """A training command in a process of its own, with code that is run before it."""
 
     def __init__(self, arguments: list[str], before: str = ""):
-        script = f"import os, sys, time\nfrom locus_fast import checkpoint, evaluate, train\n{before}\nsys.exit(train.main(sys.argv[1:]))"
+        modules = "from locus_fast import train\nfrom locus_fast.run import evaluation\n"
+        modules += "from locus_fast.step.step import Step\nfrom locus_fast.weights import checkpoint\n"
+        script = f"import os, sys, time\n{modules}{before}\nsys.exit(train.main(sys.argv[1:]))"
         command = [sys.executable, "-u", "-c", script, *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         self.printed = ""

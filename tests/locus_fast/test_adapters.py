@@ -1,4 +1,5 @@
-"""LoRA and QLoRA: no effect at first, the base with the adapters off, training of the adapters alone, resuming, and both exports."""
+"""LoRA and QLoRA: no effect at first, the base with the adapters off, training of the adapters alone,
+resuming, and both exports."""
 
 from __future__ import annotations
 
@@ -15,7 +16,13 @@ from transformers import AutoModelForImageTextToText
 from locus_fast import evaluate, train
 from locus_fast.config import parse
 from locus_fast.errors import UserError
-from locus_fast.model.adapters import adapter_tensors, adapters_off, add_adapters, merge_adapters, merged_state
+from locus_fast.model.adapters import (
+    adapter_tensors,
+    adapters_off,
+    add_adapters,
+    merge_adapters,
+    merged_state,
+)
 from locus_fast.model.families import interleave
 from locus_fast.model.packing import PromptBatch, Replies
 from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
@@ -32,7 +39,22 @@ from tests.published import FAMILIES, write_checkpoint
 
 CPU = torch.device("cpu")
 GROUP, REPLY = 3, 7
-SHORT = ["--steps", "3", "--prompts", "6", "--eval-cues", "12", "--microbatch-tokens", "1500", "--device", "cpu", "--lora", "8", "--lr", "1e-2"]
+SHORT = [
+    "--steps",
+    "3",
+    "--prompts",
+    "6",
+    "--eval-cues",
+    "12",
+    "--microbatch-tokens",
+    "1500",
+    "--device",
+    "cpu",
+    "--lora",
+    "8",
+    "--lr",
+    "1e-2",
+]
 
 try:
     import peft
@@ -56,16 +78,34 @@ def drawn(config, seed: int = 0, device: torch.device = CPU) -> tuple[list[Promp
     """Two prompts with an image each, of different sizes, and GROUP random replies to each."""
     rng = torch.Generator().manual_seed(seed)
     vision, image = config.vision_config, config.image_token_id
-    spec = PatchSpec(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, (0.5,) * 3, (0.3,) * 3)
+    spec = PatchSpec(
+        vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, (0.5,) * 3, (0.3,) * 3
+    )
     prompts = []
     for rows, columns in ((4, 6), (2, 8)):
         cells = (rows // vision.spatial_merge_size, columns // vision.spatial_merge_size)
         ids, position = interleave(torch.randint(3, 200, (2, 5), generator=rng).tolist(), [cells], image)
-        pixels = torch.randint(0, 256, (rows * columns * spec.patch**2 * 3,), generator=rng, dtype=torch.uint8)
-        prompts.append(Prompt(ids, position, pixels, torch.tensor([[1, rows, columns]]), spec, torch.ones(4), torch.ones(4), "small", "drawn"))
+        pixels = torch.randint(
+            0, 256, (rows * columns * spec.patch**2 * 3,), generator=rng, dtype=torch.uint8
+        )
+        prompts.append(
+            Prompt(
+                ids,
+                position,
+                pixels,
+                torch.tensor([[1, rows, columns]]),
+                spec,
+                torch.ones(4),
+                torch.ones(4),
+                "small",
+                "drawn",
+            )
+        )
     batch = PromptBatch.of(prompts, config, device)
     ids = torch.randint(3, 200, (2 * GROUP, REPLY), generator=rng).to(device)
-    rollout = Rollout(ids, torch.full((2 * GROUP,), REPLY, device=device), torch.zeros(2 * GROUP, REPLY, device=device))
+    lengths = torch.full((2 * GROUP,), REPLY, device=device)
+    cut_off = torch.zeros(2 * GROUP, dtype=torch.bool, device=device)
+    rollout = Rollout(ids, lengths, torch.zeros(2 * GROUP, REPLY, device=device), cut_off)
     return prompts, batch, Replies.of(batch, rollout.ids, [[REPLY] * GROUP] * 2, [0, 1])
 
 
@@ -80,7 +120,9 @@ def logits_by_transformers(model, seed: int = 0) -> torch.Tensor:
     ids = prompt.ids[None]
     with torch.no_grad():
         kind = (ids == model.config.image_token_id).int()
-        return model(input_ids=ids, pixel_values=prompt.patches, image_grid_thw=prompt.grids, mm_token_type_ids=kind).logits[0]
+        return model(
+            input_ids=ids, pixel_values=prompt.patches, image_grid_thw=prompt.grids, mm_token_type_ids=kind
+        ).logits[0]
 
 
 def last_logits(model, seed: int = 0) -> torch.Tensor:
@@ -98,7 +140,9 @@ def test_new_adapters_change_nothing() -> None:
     assert torch.equal(logprobs(model), before)
     assert len(adapter_tensors(model)) == 4 * 7 * 2
     assert {p.dtype for p in adapter_tensors(model).values()} == {torch.float32}
-    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in adapter_tensors(model).values()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {
+        id(p) for p in adapter_tensors(model).values()
+    }
 
 
 @needs_peft
@@ -183,12 +227,16 @@ def test_merged_export(quantized: bool, tmp_path: Path) -> None:
 
 @needs_peft
 def test_adapter_export_is_pefts(tmp_path: Path) -> None:
-    """peft puts it on the base and computes the same; and so does `--model` with the adapter's folder, without peft."""
+    """peft puts it on the base and computes the same; and so does `--model` with the adapter's folder,
+    without peft."""
     model = tiny()
     add_adapters(model, 8, 16.0)
     scatter(model)
     save_adapters(model, str(TINY_BASE), tmp_path / "out")
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     stock = AutoModelForImageTextToText.from_pretrained(TINY_BASE, dtype=torch.float32)
     wrapped = peft.PeftModel.from_pretrained(stock, str(tmp_path / "out")).eval()
     assert (logits_by_transformers(wrapped)[-1] - last_logits(model)).abs().max() <= 1e-4
@@ -200,15 +248,19 @@ def test_adapter_export_is_pefts(tmp_path: Path) -> None:
 @needs_peft
 @pytest.mark.parametrize("family", FAMILIES)
 def test_published_layouts(family: str, tmp_path: Path) -> None:
-    """Shards, biases and bfloat16: what was not adapted is the source's to the byte, and both exports compute what the policy does."""
+    """Shards, biases and bfloat16: what was not adapted is the source's to the byte, and both exports compute
+    what the policy does."""
     source = write_checkpoint(tmp_path / "source", family)
     model, _ = load_model(source, CPU)
     add_adapters(model, 4, 8.0)
     scatter(model)
     save_model(model, source, tmp_path / "bfloat16")
-    assert {file.name for file in (tmp_path / "bfloat16").iterdir()} == {file.name for file in source.iterdir()}
+    assert {file.name for file in (tmp_path / "bfloat16").iterdir()} == {
+        file.name for file in source.iterdir()
+    }
     before, after = (
-        {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()} for folder in (source, tmp_path / "bfloat16")
+        {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+        for folder in (source, tmp_path / "bfloat16")
     )
     adapted = {name for name in before if "visual" not in name and name.endswith("_proj.weight")}
     assert before.keys() == after.keys()
@@ -229,7 +281,8 @@ def test_published_layouts(family: str, tmp_path: Path) -> None:
 
 @needs_peft
 def test_qlora_in_bfloat16_with_biases(tmp_path: Path) -> None:
-    """The 4-bit layers keep their biases, gradients reach every adapter through them, and the merged weights are theirs plus the product."""
+    """The 4-bit layers keep their biases, gradients reach every adapter through them, and the merged weights
+    are theirs plus the product."""
     pytest.importorskip("bitsandbytes")
     source = write_checkpoint(tmp_path / "source", "qwen2.5-vl")
     model, _ = load_model(source, CPU)
@@ -262,13 +315,28 @@ def spoiled(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> Pat
         ({}, {}, "does not say which model it adapts"),
         ({"base_model_name_or_path": "/nowhere/at/all"}, {}, "/nowhere/at/all: there is no such folder"),
         ({"base_model_name_or_path": str(TINY_BASE), "r": 2}, {}, "does not hold whole adapters"),
-        ({"base_model_name_or_path": str(TINY_BASE), "r": 2, "lora_alpha": 4, "use_dora": True}, {}, "a variant of LoRA"),
-        ({"base_model_name_or_path": str(TINY_BASE), "r": 2, "lora_alpha": 4}, {"a.lora_A.weight": torch.ones(1)}, "the first a.lora_A.weight"),
+        (
+            {"base_model_name_or_path": str(TINY_BASE), "r": 2, "lora_alpha": 4, "use_dora": True},
+            {},
+            "a variant of LoRA",
+        ),
+        (
+            {"base_model_name_or_path": str(TINY_BASE), "r": 2, "lora_alpha": 4},
+            {"a.lora_A.weight": torch.ones(1)},
+            "the first a.lora_A.weight",
+        ),
     ],
 )
-def test_adapter_folders_that_cannot_be_used(config: dict, tensors: dict, sentence: str, tmp_path: Path, capsys) -> None:
+def test_adapter_folders_that_cannot_be_used(
+    config: dict, tensors: dict, sentence: str, tmp_path: Path, capsys
+) -> None:
     folder = spoiled(tmp_path / "adapter", config, tensors)
-    assert train.main(["--preset", "tiny", "--model", str(folder), "--device", "cpu", "--out", str(tmp_path / "run")]) == 2
+    assert (
+        train.main(
+            ["--preset", "tiny", "--model", str(folder), "--device", "cpu", "--out", str(tmp_path / "run")]
+        )
+        == 2
+    )
     assert sentence in capsys.readouterr().err
 
 
@@ -287,8 +355,13 @@ def test_options_that_cannot_be(arguments: list[str], sentence: str) -> None:
         parse(arguments)
 
 
-@pytest.mark.parametrize(("library", "arguments"), [("peft", ["--lora", "4"]), ("bitsandbytes", ["--lora", "4", "--quantize", "nf4"])])
-def test_a_missing_library_is_named_with_the_extra(library: str, arguments: list[str], monkeypatch, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize(
+    ("library", "arguments"),
+    [("peft", ["--lora", "4"]), ("bitsandbytes", ["--lora", "4", "--quantize", "nf4"])],
+)
+def test_a_missing_library_is_named_with_the_extra(
+    library: str, arguments: list[str], monkeypatch, tmp_path: Path, capsys
+) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     assert train.main([*arguments, "--device", "cpu", "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
@@ -310,7 +383,8 @@ def run(tmp_path_factory) -> Path:
 
 @needs_peft
 def test_a_run(run: Path) -> None:
-    """The first step's policy is its reference; then it moves. What was not adapted is the base's, to the bit."""
+    """The first step's policy is its reference; then it moves. What was not adapted is the base's, to the
+    bit."""
     metrics = rows(run)
     assert len(metrics) == 3
     assert metrics[0]["kl"] == 0 < metrics[-1]["kl"]
@@ -322,7 +396,9 @@ def test_a_run(run: Path) -> None:
     }
     before, after = (load_file(folder / "model.safetensors") for folder in (TINY_BASE, run / "final"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {name for name in before if "language_model.layers" in name and name.endswith("_proj.weight")}
+    assert moved == {
+        name for name in before if "language_model.layers" in name and name.endswith("_proj.weight")
+    }
 
 
 @needs_peft
@@ -339,7 +415,9 @@ def test_resuming_gives_the_same_run(run: Path, tmp_path: Path, capsys) -> None:
 
 
 @needs_peft
-@pytest.mark.parametrize("more", [["--export", "adapter"], ["--quantize", "nf4", "--optimizer", "bnb-adamw8bit"]])
+@pytest.mark.parametrize(
+    "more", [["--export", "adapter"], ["--quantize", "nf4", "--optimizer", "bnb-adamw8bit"]]
+)
 def test_variants_run_and_are_evaluated(more: list[str], run: Path, tmp_path: Path, capsys) -> None:
     """`evaluate` on `final`, adapters or merged, gives what the run ended with."""
     if "nf4" in more:
@@ -363,7 +441,8 @@ def test_a_checkpoint_of_another_rank(run: Path, tmp_path: Path, capsys) -> None
     (out / "config.json").write_text(json.dumps({**settings, "lora": 4, "steps": 4}))
     assert train.main(["--resume", str(out)]) == 2
     assert (
-        "step-000003 was trained with --lora 8, whose tensors are not those of --lora 4: set lora to 8 in its config.json" in capsys.readouterr().err
+        "step-000003 was trained with --lora 8, whose tensors are not those of --lora 4: set lora to 8 in "
+        "its config.json" in capsys.readouterr().err
     )
     note = out / "checkpoints" / "step-000003" / "optimizer" / "step.json"
     note.write_text('{"step": 3}')  # as one that does not say what it was trained with
@@ -381,7 +460,16 @@ def test_a_run_on_cuda(quantized: list[str], tmp_path: Path) -> None:
     """With the decoder's graphs, bfloat16 weights, and 4-bit layers by bitsandbytes' CUDA kernels."""
     if quantized:
         pytest.importorskip("bitsandbytes")
-    arguments = [*SHORT, "--out", str(tmp_path / "run"), "--device", "cuda", "--dtype", "bfloat16", *quantized]
+    arguments = [
+        *SHORT,
+        "--out",
+        str(tmp_path / "run"),
+        "--device",
+        "cuda",
+        "--dtype",
+        "bfloat16",
+        *quantized,
+    ]
     assert train.main(arguments) == 0
     metrics = rows(tmp_path / "run")
     assert not any(row["dropped_step"] for row in metrics)

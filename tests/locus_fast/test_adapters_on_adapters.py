@@ -18,7 +18,15 @@ from locus_fast import evaluate, train
 from locus_fast.config import parse
 from locus_fast.model.adapters import adapters_off
 from locus_fast.weights.checkpoint import TINY_BASE, save_adapters, save_model
-from tests.locus_fast.test_adapters import CPU, SHORT, last_logits, logits_by_transformers, logprobs, rows, scatter
+from tests.locus_fast.test_adapters import (
+    CPU,
+    SHORT,
+    last_logits,
+    logits_by_transformers,
+    logprobs,
+    rows,
+    scatter,
+)
 from tests.published import write_checkpoint
 
 peft = pytest.importorskip("peft")
@@ -29,7 +37,9 @@ def saved_by_peft(folder: Path, base: Path, seed: int = 0, **settings) -> Path:
     """Adapters of a plain peft model over `base`, with random values in both halves."""
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
     where = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": where, **settings}))
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": where, **settings})
+    )
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in wrapped.named_parameters():
@@ -50,12 +60,16 @@ def by_peft(adapters: Path, base: Path, dtype: torch.dtype = torch.float64) -> t
 
 
 def by_transformers(folder: Path) -> torch.Tensor:
-    return logits_by_transformers(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64).eval())[-1]
+    return logits_by_transformers(
+        AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64).eval()
+    )[-1]
 
 
 def opened(model: Path, *options: str, out: Path | None = Path()):
     """As a training run opens it; out None: as an evaluation does."""
-    config = parse(["--preset", "tiny", "--model", str(model), "--device", "cpu", "--dtype", "float32", *options])
+    config = parse(
+        ["--preset", "tiny", "--model", str(model), "--device", "cpu", "--dtype", "float32", *options]
+    )
     return train.set_up(config, out).model
 
 
@@ -92,17 +106,24 @@ def test_adapters_trained_further_keep_ranks_and_scales(given: str, tmp_path: Pa
     assert (last_logits(model) - by_peft(one, TINY_BASE)).abs().max() <= 1e-4
     scatter(model, seed=1)
     save_adapters(model, str(TINY_BASE), tmp_path / "two")
-    shapes = [{name: t.shape for name, t in load_file(folder / "adapter_model.safetensors").items()} for folder in (one, tmp_path / "two")]
+    shapes = [
+        {name: t.shape for name, t in load_file(folder / "adapter_model.safetensors").items()}
+        for folder in (one, tmp_path / "two")
+    ]
     assert shapes[0] == shapes[1]
     assert (by_peft(tmp_path / "two", TINY_BASE) - last_logits(model)).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("options", [[], ["--lora", "8"], ["--quantize", "nf4"], ["--lora", "8", "--quantize", "nf4"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--lora", "8"], ["--quantize", "nf4"], ["--lora", "8", "--quantize", "nf4"]]
+)
 def test_the_reference_is_the_model_as_it_was_given(options: list[str], tmp_path: Path) -> None:
     """To the bit, whatever is trained."""
     if "nf4" in options:
         pytest.importorskip("bitsandbytes")
-    model = opened(saved_by_peft(tmp_path / "one", TINY_BASE, **GIVEN["ranks and scales by pattern"]), *options)
+    model = opened(
+        saved_by_peft(tmp_path / "one", TINY_BASE, **GIVEN["ranks and scales by pattern"]), *options
+    )
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained
     assert all(".lora_" in name for name in trained)
@@ -132,8 +153,13 @@ def ended(run: Path) -> dict:
 def asked(folder: Path, capsys) -> dict:
     """What `evaluate` prints of a folder, asked as the runs here ask."""
     capsys.readouterr()
-    assert evaluate.main(["--model", str(folder), "--preset", "tiny", "--eval-cues", "12", "--device", "cpu"]) == 0
-    return {name: value for name, value in json.loads(capsys.readouterr().out).items() if name != "skipped_images"}
+    assert (
+        evaluate.main(["--model", str(folder), "--preset", "tiny", "--eval-cues", "12", "--device", "cpu"])
+        == 0
+    )
+    return {
+        name: value for name, value in json.loads(capsys.readouterr().out).items() if name != "skipped_images"
+    }
 
 
 VARIANTS = {
@@ -146,10 +172,32 @@ VARIANTS = {
 
 @pytest.mark.parametrize("export", ["adapter", "merged"])
 @pytest.mark.parametrize("variant", ["further", "stacked"])
-def test_what_a_run_on_adapters_writes_answers_as_the_run_did(variant: str, export: str, one: Path, tmp_path: Path, capsys) -> None:
+def test_what_a_run_on_adapters_writes_answers_as_the_run_did(
+    variant: str, export: str, one: Path, tmp_path: Path, capsys
+) -> None:
     run, base = tmp_path / "run", str(TINY_BASE.resolve())
-    assert train.main([*RUN, *VARIANTS[variant], "--model", str(one / "final"), "--export", export, "--out", str(run), "--save-every", "1"]) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{one / 'final'}: its 28 adapters of rank 8 ")]
+    assert (
+        train.main(
+            [
+                *RUN,
+                *VARIANTS[variant],
+                "--model",
+                str(one / "final"),
+                "--export",
+                export,
+                "--out",
+                str(run),
+                "--save-every",
+                "1",
+            ]
+        )
+        == 0
+    )
+    said = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith(f"{one / 'final'}: its 28 adapters of rank 8 ")
+    ]
     assert len(said) == 1
     assert ("trained further" if variant == "further" else "new ones of rank 4") in said[0]
     metrics = rows(run)
@@ -188,7 +236,9 @@ def test_a_run_on_adapters_is_resumed_as_one_in_one_go(variant: str, one: Path, 
 def test_a_checkpoint_over_other_adapters_is_not_resumed(one: Path, tmp_path: Path, capsys) -> None:
     given, run = tmp_path / "given", tmp_path / "run"
     shutil.copytree(one / "final", given)
-    assert train.main([*RUN, "--lora", "4", "--model", str(given), "--out", str(run), "--save-every", "1"]) == 0
+    assert (
+        train.main([*RUN, "--lora", "4", "--model", str(given), "--out", str(run), "--save-every", "1"]) == 0
+    )
     shutil.rmtree(run / "checkpoints" / "step-000002")
     file = given / "adapter_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
@@ -220,7 +270,9 @@ def test_merge_trains_all_weights(one: Path, tmp_path: Path, capsys) -> None:
         (["--reference", "nf4"], "--reference nf4: with --lora"),
     ],
 )
-def test_options_that_do_not_go_with_adapters_in_the_model(options: list[str], sentence: str, one: Path, tmp_path: Path, capsys) -> None:
+def test_options_that_do_not_go_with_adapters_in_the_model(
+    options: list[str], sentence: str, one: Path, tmp_path: Path, capsys
+) -> None:
     assert train.main([*RUN, "--model", str(one / "final"), "--out", str(tmp_path / "run"), *options]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -253,7 +305,9 @@ def test_what_is_written_names_the_base_and_not_the_adapters(held: str, tmp_path
     """A base on the hub by its id, whether the adapters were found in a folder or on the hub themselves."""
     given = saved_by_peft(tmp_path / "one", TINY_BASE)
     config = json.loads((given / "adapter_config.json").read_text())
-    (given / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "someone/base"}))
+    (given / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "someone/base"})
+    )
     folders = {"someone/base": TINY_BASE, "someone/adapters": given}
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(folders[name]))
     model = str(given) if held == "folder" else "someone/adapters"

@@ -1,4 +1,5 @@
-"""Numbers of any size: refused in one sentence, or no more work than a small one. And files that never end."""
+"""Numbers of any size: refused in one sentence, or no more work than a small one. And files that never
+end."""
 
 from __future__ import annotations
 
@@ -32,9 +33,28 @@ HINTS = typing.get_type_hints(Config)
 PARTS = {f.name: typing.get_args(HINTS[f.name]) or (HINTS[f.name],) for f in dataclasses.fields(Config)}
 NUMBERS = [name for name, parts in PARTS.items() if parts[0] in (int, float)]
 LARGEST = {  # that a whole number may be
-    **{"steps": 100_000_000, "save_every": 100_000_000, "prompts": 65_536, "replies": 512, "max_tokens": 65_536, "updates": 1_000},
-    **{"eval_cues": 1_000_000, "workers": 256, "min_side": 13_377, "tokens": 2**31 - 1, "rollout_tokens": 2**31 - 1},
-    **{"lora": 65_536, "checkpointing": 1_000, "seed": 2**63 - 1, "image_pixels": MAX_PIXELS, "cue_pixels": MAX_PIXELS},
+    **{
+        "steps": 100_000_000,
+        "save_every": 100_000_000,
+        "prompts": 65_536,
+        "replies": 512,
+        "max_tokens": 65_536,
+        "updates": 1_000,
+    },
+    **{
+        "eval_cues": 1_000_000,
+        "workers": 256,
+        "min_side": 13_377,
+        "tokens": 2**31 - 1,
+        "rollout_tokens": 2**31 - 1,
+    },
+    **{
+        "lora": 65_536,
+        "checkpointing": 1_000,
+        "seed": 2**63 - 1,
+        "image_pixels": MAX_PIXELS,
+        "cue_pixels": MAX_PIXELS,
+    },
 }
 ENDLESS_FLOATS = ["nan", "inf", "-inf", "1e308", "-1e308", "1e-308", "9" * 400]
 
@@ -42,7 +62,11 @@ ENDLESS_FLOATS = ["nan", "inf", "-inf", "1e308", "-1e308", "1e-308", "9" * 400]
 def words(name: str, value: str) -> list[str]:
     option = f"--{name.replace('_', '-')}"
     more = ["--data", "boxes.json"] if name in ("mix", "min_side", "padding", "scale") else []
-    return [f"{option}={value}", *more] if len(PARTS[name]) == 1 else [option, *[value] * len(PARTS[name]), *more]
+    return (
+        [f"{option}={value}", *more]
+        if len(PARTS[name]) == 1
+        else [option, *[value] * len(PARTS[name]), *more]
+    )
 
 
 def test_every_whole_number_has_a_largest() -> None:
@@ -51,7 +75,8 @@ def test_every_whole_number_has_a_largest() -> None:
 
 @pytest.mark.parametrize("name", LARGEST)
 def test_whole_numbers_are_bounded_with_the_reason(name: str) -> None:
-    """Up to the largest they are taken; then the sentence names the option and the bound, whatever the digits."""
+    """Up to the largest they are taken; then the sentence names the option and the bound, whatever the
+    digits."""
     most = LARGEST[name]
     parse(words(name, str(most)))
     for value in (most + 1, 10**12, 10**30, int("9" * 30)):
@@ -89,7 +114,9 @@ def test_numbers_at_both_ends_of_their_range_train(name: str) -> None:
         except UserError as error:
             assert "must be" in str(error)  # noqa: PT017, some of the values may be taken
     assert taken
-    assert all(torch.tensor(value, dtype=torch.float32).isfinite() and torch.tensor(value) > 0 for value in taken)
+    assert all(
+        torch.tensor(value, dtype=torch.float32).isfinite() and torch.tensor(value) > 0 for value in taken
+    )
 
 
 def test_the_rules_name_fields() -> None:
@@ -106,26 +133,45 @@ def test_checkpoints_still_due_are_counted_without_listing_them(tmp_path: Path) 
         for step in there:
             (run / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
         due = [s for s in range(1, steps + 1) if s == steps or (every > 0 and s % every == 0)]
-        assert checkpoints_due(Config(steps=steps, save_every=every), run) == len([s for s in due if s not in there])
+        assert checkpoints_due(Config(steps=steps, save_every=every), run) == len(
+            [s for s in due if s not in there]
+        )
     started = time.monotonic()
     assert checkpoints_due(Config(steps=10**15, save_every=7), tmp_path) == 10**15 // 7 + 1
     assert time.monotonic() - started < 1
 
 
 def test_a_plan_does_not_list_every_reply() -> None:
-    """A group's replies are added up once, not again for each of the groups that are tried in a microbatch."""
-    made = planned(Config(prompts=8192, replies=512, max_tokens=64), PUBLISHED["qwen2.5-vl-7b"], torch.bfloat16, 10**15)
+    """A group's replies are added up once, not again for each of the groups that are tried in a
+    microbatch."""
+    made = planned(
+        Config(prompts=8192, group_size=512, max_new_tokens=64),
+        PUBLISHED["qwen2.5-vl-7b"],
+        torch.bfloat16,
+        10**15,
+    )
     started = time.process_time()
-    again = planned(Config(prompts=8192, replies=2, max_tokens=64), PUBLISHED["qwen2.5-vl-7b"], torch.bfloat16, 10**15)
+    again = planned(
+        Config(prompts=8192, group_size=2, max_new_tokens=64),
+        PUBLISHED["qwen2.5-vl-7b"],
+        torch.bfloat16,
+        10**15,
+    )
     few = time.process_time() - started
     started = time.process_time()
-    assert made == planned(Config(prompts=8192, replies=512, max_tokens=64), PUBLISHED["qwen2.5-vl-7b"], torch.bfloat16, 10**15)
+    assert made == planned(
+        Config(prompts=8192, group_size=512, max_new_tokens=64),
+        PUBLISHED["qwen2.5-vl-7b"],
+        torch.bfloat16,
+        10**15,
+    )
     assert time.process_time() - started < 4 * few + 0.5
     assert again.tokens != made.tokens
 
 
 def test_reading_short_replies_does_not_pay_for_a_long_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU the reader goes over the longest reply, not over all the places there are; the readings are the same."""
+    """On the CPU the reader goes over the longest reply, not over all the places there are; the readings are
+    the same."""
     tokenizer = build_tokenizer()
     table = build_token_table(tokenizer, len(tokenizer))
     texts = ["[1, 2, 3, 4]", "", "no box", " [10,20,30,40] and [0, 0, 1, 1]"]
@@ -133,10 +179,17 @@ def test_reading_short_replies_does_not_pay_for_a_long_buffer(monkeypatch: pytes
     lengths = torch.tensor([len(row) for row in rows])
     wide = torch.tensor([row + tokenizer.encode("]") * (3000 - len(row)) for row in rows])
     seen, read = [], reference.read_boxes
-    monkeypatch.setattr(reference, "read_boxes", lambda ids, *more, **ways: seen.append(ids.shape[1]) or read(ids, *more, **ways))
+    monkeypatch.setattr(
+        reference,
+        "read_boxes",
+        lambda ids, *more, **ways: seen.append(ids.shape[1]) or read(ids, *more, **ways),
+    )
     ours = read_boxes(wide, lengths, table, which="first", grammar="direct")
     assert seen == [int(lengths.max())]
-    assert all(torch.equal(a, b) for a, b in zip(ours, read(wide, lengths, table, which="first", grammar="direct"), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(ours, read(wide, lengths, table, which="first", grammar="direct"), strict=True)
+    )
     assert read_boxes(wide, torch.full((4,), -1), table).valid.tolist() == [False] * 4
     assert read_boxes(wide, torch.full((4,), 9999), table).box.shape == (4, 4)
 
@@ -149,7 +202,8 @@ def test_adapters_are_no_wider_than_the_model(rank: str, tmp_path: Path, capsys)
     assert not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------------ files that never end
+# ------------------------------------------------------------------------------------------ files that never
+# end
 def endless(folder: Path) -> dict[str, Path]:
     """A file of each kind by its name in a sentence, all with a name that ends in .json."""
     os.mkfifo(folder / "pipe.json")
@@ -173,10 +227,18 @@ def test_pipes_sockets_and_devices_are_refused(option: str, tmp_path: Path, caps
             assert f"--model {file} is {kind}" in capsys.readouterr().err
 
 
-MODEL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors")
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model.safetensors",
+)
 
 
-@pytest.mark.parametrize("name", [*MODEL_FILES, "preprocessor_config.json", "chat_template.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "name", [*MODEL_FILES, "preprocessor_config.json", "chat_template.json", "model.safetensors.index.json"]
+)
 def test_a_pipe_in_a_models_folder_is_refused_at_once(name: str, tmp_path: Path, capsys) -> None:
     folder = tmp_path / "model"
     shutil.copytree(TINY_BASE, folder)
@@ -186,7 +248,9 @@ def test_a_pipe_in_a_models_folder_is_refused_at_once(name: str, tmp_path: Path,
     assert f"{folder / name} is a pipe" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "checkpoints/step-000001/model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.jsonl", "checkpoints/step-000001/model.safetensors"]
+)
 def test_a_pipe_in_a_run_folder_is_refused_at_once(name: str, tmp_path: Path, capsys) -> None:
     for file in ("config.json", "metrics.jsonl", "checkpoints/step-000001/optimizer/step.json"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -233,4 +297,7 @@ def test_reading_a_pipe_is_refused_in_a_moment(command: str, tmp_path: Path) -> 
         timeout=120,
     )
     assert done.returncode == 2
-    assert done.stderr == f"error: --model {tmp_path / 'pipe'} is a pipe, not a file or a folder: replace it by a file.\n"
+    assert (
+        done.stderr
+        == f"error: --model {tmp_path / 'pipe'} is a pipe, not a file or a folder: replace it by a file.\n"
+    )

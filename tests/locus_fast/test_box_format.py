@@ -17,7 +17,19 @@ from locus_fast.config.settings import BOX_FORMATS
 from locus_fast.data import read_boxes
 from locus_fast.data.box_format import check_standard
 from locus_fast.errors import UserError
-from tests.locus_fast.box_cases import COCO, LARGE, MEANING, SIZES, STANDARD, anywhere, drops, named, refusal, write, written
+from tests.locus_fast.box_cases import (
+    COCO,
+    LARGE,
+    MEANING,
+    SIZES,
+    STANDARD,
+    anywhere,
+    drops,
+    named,
+    refusal,
+    write,
+    written,
+)
 
 # ---- reading
 
@@ -43,17 +55,35 @@ def test_bad_boxes_are_counted_in_every_format(tmp_path: Path) -> None:
     """Of an image of 100 x 80: reversed, of zero area, outside, not finite, on an image that is not there."""
     Image.new("L", (100, 80)).save(tmp_path / "0.png")
     bad = {
-        "normalized": [[0.5, 0.1, 0.2, 0.3], [0.5, 0.1, 0.5, 0.3], [1.5, 0.1, 1.7, 0.3], [0.1, 0.1, float("inf"), 0.3]],
-        "thousand": [[500, 100, 200, 300], [500, 100, 500, 300], [1500, 100, 1700, 300], [100, 100, float("nan"), 300]],
+        "normalized": [
+            [0.5, 0.1, 0.2, 0.3],
+            [0.5, 0.1, 0.5, 0.3],
+            [1.5, 0.1, 1.7, 0.3],
+            [0.1, 0.1, float("inf"), 0.3],
+        ],
+        "thousand": [
+            [500, 100, 200, 300],
+            [500, 100, 500, 300],
+            [1500, 100, 1700, 300],
+            [100, 100, float("nan"), 300],
+        ],
         "xywh": [[50, 10, -30, 20], [50, 10, 0, 20], [150, 10, 20, 20], [10, 10, float("inf"), 20]],
     }
     good = {"normalized": [0.1, 0.1, 0.4, 0.5], "thousand": [100, 100, 400, 500], "xywh": [10, 8, 30, 32]}
     for form, boxes in bad.items():
         lines: list[dict[str, Any]] = [{"image": "0.png", "bbox": box} for box in [good[form], *boxes]]
-        (tmp_path / "boxes.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"image": "nowhere.png", "bbox": good[form]}])))
+        (tmp_path / "boxes.jsonl").write_text(
+            "\n".join(map(json.dumps, [*lines, {"image": "nowhere.png", "bbox": good[form]}]))
+        )
         table = read_boxes(tmp_path / "boxes.jsonl", None, form)
         assert table.boxes.tolist() == [[10, 8, 40, 40]], form
-        expected = ("not finite", "reversed", "of zero area", "on an image that cannot be read", "outside the image")
+        expected = (
+            "not finite",
+            "reversed",
+            "of zero area",
+            "on an image that cannot be read",
+            "outside the image",
+        )
         assert drops(table) == dict.fromkeys(expected, 1), form
 
 
@@ -81,7 +111,9 @@ def test_shares_of_one_are_named(tmp_path: Path, kind: str, sizes: list[tuple[in
 @pytest.mark.parametrize("kind", STANDARD)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("count", [1, 3, 60, 2000])
-def test_the_other_kinds_pixels_are_named(tmp_path: Path, kind: str, sizes: list[tuple[int, int]], count: int) -> None:
+def test_the_other_kinds_pixels_are_named(
+    tmp_path: Path, kind: str, sizes: list[tuple[int, int]], count: int
+) -> None:
     """xywh in JSONL and xyxy in COCO. What few boxes within 1000 leave open is said as well."""
     other = {"coco": "xyxy", "jsonl": "xywh"}[kind]
     fits = named(refusal(write(tmp_path, kind, sizes, anywhere(sizes, count), other)))
@@ -94,7 +126,9 @@ def test_the_other_kinds_pixels_are_named(tmp_path: Path, kind: str, sizes: list
 @pytest.mark.parametrize("kind", STANDARD)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("count", [60, 2000])
-def test_shares_of_a_thousand_are_named(tmp_path: Path, kind: str, sizes: list[tuple[int, int]], count: int) -> None:
+def test_shares_of_a_thousand_are_named(
+    tmp_path: Path, kind: str, sizes: list[tuple[int, int]], count: int
+) -> None:
     assert named(refusal(write(tmp_path, kind, sizes, anywhere(sizes, count), "thousand"))) == {"thousand"}
 
 
@@ -111,9 +145,13 @@ def test_few_shares_of_a_thousand_are_noted_on_large_images(tmp_path: Path, kind
     assert "give --box-format thousand" in table.note
 
 
-@pytest.mark.parametrize(("form", "name"), [("normalized widths", "normalized"), ("thousand widths", "thousand")])
+@pytest.mark.parametrize(
+    ("form", "name"), [("normalized widths", "normalized"), ("thousand widths", "thousand")]
+)
 @pytest.mark.parametrize("kind", STANDARD)
-def test_shares_with_widths_are_to_be_written_as_corners(tmp_path: Path, kind: str, form: str, name: str) -> None:
+def test_shares_with_widths_are_to_be_written_as_corners(
+    tmp_path: Path, kind: str, form: str, name: str
+) -> None:
     sentence = refusal(write(tmp_path, kind, COCO, anywhere(COCO, 60), form))
     assert f"write them as {MEANING[name]} and give --box-format {name}" in sentence
 
@@ -123,7 +161,9 @@ def test_slips_do_not_hide_the_format(tmp_path: Path, form: str) -> None:
     """Three boxes of a hundred are something else."""
     path = write(tmp_path, "jsonl", COCO, anywhere(COCO, 97), form)
     junk = [[500, 100, 20, 30], [5, 5, 5, 5], [-70, 2000, 90, 3000]]
-    path.write_text("\n".join([path.read_text(), *(json.dumps({"image": "0.png", "bbox": box}) for box in junk)]))
+    path.write_text(
+        "\n".join([path.read_text(), *(json.dumps({"image": "0.png", "bbox": box}) for box in junk)])
+    )
     assert named(refusal(path)) == {form}
 
 
@@ -141,10 +181,18 @@ def test_six_hundred_thousand_boxes(form: str) -> None:
 
 def test_the_sentence_says_what_cannot_be_and_where(tmp_path: Path) -> None:
     (tmp_path / "boxes.jsonl").write_text("")
-    path = write(tmp_path, "jsonl", [(640, 480)], [(0, [100.0, 200.0, 130.0, 220.0]), (0, [5.0, 5.0, 60.0, 70.0])] * 2, "xywh")
+    path = write(
+        tmp_path,
+        "jsonl",
+        [(640, 480)],
+        [(0, [100.0, 200.0, 130.0, 220.0]), (0, [5.0, 5.0, 60.0, 70.0])] * 2,
+        "xywh",
+    )
     assert refusal(path) == (
-        f"{path}: 2 of its 4 boxes cannot be x1, y1, x2, y2 in pixels of their images: 2 reversed (first: boxes.jsonl line 1); give --box-format "
-        "xywh if they are x, y, width, height in pixels, and --box-format xyxy to read them as x1, y1, x2, y2 in pixels all the same"
+        f"{path}: 2 of its 4 boxes cannot be x1, y1, x2, y2 in pixels of their images: 2 reversed (first: "
+        "boxes.jsonl line 1); give --box-format "
+        "xywh if they are x, y, width, height in pixels, and --box-format xyxy to read them as x1, y1, x2, "
+        "y2 in pixels all the same"
     )
     assert read_boxes(path, None, "xyxy").dropped_text() == "2 reversed (first: boxes.jsonl line 1)"
 
@@ -152,7 +200,9 @@ def test_the_sentence_says_what_cannot_be_and_where(tmp_path: Path) -> None:
 # ---- the command
 
 
-def test_a_run_in_shares_is_refused_and_says_what_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_in_shares_is_refused_and_says_what_reads_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write(tmp_path, "jsonl", COCO, anywhere(COCO, 30), "normalized")
     arguments = ["--data", str(path), "--out", str(tmp_path / "run"), "--steps", "1"]
     assert train.main(arguments) == 2
@@ -171,5 +221,12 @@ def test_a_run_remembers_the_format_of_its_data(tmp_path: Path) -> None:
     (run / "config.json").write_text(json.dumps(vars(config)))
     assert parse(["--resume", str(run)]).box_format == "thousand"
     assert parse(["--resume", str(run), "--data", str(tmp_path / "boxes.jsonl")]).box_format == "thousand"
-    assert parse(["--resume", str(run), "--data", str(tmp_path / "other.json")]).box_format == "auto", "it says nothing about another file"
-    assert parse(["--resume", str(run), "--data", str(tmp_path / "other.json"), "--box-format", "xyxy"]).box_format == "xyxy"
+    assert parse(["--resume", str(run), "--data", str(tmp_path / "other.json")]).box_format == "auto", (
+        "it says nothing about another file"
+    )
+    assert (
+        parse(
+            ["--resume", str(run), "--data", str(tmp_path / "other.json"), "--box-format", "xyxy"]
+        ).box_format
+        == "xyxy"
+    )

@@ -9,40 +9,72 @@ import numpy as np
 import pytest
 
 from locus_fast.data import read_boxes
-from tests.locus_fast.box_cases import COCO, LARGE, SIZES, STANDARD, Boxes, anywhere, drops, named, refusal, write
+from tests.locus_fast.box_cases import (
+    COCO,
+    LARGE,
+    SIZES,
+    STANDARD,
+    Boxes,
+    anywhere,
+    drops,
+    named,
+    refusal,
+    write,
+)
 
 
 def spoilt(boxes: Boxes, every: int) -> Boxes:
     """Every so many boxes with its corners swapped."""
-    return [(image, box[2:] + box[:2] if place % every == 0 else box) for place, (image, box) in enumerate(boxes)]
+    return [
+        (image, box[2:] + box[:2] if place % every == 0 else box) for place, (image, box) in enumerate(boxes)
+    ]
 
 
 def beyond(boxes: Boxes, sizes: list[tuple[int, int]], every: int) -> Boxes:
     """Every so many boxes drawn on past the image's corner by a fifth."""
     ends = [[1.2 * side for side in sizes[image]] for image, _ in boxes]
-    return [(image, [*box[:2], *ends[place]] if place % every == 0 else box) for place, (image, box) in enumerate(boxes)]
+    return [
+        (image, [*box[:2], *ends[place]] if place % every == 0 else box)
+        for place, (image, box) in enumerate(boxes)
+    ]
 
 
 def pages(count: int) -> Boxes:
     """Boxes that begin near the corner and are wider and higher than they are far from it."""
     rng = np.random.default_rng(0)
-    return [(0, [*rng.uniform(10, 60, 2), *rng.uniform(400, 600, 1), *rng.uniform(500, 780, 1)]) for _ in range(count)]
+    return [
+        (0, [*rng.uniform(10, 60, 2), *rng.uniform(400, 600, 1), *rng.uniform(500, 780, 1)])
+        for _ in range(count)
+    ]
 
 
 STEREO = [(1920, 1080)]
 LEGITIMATE: dict[str, tuple[list[tuple[int, int]], Boxes]] = {
-    **{f"{name} images, {n} boxes": (sizes, anywhere(sizes, n)) for name, sizes in SIZES.items() for n in (1, 3, 60, 2000)},
-    **{f"in the first corner of large images, {n}": (LARGE, anywhere(LARGE, n, part=0.25)) for n in (1, 3, 20, 300)},
+    **{
+        f"{name} images, {n} boxes": (sizes, anywhere(sizes, n))
+        for name, sizes in SIZES.items()
+        for n in (1, 3, 60, 2000)
+    },
+    **{
+        f"in the first corner of large images, {n}": (LARGE, anywhere(LARGE, n, part=0.25))
+        for n in (1, 3, 20, 300)
+    },
     **{f"in the first corner, {n}": (COCO, anywhere(COCO, n, part=0.2)) for n in (1, 3, 20, 300)},
     "in the first corner, a twentieth swapped": (COCO, spoilt(anywhere(COCO, 300, part=0.2), 20)),
     "a twentieth swapped": (COCO, spoilt(anywhere(COCO, 300), 20)),
     "one of four swapped": (COCO, spoilt(anywhere(COCO, 4, part=0.2), 4)),
     "a twentieth sticking out": (COCO, beyond(anywhere(COCO, 300), COCO, 20)),
     "one of four sticking out": (COCO, beyond(anywhere(COCO, 4), COCO, 4)),
-    "the left half of stereo pictures": (STEREO, [(0, [box[0] / 2, box[1], box[2] / 2, box[3]]) for _, box in anywhere(STEREO, 300)]),
+    "the left half of stereo pictures": (
+        STEREO,
+        [(0, [box[0] / 2, box[1], box[2] / 2, box[3]]) for _, box in anywhere(STEREO, 300)],
+    ),
     "whole pages": ([(600, 800)], pages(60)),
     "one sign, always there": (LARGE, [(place % 2, [40.0, 50.0, 90.0, 110.0]) for place in range(60)]),
-    "stars": (COCO, [(image, [box[0], box[1], box[0] + 1.5, box[1] + 2]) for image, box in anywhere(COCO, 60)]),
+    "stars": (
+        COCO,
+        [(image, [box[0], box[1], box[0] + 1.5, box[1] + 2]) for image, box in anywhere(COCO, 60)],
+    ),
     "some in the first pixel": (COCO, [*anywhere(COCO, 60), *[(0, [0.0, 0.0, 1.0, 1.0])] * 20]),
 }
 

@@ -1,4 +1,5 @@
-"""Checkpoints in the published layout: loaded in their own dtype, trained, written back as they came, and read by plain transformers."""
+"""Checkpoints in the published layout: loaded in their own dtype, trained, written back as they came, and
+read by plain transformers."""
 
 from __future__ import annotations
 
@@ -14,14 +15,15 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from locus_fast import train
 from locus_fast.errors import UserError
-from locus_fast.model.families import interleave
+from locus_fast.model.families import PARTS, interleave
 from locus_fast.model.packing import PromptBatch
 from locus_fast.model.policy import prefill
 from locus_fast.model.preprocess import PatchSpec
 from locus_fast.model.prompts import Prompt
-from locus_fast.step.optim import PARTS, parameter_groups
+from locus_fast.step import scoring
+from locus_fast.step.optim import parameter_groups
 from locus_fast.step.optimizers import make_optimizer
-from locus_fast.step.rollout import Vocabulary
+from locus_fast.step.vocabulary import Vocabulary
 from locus_fast.weights import checkpoint, shards
 from locus_fast.weights.checkpoint import load_checkpoint, load_model, save_checkpoint, save_model
 from tests.published import FAMILIES, PHOTOGRAPHS, write_checkpoint, write_shards
@@ -60,7 +62,11 @@ def test_one_changed_tensor_changes_one_tensor(source: Path, tmp_path: Path) -> 
     save_model(model, source, tmp_path / "out")
     before, after = tensors_of(source), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys()
-    assert [name.endswith("layers.1.mlp.down_proj.weight") for name in before if not torch.equal(before[name], after[name])] == [True]
+    assert [
+        name.endswith("layers.1.mlp.down_proj.weight")
+        for name in before
+        if not torch.equal(before[name], after[name])
+    ] == [True]
 
 
 def test_training_and_export(source: Path, tmp_path: Path, monkeypatch) -> None:
@@ -69,17 +75,55 @@ def test_training_and_export(source: Path, tmp_path: Path, monkeypatch) -> None:
 
     def scattered(*arguments, **options):  # a random model earns nothing, so it would not be trained
         scored = box_reward(*arguments, **options)
-        advantage, zero_variance = group_advantage(torch.rand(len(scored.reward), generator=rewards), options["group_size"], True)
+        advantage, zero_variance = group_advantage(
+            torch.rand(len(scored.reward), generator=rewards), options["group_size"], True
+        )
         return scored._replace(advantage=advantage, zero_variance=zero_variance)
 
-    monkeypatch.setattr(train, "box_reward", scattered)
+    monkeypatch.setattr(scoring, "box_reward", scattered)
     frozen = source.name == "mimo-vl"  # its vision tower
-    recipe = ["--mix", "1", "1", "1", "--image-pixels", "4096", "12544", "--cue-pixels", "1024", "3136", "--eval-cues", "2", "--device", "cpu"]
-    sizes = ["--steps", "3", "--prompts", "2", "--group-size", "3", "--max-new-tokens", "5", "--microbatch-tokens", "4000", "--warmup-ratio", "0", "--lr", "1e-2"]
+    recipe = [
+        "--mix",
+        "1",
+        "1",
+        "1",
+        "--image-pixels",
+        "4096",
+        "12544",
+        "--cue-pixels",
+        "1024",
+        "3136",
+        "--eval-cues",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    sizes = [
+        "--steps",
+        "3",
+        "--prompts",
+        "2",
+        "--group-size",
+        "3",
+        "--max-new-tokens",
+        "5",
+        "--microbatch-tokens",
+        "4000",
+        "--warmup-ratio",
+        "0",
+        "--lr",
+        "1e-2",
+    ]
     rates = ["--lr-scale", "0" if frozen else "1", "1", "1"]
     data = ["--data", str(PHOTOGRAPHS / "instances.json")]
-    assert train.main(["--model", str(source), *data, "--out", str(tmp_path / "run"), *recipe, *sizes, *rates]) == 0
-    assert not any(json.loads(line)["dropped_step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert (
+        train.main(["--model", str(source), *data, "--out", str(tmp_path / "run"), *recipe, *sizes, *rates])
+        == 0
+    )
+    assert not any(
+        json.loads(line)["dropped_step"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    )
     final = tmp_path / "run" / "final"
     before, after = files_of(source), files_of(final)
     assert before.keys() == after.keys()
@@ -94,7 +138,9 @@ def test_training_and_export(source: Path, tmp_path: Path, monkeypatch) -> None:
     assert moved <= trained
     assert len(moved) > 0.9 * len(trained)  # a key's bias has next to no gradient, for one
     assert all(tensor.isfinite().all() for tensor in new.values())
-    plain, found = AutoModelForImageTextToText.from_pretrained(final, dtype=torch.float32, output_loading_info=True)
+    plain, found = AutoModelForImageTextToText.from_pretrained(
+        final, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(found[key] for key in ("missing_keys", "mismatched_keys", "unexpected_keys"))
     AutoTokenizer.from_pretrained(final)
     compare_logits(plain, load_model(final, CPU, torch.float32)[0])
@@ -117,7 +163,8 @@ def compare_logits(plain, ours) -> None:
 
 
 def test_another_dtype(source: Path, tmp_path: Path) -> None:
-    """In float32 the model is written as its source unless float32 is asked for; then the config and the index say so."""
+    """In float32 the model is written as its source unless float32 is asked for; then the config and the
+    index say so."""
     model, _ = load_model(source, CPU, torch.float32)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     save_model(model, source, tmp_path / "same")
@@ -129,7 +176,10 @@ def test_another_dtype(source: Path, tmp_path: Path) -> None:
     assert {name: t.shape for name, t in before.items()} == {name: t.shape for name, t in after.items()}
     assert {t.dtype for t in after.values()} == {torch.float32}
     index, base = (json.loads((folder / INDEX).read_text()) for folder in (tmp_path / "wide", source))
-    assert index == {"metadata": {"total_size": 2 * base["metadata"]["total_size"]}, "weight_map": base["weight_map"]}
+    assert index == {
+        "metadata": {"total_size": 2 * base["metadata"]["total_size"]},
+        "weight_map": base["weight_map"],
+    }
     save_model(model, source, tmp_path / "half", torch.float16)
     assert load_model(tmp_path / "half", CPU)[0].dtype == torch.float16
     again, _ = load_model(tmp_path / "wide", CPU)
@@ -138,7 +188,8 @@ def test_another_dtype(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_mixed_dtypes(tmp_path: Path) -> None:
-    """What is loaded in fewer bits than it is stored in, and not trained, is written back as it was stored."""
+    """What is loaded in fewer bits than it is stored in, and not trained, is written back as it was
+    stored."""
     source = write_checkpoint(tmp_path / "source", "qwen2.5-vl")
     tensors = tensors_of(source)
     generator = torch.Generator().manual_seed(0)
@@ -154,7 +205,9 @@ def test_a_checkpoint_of_mixed_dtypes(tmp_path: Path) -> None:
     save_model(model, source, tmp_path / "out")
     after = tensors_of(tmp_path / "out")
     assert {name: t.dtype for name, t in after.items()} == {name: t.dtype for name, t in tensors.items()}
-    assert [name for name in tensors if not torch.equal(tensors[name], after[name])] == ["model.layers.0.self_attn.q_proj.weight"]
+    assert [name for name in tensors if not torch.equal(tensors[name], after[name])] == [
+        "model.layers.0.self_attn.q_proj.weight"
+    ]
     assert torch.equal(after["model.layers.0.self_attn.q_proj.weight"].bfloat16(), changed)
 
 
@@ -168,11 +221,16 @@ def test_a_run_resumes_from_the_bits_it_left(source: Path, tmp_path: Path) -> No
         save_checkpoint(tmp_path, model, source, optimizer, 1)
         folder = tmp_path / "checkpoints" / "step-000001"
         other, _ = load_model(source, CPU, dtype)
-        load_checkpoint(folder, other, make_optimizer("adamw-master", parameter_groups(other, RATES), weight_decay=0.0))
+        load_checkpoint(
+            folder, other, make_optimizer("adamw-master", parameter_groups(other, RATES), weight_decay=0.0)
+        )
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
         assert AutoConfig.from_pretrained(folder).get_text_config().dtype == dtype
     tensors = load_file(folder / "model-00002-of-00003.safetensors")
-    save_file({name: t[..., :1].contiguous() for name, t in tensors.items()}, folder / "model-00002-of-00003.safetensors")
+    save_file(
+        {name: t[..., :1].contiguous() for name, t in tensors.items()},
+        folder / "model-00002-of-00003.safetensors",
+    )
     with pytest.raises(UserError, match=r"not a whole checkpoint .*has shape"):
         load_checkpoint(folder, other, optimizer)
     save_file(dict(list(tensors.items())[1:]), folder / "model-00002-of-00003.safetensors")
@@ -181,11 +239,16 @@ def test_a_run_resumes_from_the_bits_it_left(source: Path, tmp_path: Path) -> No
 
 
 def test_tied_and_unknown_tensors(tmp_path: Path) -> None:
-    """A source that stores the tied head gets the tied value back, and what the model does not hold is carried along."""
+    """A source that stores the tied head gets the tied value back, and what the model does not hold is
+    carried along."""
     source = write_checkpoint(tmp_path / "source", "qwen3-vl")
     tensors = tensors_of(source)
     embedding = "model.language_model.embed_tokens.weight"
-    write_shards(source, {**tensors, "lm_head.weight": tensors[embedding].clone(), "rotary.inv_freq": torch.arange(3.0)}, 4)
+    write_shards(
+        source,
+        {**tensors, "lm_head.weight": tensors[embedding].clone(), "rotary.inv_freq": torch.arange(3.0)},
+        4,
+    )
     for stale in source.glob("*-of-00003.safetensors"):
         stale.unlink()
     model, _ = load_model(source, CPU)
@@ -240,7 +303,11 @@ def test_replies_stop_where_turns_end(tmp_path: Path) -> None:
 
 def anonymous_bytes() -> int:
     """Of this process: memory that is not the mapping of a file."""
-    return 1024 * next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return 1024 * next(
+        int(line.split()[1])
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("RssAnon")
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' account of memory")
@@ -279,7 +346,9 @@ def test_to_the_device_and_back(source: Path, tmp_path: Path) -> None:
     assert files_of(tmp_path / "out") == files_of(source)
 
 
-def test_a_hub_id_becomes_a_folder_and_its_weights_come_last(source: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_hub_id_becomes_a_folder_and_its_weights_come_last(
+    source: Path, tmp_path: Path, monkeypatch
+) -> None:
     asked: list[tuple[str, bool]] = []
     held = [source]
 

@@ -54,7 +54,9 @@ def refused(run: Path, capsys, *options: str) -> str:
         (["--lr-scale", "0", "1", "1"], "--lr-scale 1.0 1.0 1.0", "--lr-scale 0.0 1.0 1.0"),
     ],
 )
-def test_another_optimizer_is_named_with_what_can_be_done(options: list[str], was: str, asked: str, with_options: bool, run: Path, capsys) -> None:
+def test_another_optimizer_is_named_with_what_can_be_done(
+    options: list[str], was: str, asked: str, with_options: bool, run: Path, capsys
+) -> None:
     """The checkpoint is good: nobody is told to remove it."""
     if not with_options:
         forget_all_but_the_step(run / LAST)
@@ -66,7 +68,9 @@ def test_another_optimizer_is_named_with_what_can_be_done(options: list[str], wa
 
 def test_another_dtype_is_named(run: Path, capsys) -> None:
     pytest.importorskip("torchao")
-    assert "was trained with --dtype float32, whose tensors are not those of --dtype bfloat16" in refused(run, capsys, "--dtype", "bfloat16")
+    assert "was trained with --dtype float32, whose tensors are not those of --dtype bfloat16" in refused(
+        run, capsys, "--dtype", "bfloat16"
+    )
 
 
 def test_a_state_that_does_not_say_whose_it_is(run: Path, capsys) -> None:
@@ -76,7 +80,10 @@ def test_a_state_that_does_not_say_whose_it_is(run: Path, capsys) -> None:
     (run / "config.json").write_text(json.dumps({**settings, "optimizer": "adamw-master"}))
     error = refused(run, capsys)
     assert "the optimizer's state is of another optimizer or other parameters" in error
-    assert f"resume with the --optimizer, --lr-scale and --dtype that it was trained with, or start a new run with --model {run / LAST}" in error
+    assert (
+        "resume with the --optimizer, --lr-scale and --dtype that it was trained with, or start a new run "
+        f"with --model {run / LAST}" in error
+    )
     assert "remove" not in error
 
 
@@ -84,14 +91,18 @@ def test_rates_that_freeze_the_same_parts_are_no_other_layout(run: Path) -> None
     assert train.main(["--resume", str(run), "--steps", "4", "--lr-scale", "0.5", "1", "2"]) == 0
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer/state.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer/state.safetensors", "tokenizer.json", "config.json"]
+)
 def test_a_flipped_bit_is_found(name: str, run: Path, capsys) -> None:
     file = run / LAST / name
     content = bytearray(file.read_bytes())
     content[len(content) * 3 // 4] ^= 1 << 2
     file.write_bytes(content)
     error = refused(run, capsys)
-    assert f"{run / LAST} is not a whole checkpoint ({name} is not what was written, by its checksum)" in error
+    assert (
+        f"{run / LAST} is not a whole checkpoint ({name} is not what was written, by its checksum)" in error
+    )
     assert "remove it to resume from step-000002" in error
 
 
@@ -132,7 +143,9 @@ def test_what_is_not_finite_is_named(file: str, suffix: str, value: float, run: 
 
 def test_weights_that_are_finite_and_answer_nothing(run: Path, capsys) -> None:
     file = run / LAST / "model.safetensors"
-    save_file({name: tensor * 1e30 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    save_file(
+        {name: tensor * 1e30 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"}
+    )
     forget_all_but_the_step(run / LAST)
     assert "the model answers with" in refused(run, capsys)
 
@@ -147,7 +160,9 @@ def test_the_checksums_are_those_of_the_files(whole: Path) -> None:
     for checkpoint in (whole / "checkpoints").iterdir():
         listed = json.loads((checkpoint / "optimizer" / "step.json").read_text())["crc32"]
         files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != "step.json"]
-        assert listed == {str(path.relative_to(checkpoint)): f"{zlib.crc32(path.read_bytes()):08x}" for path in files}
+        assert listed == {
+            str(path.relative_to(checkpoint)): f"{zlib.crc32(path.read_bytes()):08x}" for path in files
+        }
 
 
 def test_written_tensors_are_read_by_the_safetensors_library(tmp_path: Path) -> None:
@@ -171,4 +186,6 @@ def test_written_tensors_are_read_by_the_safetensors_library(tmp_path: Path) -> 
     with safe_open(tmp_path / "file.safetensors", framework="pt") as file:
         assert file.get_slice("strided").get_shape() == [6, 4]
     (tmp_path / "other").write_text("")
-    assert stat.S_IMODE((tmp_path / "file.safetensors").stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
+    assert stat.S_IMODE((tmp_path / "file.safetensors").stat().st_mode) == stat.S_IMODE(
+        (tmp_path / "other").stat().st_mode
+    )

@@ -15,7 +15,7 @@ from locus_fast.data import read_boxes
 from locus_fast.data.collapse import refuse_collapsed
 from locus_fast.data.cutting import CueRecipe
 from locus_fast.errors import UserError
-from locus_fast.run.setup import cue_source
+from locus_fast.run.examples import cue_source
 from tests.locus_fast.cue_cases import recipe
 
 SIZES = [(640, 480), (480, 640), (500, 375), (600, 600)]
@@ -65,15 +65,30 @@ def test_shares_of_one_read_as_something_else_are_refused(tmp_path: Path, box_fo
 
 def test_whole_pixels_in_one_corner_are_refused(tmp_path: Path) -> None:
     """As rounding makes them of shares: one pixel each, grown to the same 16 x 16."""
-    sentence = refusal(data(tmp_path, [(image, [0, 0, 1 + place % 3, 1 + place % 2]) for place, (image, _) in enumerate(anywhere(60))]), "xyxy")
-    assert "60 of 60 cues would show the same place, about [0, 0, 16, 16] in pixels, so that one constant answer would do" in sentence
+    sentence = refusal(
+        data(
+            tmp_path,
+            [(image, [0, 0, 1 + place % 3, 1 + place % 2]) for place, (image, _) in enumerate(anywhere(60))],
+        ),
+        "xyxy",
+    )
+    assert (
+        "60 of 60 cues would show the same place, about [0, 0, 16, 16] in pixels, so that one constant "
+        "answer would do" in sentence
+    )
 
 
-@pytest.mark.parametrize(("same", "other", "refused"), [(31, 29, True), (30, 30, False), (6, 54, False), (4, 0, True), (3, 0, False), (4, 3, True)])
+@pytest.mark.parametrize(
+    ("same", "other", "refused"),
+    [(31, 29, True), (30, 30, False), (6, 54, False), (4, 0, True), (3, 0, False), (4, 3, True)],
+)
 def test_more_than_half_at_one_place_is_refused(tmp_path: Path, same: int, other: int, refused: bool) -> None:
     """A camera that sees its one sign at one place, give or take a pixel."""
     rng = np.random.default_rng(0)
-    sign = [(place % 4, (np.array([300, 100, 330, 125]) + rng.integers(-1, 2, 4)).tolist()) for place in range(same)]
+    sign = [
+        (place % 4, (np.array([300, 100, 330, 125]) + rng.integers(-1, 2, 4)).tolist())
+        for place in range(same)
+    ]
     path = data(tmp_path, [*sign, *anywhere(other)])
     if refused:
         sentence = refusal(path)
@@ -85,7 +100,10 @@ def test_more_than_half_at_one_place_is_refused(tmp_path: Path, same: int, other
 
 
 def test_one_place_in_parts_of_images_of_all_sizes_is_refused(tmp_path: Path) -> None:
-    boxes = [(place % 4, (np.tile(SIZES[place % 4], 2) * np.array([0.5, 0.25, 0.6, 0.35])).tolist()) for place in range(40)]
+    boxes = [
+        (place % 4, (np.tile(SIZES[place % 4], 2) * np.array([0.5, 0.25, 0.6, 0.35])).tolist())
+        for place in range(40)
+    ]
     assert "40 of 40 cues would show the same place, about [0.5, 0.25, 0.6" in refusal(data(tmp_path, boxes))
     assert "in parts of the image" in refusal(data(tmp_path, boxes))
 
@@ -93,7 +111,10 @@ def test_one_place_in_parts_of_images_of_all_sizes_is_refused(tmp_path: Path) ->
 def test_size_classes_weigh_what_they_weigh_in_the_mix(tmp_path: Path) -> None:
     """Ten tiny boxes of one place and fifty small ones anywhere: with tiny at 0.7 seven of ten examples are
     the place."""
-    path = data(tmp_path, [*[(place % 4, [20.0, 30.0, 40.0, 50.0]) for place in range(10)], *anywhere(50, side=(80, 90))])
+    path = data(
+        tmp_path,
+        [*[(place % 4, [20.0, 30.0, 40.0, 50.0]) for place in range(10)], *anywhere(50, side=(80, 90))],
+    )
     assert "10 of 60 cues would show the same place" in refusal(path)
     refuse(path, recipe=recipe(mix=(0.3, 0.7, 0.0)))
     refuse(path, recipe=recipe(mix=(0.0, 1.0, 0.0)))
@@ -113,7 +134,10 @@ def test_boxes_drawn_on_larger_images_are_refused(tmp_path: Path) -> None:
     gone = sum(lost(box, SIZES[image]) > 0.1 for image, box in boxes)
     assert gone > 150
     sentence = refusal(path, "xyxy")
-    assert f"{gone} of 300 boxes lie outside their images or lose over a tenth of their area at the border" in sentence
+    assert (
+        f"{gone} of 300 boxes lie outside their images or lose over a tenth of their area at the border"
+        in sentence
+    )
 
 
 def lost(box: Box, size: tuple[int, int]) -> float:
@@ -128,7 +152,10 @@ def lost(box: Box, size: tuple[int, int]) -> float:
         anywhere(200),
         anywhere(200, side=(3, 6)),
         anywhere(200, side=(1, 2)),
-        [(image, [box[0] - 0.5, box[1] - 0.5, box[2] + 9, box[3] + 9]) for image, box in anywhere(200, side=(150, 300))],
+        [
+            (image, [box[0] - 0.5, box[1] - 0.5, box[2] + 9, box[3] + 9])
+            for image, box in anywhere(200, side=(150, 300))
+        ],
         [(image, [box[0], box[1], box[0] + 1, box[1] + 1]) for image, box in anywhere(200)],
     ],
     ids=["small objects", "stars", "specks", "large and hasty", "points of a pixel"],

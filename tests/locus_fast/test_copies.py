@@ -50,11 +50,22 @@ def test_files_that_cannot_be_read_are_nobodys_copies(tmp_path: Path) -> None:
     for name in ("empty.png", "empty too.png"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
-    names = ["empty.png", "empty too.png", "nowhere.png", "nowhere.png", "folder.png", "folder.png", "a\0.png", "a\0.png"]
+    names = [
+        "empty.png",
+        "empty too.png",
+        "nowhere.png",
+        "nowhere.png",
+        "folder.png",
+        "folder.png",
+        "a\0.png",
+        "a\0.png",
+    ]
     assert first_copies([tmp_path / name for name in names]).tolist() == list(range(8))
 
 
-def test_whole_files_are_read_only_where_size_and_end_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_files_are_read_only_where_size_and_end_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chance, read = np.random.default_rng(0), []
     whole = copies._whole
     monkeypatch.setattr(copies, "_whole", lambda path: read.append(path.name) or whole(path))
@@ -118,7 +129,10 @@ def pool_of(folder: Path, other: Callable[[Path, int], str], kind: str, shift: i
     if kind == "folder":
         return pool
     if kind == "coco":
-        images = [{"id": i, "file_name": name, "width": WIDTH, "height": HEIGHT} for i, (name, _) in enumerate(names)]
+        images = [
+            {"id": i, "file_name": name, "width": WIDTH, "height": HEIGHT}
+            for i, (name, _) in enumerate(names)
+        ]
         annotations = [{"image_id": i, "bbox": box} for i, (_, box) in enumerate(names)]
         (pool / "boxes.json").write_text(json.dumps({"images": images, "annotations": annotations}))
         return pool / "boxes.json"
@@ -129,12 +143,16 @@ def pool_of(folder: Path, other: Callable[[Path, int], str], kind: str, shift: i
 
 def shown(source: FileCues) -> tuple[set[bytes], set[bytes]]:
     """The pixels that are held out and those that are trained on."""
-    return {e.image.tobytes() for e in all_held_out(source)}, {source.train(index).image.tobytes() for index in range(300)}
+    return {e.image.tobytes() for e in all_held_out(source)}, {
+        source.train(index).image.tobytes() for index in range(300)
+    }
 
 
 @pytest.mark.parametrize("kind", ["coco", "jsonl", "folder"])
 @pytest.mark.parametrize("other", FILES, ids=[other.__name__ for other in FILES])
-def test_copies_and_links_fall_on_one_side(tmp_path: Path, other: Callable[[Path, int], str], kind: str) -> None:
+def test_copies_and_links_fall_on_one_side(
+    tmp_path: Path, other: Callable[[Path, int], str], kind: str
+) -> None:
     held, trained = shown(source := cues(pool_of(tmp_path, other, kind), held_out=5))
     assert held
     assert held.isdisjoint(trained)
@@ -144,7 +162,9 @@ def test_copies_and_links_fall_on_one_side(tmp_path: Path, other: Callable[[Path
 
 @pytest.mark.parametrize("kind", ["coco", "jsonl"])
 @pytest.mark.parametrize("other", [*SPELLINGS.values(), linked_folder], ids=[*SPELLINGS, "linked folder"])
-def test_spellings_of_a_path_fall_on_one_side(tmp_path: Path, other: Callable[[Path, int], str], kind: str) -> None:
+def test_spellings_of_a_path_fall_on_one_side(
+    tmp_path: Path, other: Callable[[Path, int], str], kind: str
+) -> None:
     held, trained = shown(cues(pool_of(tmp_path, other, kind), held_out=5))
     assert held
     assert held.isdisjoint(trained)
@@ -153,7 +173,9 @@ def test_spellings_of_a_path_fall_on_one_side(tmp_path: Path, other: Callable[[P
 
 @pytest.mark.parametrize("root", ["absolute", "relative"])
 @pytest.mark.parametrize("other", SPELLINGS.values(), ids=SPELLINGS)
-def test_spellings_of_a_path_are_one_image(tmp_path: Path, other: Callable[[Path, int], str], root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spellings_of_a_path_are_one_image(
+    tmp_path: Path, other: Callable[[Path, int], str], root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = pool_of(tmp_path, other, "jsonl", shift=1)
     monkeypatch.chdir(tmp_path)
     table = read_boxes(path if root == "absolute" else path.relative_to(tmp_path), None)
@@ -169,7 +191,9 @@ def test_images_beside_their_folder_are_one_image_however_they_are_spelled(tmp_p
     Image.fromarray(noise()).save(tmp_path / "pool" / "a.png")
     names = [str(tmp_path / "pool" / "a.png"), "../pool/a.png", "../boxes/../pool/./a.png"]
     for order in (names, names[::-1]):
-        (tmp_path / "boxes" / "b.jsonl").write_text("\n".join(json.dumps({"image": name, "bbox": [1, 2, 30, 40]}) for name in order))
+        (tmp_path / "boxes" / "b.jsonl").write_text(
+            "\n".join(json.dumps({"image": name, "bbox": [1, 2, 30, 40]}) for name in order)
+        )
         table = read_boxes(tmp_path / "boxes" / "b.jsonl", None)
         assert table.names == ["../pool/a.png"]
         assert len(table.boxes) == 3
@@ -182,10 +206,14 @@ def test_the_way_up_from_a_linked_folder_is_kept(tmp_path: Path) -> None:
         Image.fromarray(noise(seed=seed)).save(tmp_path / folder / "a.png")
     (tmp_path / "pool" / "there").symlink_to(tmp_path / "elsewhere" / "deep")
     path = tmp_path / "pool" / "boxes.jsonl"
-    path.write_text("\n".join(json.dumps({"image": name, "bbox": [1, 2, 30, 40]}) for name in ("there/../a.png", "a.png")))
+    path.write_text(
+        "\n".join(json.dumps({"image": name, "bbox": [1, 2, 30, 40]}) for name in ("there/../a.png", "a.png"))
+    )
     table = read_boxes(path, None)
     assert len(table.names) == 2
-    assert [table.path(row).read_bytes() == (tmp_path / "elsewhere" / "a.png").read_bytes() for row in range(2)] == [True, False]
+    assert [
+        table.path(row).read_bytes() == (tmp_path / "elsewhere" / "a.png").read_bytes() for row in range(2)
+    ] == [True, False]
 
 
 # ---- the order that pictures are held out in
@@ -210,7 +238,9 @@ def test_without_copies_images_are_held_out_by_the_hash_of_their_names(tmp_path:
 def test_copies_take_one_rank_that_of_their_first_name(tmp_path: Path) -> None:
     """In any order of the file, and wherever the folder lies."""
     order = ranked([f"{folder}{place}.png" for place in range(COUNT) for folder in ("", "more/")])
-    rank = {place: min(order.index(f"{place}.png"), order.index(f"more/{place}.png")) for place in range(COUNT)}
+    rank = {
+        place: min(order.index(f"{place}.png"), order.index(f"more/{place}.png")) for place in range(COUNT)
+    }
     first = sorted(rank, key=rank.__getitem__)[:2]
     expected = {noise(seed=place).tobytes() for place in first}
     for number, shift in enumerate((0, 1, 7)):
@@ -221,7 +251,10 @@ def test_copies_take_one_rank_that_of_their_first_name(tmp_path: Path) -> None:
 def test_copies_of_one_picture_are_too_few(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         Image.fromarray(noise()).save(tmp_path / name)
-    with pytest.raises(UserError, match=r"has only 1 usable image: give two or more, as one is held out; copies of one file count once"):
+    with pytest.raises(
+        UserError,
+        match=r"has only 1 usable image: give two or more, as one is held out; copies of one file count once",
+    ):
         cues(tmp_path)
 
 

@@ -1,4 +1,5 @@
-"""What is trained decides what backward costs: FLOPs of frozen parts, adapters and 4-bit bases against the counted ones, in the trainer too."""
+"""What is trained decides what backward costs: FLOPs of frozen parts, adapters and 4-bit bases against the
+counted ones, in the trainer too."""
 
 from __future__ import annotations
 
@@ -9,18 +10,20 @@ import torch
 from locus_kernels.linear_logprob import linear_logprob
 from torch.utils.flop_counter import FlopCounterMode
 
-from locus_fast import cost, train
+from locus_fast import cost
 from locus_fast.config import parse
 from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, Trained
 from locus_fast.model.adapters import add_adapters
-from locus_fast.model.families import shape_of
-from locus_fast.model.policy import checkpoint_activations, prefill, reply_hidden
+from locus_fast.model.families import PARTS, shape_of
+from locus_fast.model.policy import checkpoint_activations, encode_images, prefill, reply_hidden
 from locus_fast.model.quantize import quantize
 from locus_fast.model.reference import make_reference
 from locus_fast.run.plan import trained_by
 from locus_fast.run.setup import set_up
-from locus_fast.step.optim import PARTS, parameter_groups
+from locus_fast.step import metrics
+from locus_fast.step.optim import parameter_groups
 from locus_fast.step.optimizers import make_optimizer
+from locus_fast.step.step import Step
 from tests.locus_fast.cost_cases import FAMILIES, FORMULAS, answers, counted, spent, work
 from tests.locus_fast.test_adapters import needs_peft
 
@@ -45,17 +48,26 @@ def check_flops(model, batch, groups, checkpointing: int, trained: Trained) -> N
     """Every pass of a microbatch against the counter, exactly."""
     if checkpointing:
         checkpoint_activations(model, checkpointing)
-    ways = {"checkpointing": checkpointing, "reference": True, "trained": trained, "executed": True, "causal": "square"}
+    ways = {
+        "checkpointing": checkpointing,
+        "reference": True,
+        "trained": trained,
+        "executed": True,
+        "causal": "square",
+    }
     table = cost.step_flops(shape_of(model.config), groups, **ways)
     scored = answers(batch, groups)
 
-    vision, features = counted(lambda: see(model, batch.patches, batch.grids, batch.vision))
+    vision, features = counted(lambda: encode_images(model, batch.patches, batch.grids, batch.vision))
     prompt, prefix = counted(lambda: prefill(model, batch, features))
     replies, hidden = counted(lambda: reply_hidden(model, prefix, scored))
     head, logprob = counted(lambda: linear_logprob(hidden, model.lm_head.weight, scored.ids, 1.0)[0])
     backward, _ = counted(lambda: logprob.sum().backward())
 
-    for parts, flops in {("vision", "vision attention"): vision, ("prompt", "prompt attention"): prompt}.items():
+    for parts, flops in {
+        ("vision", "vision attention"): vision,
+        ("prompt", "prompt attention"): prompt,
+    }.items():
         assert spent(table, parts, "forward") == flops
     assert spent(table, ("vision", "vision attention"), "reference") == (vision if trained.tower else 0)
     assert spent(table, ("replies", "reply attention"), "forward") == replies
@@ -79,7 +91,11 @@ def test_flops_are_the_counted_ones(family: str, trained: Trained, checkpointing
 def test_flops_over_a_4_bit_base(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
     product = torch.ops.bitsandbytes.gemm_4bit
-    monkeypatch.setitem(FORMULAS, product, lambda x, _, shape, *__, out_shape=None, **___: 2 * torch.Size(x).numel() * shape[0])
+    monkeypatch.setitem(
+        FORMULAS,
+        product,
+        lambda x, _, shape, *__, out_shape=None, **___: 2 * torch.Size(x).numel() * shape[0],
+    )
     model, batch, groups = work("qwen2_5_vl")
     quantize(model, "nf4", torch.device("cpu"))
     add_adapters(model, 4, 8.0)
@@ -89,7 +105,10 @@ def test_flops_over_a_4_bit_base(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_peft
 def test_the_reference_has_no_adapters() -> None:
     shape, group = PUBLISHED["qwen2.5-vl-7b"], cost.Group(((34, 46), (4, 4)), 523, (100,) * 8)
-    whole, adapted = (cost.step_flops(shape, [group], checkpointing=0, reference=True, trained=t) for t in (EVERYTHING, Trained.adapters(16)))
+    whole, adapted = (
+        cost.step_flops(shape, [group], checkpointing=0, reference=True, trained=t)
+        for t in (EVERYTHING, Trained.adapters(16))
+    )
     for part in ("prompt", "replies", "head"):
         assert adapted[part]["reference"] == whole[part]["reference"]
         assert part == "head" or adapted[part]["forward"] > whole[part]["forward"]
@@ -108,20 +127,42 @@ def test_the_reference_has_no_adapters() -> None:
         pytest.param(["--lora", "4", "--checkpointing", "2", "--kl-coef", "0"], marks=needs_peft),
     ],
 )
-def test_the_trainers_metric_is_what_is_counted(options: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Exactly, over a whole step but for the sampling, which the counter does not see whole; groups that are flat included."""
+def test_the_trainers_metric_is_what_is_counted(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Exactly, over a whole step but for the sampling, which the counter does not see whole; zero-variance
+    groups included."""
 
     def square(*arguments, **ways):
         table = cost.step_flops(*arguments, **ways, causal="square")
-        return {part: {column: n for column, n in passes.items() if column != "rollout"} for part, passes in table.items()}
+        return {
+            part: {column: n for column, n in passes.items() if column != "rollout"}
+            for part, passes in table.items()
+        }
 
-    monkeypatch.setattr(train, "step_flops", square)
-    config = parse(["--prompts", "5", "--group-size", "2", "--eval-cues", "1", "--microbatch-tokens", "1500", "--device", "cpu", *options])
+    monkeypatch.setattr(metrics, "step_flops", square)
+    config = parse(
+        [
+            "--prompts",
+            "5",
+            "--group-size",
+            "2",
+            "--eval-cues",
+            "1",
+            "--microbatch-tokens",
+            "1500",
+            "--device",
+            "cpu",
+            *options,
+        ]
+    )
     setup = set_up(config)
     model, sampling = setup.engine.model, []
     if config.checkpointing:
         checkpoint_activations(model, config.checkpointing)
-    optimizer = make_optimizer("adamw", parameter_groups(model, dict(zip(PARTS, config.lr_scale, strict=True))), 0.0)
+    optimizer = make_optimizer(
+        "adamw", parameter_groups(model, dict(zip(PARTS, config.lr_scale, strict=True))), 0.0
+    )
     reference = make_reference(model) if config.kl_coef else None
     generate = setup.engine.decoder.generate
 
@@ -131,9 +172,10 @@ def test_the_trainers_metric_is_what_is_counted(options: list[str], monkeypatch:
         return rollout
 
     setup.engine.decoder.generate = sampled
-    prompts = iter([setup.inputs.prompter(setup.inputs.cues.train(i)) for i in range(5)])
+    prompts = [setup.inputs.prompter(setup.inputs.cues.train(i)) for i in range(5)]
+    step = Step(setup.config, setup.engine, setup.scoring, reference, optimizer)
     model.train()
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        numbers = train.train_step(setup, reference, optimizer, prompts, 0, lambda: False)
+        numbers = step(prompts, 0, 0.0, lambda: False)
     assert trained_by(config).rank == config.lora
     assert 0 < numbers["flops"] == counter.get_total_flops() - sum(sampling)

@@ -15,7 +15,19 @@ from PIL import Image
 
 from locus_fast.data.example import CueSource
 from locus_fast.errors import UserError
-from tests.locus_fast.cue_cases import HEIGHT, LARGE, SMALL, TINY, WIDTH, all_held_out, cues, dataset, noise, same, truncate
+from tests.locus_fast.cue_cases import (
+    HEIGHT,
+    LARGE,
+    SMALL,
+    TINY,
+    WIDTH,
+    all_held_out,
+    cues,
+    dataset,
+    noise,
+    same,
+    truncate,
+)
 
 # ---- the source
 
@@ -36,7 +48,9 @@ def test_examples_are_a_function_of_seed_and_index(tmp_path: Path) -> None:
 
 
 def test_examples_show_what_they_say(tmp_path: Path) -> None:
-    source = cues(dataset(tmp_path, [[TINY, SMALL, LARGE]] * 5), mix=(1, 1, 1), padding=(0.0, 0.0), scale=(1.0, 1.0))
+    source = cues(
+        dataset(tmp_path, [[TINY, SMALL, LARGE]] * 5), mix=(1, 1, 1), padding=(0.0, 0.0), scale=(1.0, 1.0)
+    )
     expected = {"tiny": (36, 26, 52, 42), "small": (10, 20, 26, 38), "large": (5, 5, 55, 45)}
     for example in (*map(source.train, range(40)), *all_held_out(source)):
         image = noise(seed=int(example.source.removesuffix(".png")))
@@ -75,11 +89,15 @@ def test_class_without_boxes_is_left_out_and_said(tmp_path: Path) -> None:
 
 def test_mix_of_classes_without_boxes_is_refused(tmp_path: Path) -> None:
     path = dataset(tmp_path, [[LARGE]] * 5)
-    with pytest.raises(UserError, match=r"--mix \(0.7, 0.3, 0.0\).*instances.json lacks \(0 tiny, 0 small, 5 large\)"):
+    with pytest.raises(
+        UserError, match=r"--mix \(0.7, 0.3, 0.0\).*instances.json lacks \(0 tiny, 0 small, 5 large\)"
+    ):
         cues(path)
 
 
-@pytest.mark.parametrize("bboxes", [[[TINY]], [[TINY], [LARGE]]], ids=["one image", "one image with boxes of the mix"])
+@pytest.mark.parametrize(
+    "bboxes", [[[TINY]], [[TINY], [LARGE]]], ids=["one image", "one image with boxes of the mix"]
+)
 def test_one_usable_image_is_too_few(tmp_path: Path, bboxes: list[Any]) -> None:
     with pytest.raises(UserError, match=r"instances.json has only 1 usable image: give two or more"):
         cues(dataset(tmp_path, bboxes))
@@ -88,7 +106,9 @@ def test_one_usable_image_is_too_few(tmp_path: Path, bboxes: list[Any]) -> None:
 # ---- holding out
 
 
-@pytest.mark.parametrize(("images", "held_out", "held_images"), [(2, 1, 1), (4, 100, 1), (20, 100, 4), (20, 3, 1), (20, 5, 2)])
+@pytest.mark.parametrize(
+    ("images", "held_out", "held_images"), [(2, 1, 1), (4, 100, 1), (20, 100, 4), (20, 3, 1), (20, 5, 2)]
+)
 def test_held_out_by_image(tmp_path: Path, images: int, held_out: int, held_images: int) -> None:
     source = cues(dataset(tmp_path, [[TINY, TINY, SMALL, LARGE]] * images), held_out=held_out)
     held = all_held_out(source)
@@ -124,11 +144,15 @@ def test_one_file_with_two_ids_is_not_on_both_sides(tmp_path: Path) -> None:
     path = dataset(tmp_path, [[TINY]] * 3)
     content = json.loads(path.read_text())
     for place in range(3):
-        content["images"].append({"id": f"again {place}", "file_name": f"./{place}.png", "width": WIDTH, "height": HEIGHT})
+        content["images"].append(
+            {"id": f"again {place}", "file_name": f"./{place}.png", "width": WIDTH, "height": HEIGHT}
+        )
         content["annotations"].append({"image_id": f"again {place}", "bbox": SMALL})
     path.write_text(json.dumps(content))
     source = cues(path)
-    assert {source.train(index).source for index in range(50)}.isdisjoint({example.source for example in all_held_out(source)})
+    assert {source.train(index).source for index in range(50)}.isdisjoint(
+        {example.source for example in all_held_out(source)}
+    )
 
 
 def test_held_out_follows_the_mix_when_it_can(tmp_path: Path) -> None:
@@ -148,7 +172,9 @@ def test_held_out_makes_up_for_a_rare_class(tmp_path: Path) -> None:
     assert sum(drawn.values()) == 12
     assert drawn["small"] >= 10
     assert " 12 boxes on " in source.describe()
-    assert int(source.describe().split(" held out")[0].split()[-2]) <= 6, "a rare class does not cost a fifth of the images"
+    assert int(source.describe().split(" held out")[0].split()[-2]) <= 6, (
+        "a rare class does not cost a fifth of the images"
+    )
 
 
 def test_nothing_is_held_out_if_nothing_is_asked_for(tmp_path: Path) -> None:
@@ -171,7 +197,9 @@ def test_truncated_image_is_passed_over_and_counted(tmp_path: Path) -> None:
     assert len(sentences) >= sum(example.source == bad for example in before) > 0
     assert all(bad in sentence and "truncated" in sentence for sentence in sentences)
     assert bad not in {example.source for example in examples}
-    assert all(same(was, now) for was, now in zip(before, examples, strict=True) if was.source != bad), "the others stay as they were"
+    assert all(same(was, now) for was, now in zip(before, examples, strict=True) if was.source != bad), (
+        "the others stay as they were"
+    )
 
 
 def test_fifty_failures_in_a_row_are_the_end(tmp_path: Path) -> None:
@@ -179,7 +207,10 @@ def test_fifty_failures_in_a_row_are_the_end(tmp_path: Path) -> None:
     source = cues(path)
     for image in tmp_path.glob("*.png"):
         image.write_text("no image")
-    with pytest.raises(UserError, match=r"instances.json: 50 tries in a row gave no usable image, the last: .*\d.png is not an image") as caught:
+    with pytest.raises(
+        UserError,
+        match=r"instances.json: 50 tries in a row gave no usable image, the last: .*\d.png is not an image",
+    ) as caught:
         source.train(0)
     assert type(caught.value) is UserError
 
@@ -191,7 +222,11 @@ def test_image_of_another_size_than_its_boxes_is_passed_over(tmp_path: Path) -> 
     Image.fromarray(noise(50, 40)).save(tmp_path / changed)
     examples = [source.train(index) for index in range(30)]
     assert changed not in {example.source for example in examples}
-    assert any("50x40 pixels upright but its boxes are for 100x80" in sentence for example in examples for sentence in example.skipped)
+    assert any(
+        "50x40 pixels upright but its boxes are for 100x80" in sentence
+        for example in examples
+        for sentence in example.skipped
+    )
 
 
 def test_boxes_belong_to_the_upright_image(tmp_path: Path) -> None:
@@ -225,9 +260,9 @@ def folder(tmp_path: Path) -> Path:
 def test_folder_gives_random_boxes_of_the_class_that_is_drawn(folder: Path) -> None:
     source = cues(folder, mix=(0.5, 0.3, 0.2), padding=(0.0, 0.0), scale=(1.0, 1.0))
     examples = [source.train(index) for index in range(300)]
-    assert {name: Counter(e.size_class for e in examples)[name] / 300 for name in ("tiny", "small", "large")} == pytest.approx(
-        {"tiny": 0.5, "small": 0.3, "large": 0.2}, abs=0.1
-    )
+    assert {
+        name: Counter(e.size_class for e in examples)[name] / 300 for name in ("tiny", "small", "large")
+    } == pytest.approx({"tiny": 0.5, "small": 0.3, "large": 0.2}, abs=0.1)
     bounds = {"tiny": (256, 1_200), "small": (1_200, 6_000), "large": (6_000, 30_000)}
     for example in examples:
         x1, y1, x2, y2 = map(int, example.box)
@@ -235,7 +270,9 @@ def test_folder_gives_random_boxes_of_the_class_that_is_drawn(folder: Path) -> N
         assert 0 <= y1 < y2 <= 300
         assert min(x2 - x1, y2 - y1) >= 16
         low, high = bounds[example.size_class]
-        assert low <= (x2 - x1) * (y2 - y1) <= high + 2 * (x2 - x1 + y2 - y1), "up to a pixel of rounding on each side"
+        assert low <= (x2 - x1) * (y2 - y1) <= high + 2 * (x2 - x1 + y2 - y1), (
+            "up to a pixel of rounding on each side"
+        )
         np.testing.assert_array_equal(example.cue, example.image[y1:y2, x1:x2])
     smallest = sum((e.box[2] - e.box[0], e.box[3] - e.box[1]) == (16, 16) for e in examples)
     assert smallest < 5, "tiny boxes are drawn large enough, not grown to the least side afterwards"
@@ -250,7 +287,9 @@ def test_folder_holds_out_images_and_gives_as_many_boxes_as_asked(folder: Path) 
     trained = {source.train(index).source for index in range(100)}
     assert len(trained) == 5
     assert trained.isdisjoint({example.source for example in held})
-    assert all(same(*pair) for pair in zip(held, all_held_out(cues(folder, held_out=20, seed=5)), strict=True))
+    assert all(
+        same(*pair) for pair in zip(held, all_held_out(cues(folder, held_out=20, seed=5)), strict=True)
+    )
 
 
 def test_folder_of_strips(tmp_path: Path) -> None:
@@ -283,18 +322,28 @@ def test_folder_of_one_image_is_too_few(tmp_path: Path) -> None:
 
 def test_describe(tmp_path: Path) -> None:
     path = dataset(tmp_path, [[TINY, SMALL, SMALL, LARGE]] * 4 + [[]])
-    assert cues(path).describe() == "5 images (1 without boxes), 16 boxes (4 tiny, 8 small, 4 large), 3 boxes on 1 image held out"
+    assert (
+        cues(path).describe()
+        == "5 images (1 without boxes), 16 boxes (4 tiny, 8 small, 4 large), 3 boxes on 1 image held out"
+    )
 
 
 def test_describe_counts_what_was_left_out(tmp_path: Path) -> None:
-    path = dataset(tmp_path, [[TINY], [TINY, [-4, 0, 9, 9]], [TINY, [1, 1, -2, 3], [1, 1, 0, 3], [1, 1, 0, 3]]])
+    path = dataset(
+        tmp_path, [[TINY], [TINY, [-4, 0, 9, 9]], [TINY, [1, 1, -2, 3], [1, 1, 0, 3], [1, 1, 0, 3]]]
+    )
     assert cues(path, held_out=1).describe() == (
-        "3 images, 4 boxes (4 tiny, 0 small, 0 large), 1 box on 1 image held out; no small boxes to train on, so the mix is 100% tiny; clipped 1 box "
-        "to the image; dropped 3 boxes: 1 reversed (first: instances.json annotations[4]), 2 of zero area (first: instances.json annotations[5])"
+        "3 images, 4 boxes (4 tiny, 0 small, 0 large), 1 box on 1 image held out; no small boxes to train "
+        "on, so the mix is 100% tiny; clipped 1 box "
+        "to the image; dropped 3 boxes: 1 reversed (first: instances.json annotations[4]), 2 of zero area "
+        "(first: instances.json annotations[5])"
     )
 
 
 def test_describe_a_folder(folder: Path) -> None:
     (folder / "notes.txt").write_text("")
-    expected = "6 images, random boxes, 4 boxes on 1 image held out; left out 1 file: 1 of other kinds (first: notes.txt)"
+    expected = (
+        "6 images, random boxes, 4 boxes on 1 image held out; left out 1 file: 1 of other kinds (first: "
+        "notes.txt)"
+    )
     assert cues(folder).describe() == expected

@@ -38,7 +38,13 @@ def test_recipe_that_makes_no_sense(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("box", "expected"),
-    [((0, 0, 9.9, 10), "tiny"), ((0, 0, 10, 10), "small"), ((5, 5, 30, 25), "small"), ((5, 5, 30, 25.1), "large"), ((0, 0, 100, 100), "large")],
+    [
+        ((0, 0, 9.9, 10), "tiny"),
+        ((0, 0, 10, 10), "small"),
+        ((5, 5, 30, 25), "small"),
+        ((5, 5, 30, 25.1), "large"),
+        ((0, 0, 100, 100), "large"),
+    ],
 )
 def test_size_class_by_part_of_the_area(box: tuple[float, ...], expected: str) -> None:
     assert size_class_of(box, 100, 100) == expected
@@ -66,16 +72,25 @@ def test_small_box_is_cut_as_it_is_rounded_outwards() -> None:
 )
 def test_crop_grows_to_min_side(box: tuple[float, ...], expected: tuple[float, ...]) -> None:
     for kind in ("small", "tiny"):
-        assert cut_cue(noise(), box, kind, recipe(padding=(0.0, 0.0)), np.random.default_rng(0))[1] == expected
+        assert (
+            cut_cue(noise(), box, kind, recipe(padding=(0.0, 0.0)), np.random.default_rng(0))[1] == expected
+        )
 
 
 def test_image_smaller_than_min_side_is_taken_whole() -> None:
-    assert cut_cue(noise(20, 17), (3, 3, 8, 8), "small", recipe(min_side=18), np.random.default_rng(0))[1] == (0, 0, 18, 17)
+    assert cut_cue(noise(20, 17), (3, 3, 8, 8), "small", recipe(min_side=18), np.random.default_rng(0))[
+        1
+    ] == (0, 0, 18, 17)
 
 
 def test_tiny_box_is_padded_within_the_range() -> None:
     image = noise(400, 400)
-    boxes = np.array([cut_cue(image, (100, 200, 200, 240), "tiny", RECIPE, np.random.default_rng(seed))[1] for seed in range(300)])
+    boxes = np.array(
+        [
+            cut_cue(image, (100, 200, 200, 240), "tiny", RECIPE, np.random.default_rng(seed))[1]
+            for seed in range(300)
+        ]
+    )
     outwards = np.abs(boxes - (100, 200, 200, 240))
     assert outwards.max(axis=0).tolist() == [10, 4, 10, 4]
     assert (outwards.min(axis=0) <= 1).all()
@@ -98,7 +113,12 @@ def test_tiny_crop_is_resized_bicubically_within_the_range() -> None:
 
 
 def test_resized_cue_keeps_8_pixels_a_side() -> None:
-    assert cut_cue(noise(), (10, 10, 26, 60), "tiny", recipe(scale=(0.1, 0.1)), np.random.default_rng(0))[0].shape[1] == 8
+    assert (
+        cut_cue(noise(), (10, 10, 26, 60), "tiny", recipe(scale=(0.1, 0.1)), np.random.default_rng(0))[
+            0
+        ].shape[1]
+        == 8
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -109,7 +129,9 @@ def test_region_is_inside_covers_the_box_and_is_what_the_cue_shows(data: st.Data
     x2, y2 = data.draw(st.floats(x1 + 0.25, width)), data.draw(st.floats(y1 + 0.25, height))
     kind = data.draw(st.sampled_from(["tiny", "small", "large"]))
     image = noise(width, height)
-    cue, (left, top, right, bottom) = cut_cue(image, (x1, y1, x2, y2), kind, recipe(scale=(1.0, 1.0)), np.random.default_rng(1))
+    cue, (left, top, right, bottom) = cut_cue(
+        image, (x1, y1, x2, y2), kind, recipe(scale=(1.0, 1.0)), np.random.default_rng(1)
+    )
     assert 0 <= left <= x1 < x2 <= right <= width
     assert 0 <= top <= y1 < y2 <= bottom <= height
     assert min(right - left, bottom - top) >= 16

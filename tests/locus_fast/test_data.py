@@ -26,10 +26,17 @@ def draw(path: Path, width: int = 100, height: int = 80) -> Path:
 
 
 def coco(folder: Path, bboxes: list[Any], **changes: Any) -> Path:
-    """A COCO file of one image, 100x80 a.png with id 1, with one annotation a bbox; `changes` replace top-level entries."""
+    """A COCO file of one image, 100x80 a.png with id 1, with one annotation a bbox; `changes` replace
+    top-level entries."""
     draw(folder / "a.png")
-    annotations = [{"id": 100 + place, "image_id": 1, "bbox": bbox, "iscrowd": 0} for place, bbox in enumerate(bboxes)]
-    content = {"images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 80}], "annotations": annotations, **changes}
+    annotations = [
+        {"id": 100 + place, "image_id": 1, "bbox": bbox, "iscrowd": 0} for place, bbox in enumerate(bboxes)
+    ]
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 80}],
+        "annotations": annotations,
+        **changes,
+    }
     path = folder / "instances.json"
     path.write_text(json.dumps(content))
     return path
@@ -38,7 +45,9 @@ def coco(folder: Path, bboxes: list[Any], **changes: Any) -> Path:
 def lines(folder: Path, records: list[Any]) -> Path:
     draw(folder / "a.png")
     path = folder / "boxes.jsonl"
-    path.write_text("".join(f"{record if isinstance(record, str) else json.dumps(record)}\n" for record in records))
+    path.write_text(
+        "".join(f"{record if isinstance(record, str) else json.dumps(record)}\n" for record in records)
+    )
     return path
 
 
@@ -78,9 +87,11 @@ def test_coco_in_any_key_order_with_ids_of_any_type(tmp_path: Path) -> None:
     path = tmp_path / "instances.json"
     path.write_text(
         """{"annotations": [{"iscrowd": 0, "segmentation": [[1, 2, 3]], "bbox": [1, 2, 3, 4], "image_id": 7},
-        {"image_id": "7", "segmentation": {"counts": [1], "size": [2, 3]}, "bbox": [2, 2, 3, 4]}, {"bbox": [3, 2, 3, 4], "image_id": 8.0},
+        {"image_id": "7", "segmentation": {"counts": [1], "size": [2, 3]}, "bbox": [2, 2, 3, 4]},
+        {"bbox": [3, 2, 3, 4], "image_id": 8.0},
         {"bbox": [4, 2, 3, 4], "image_id": "x9"}], "info": {"bbox": null},
-        "images": [{"file_name": "a.png", "id": "7", "height": 80, "width": 100}, {"id": 8, "file_name": "b.png", "image_id": 8}, {"id": "x9",
+        "images": [{"file_name": "a.png", "id": "7", "height": 80, "width": 100},
+        {"id": 8, "file_name": "b.png", "image_id": 8}, {"id": "x9",
         "file_name": "c.png"}]}"""
     )
     table = read_boxes(path, None)
@@ -160,7 +171,10 @@ def test_one_file_under_two_spellings_is_one_image(tmp_path: Path) -> None:
 
 
 def test_images_without_boxes_stay(tmp_path: Path) -> None:
-    images = [{"id": place, "file_name": name, "width": 100, "height": 80} for place, name in enumerate(["nobody.png", "a.png"])]
+    images = [
+        {"id": place, "file_name": name, "width": 100, "height": 80}
+        for place, name in enumerate(["nobody.png", "a.png"])
+    ]
     table = read_boxes(coco(tmp_path, [GOOD], images=images), None)
     assert table.names == ["nobody.png", "a.png"]
     assert table.image_index.tolist() == [1]
@@ -180,7 +194,10 @@ def test_images_folder_is_where_names_are_looked_up(tmp_path: Path) -> None:
 
 
 def test_one_image_of_the_first_few_is_enough(tmp_path: Path) -> None:
-    images = [{"id": place, "file_name": "a.png" if place == 19 else f"{place}.png", "width": 100, "height": 80} for place in range(25)]
+    images = [
+        {"id": place, "file_name": "a.png" if place == 19 else f"{place}.png", "width": 100, "height": 80}
+        for place in range(25)
+    ]
     annotations = [{"image_id": place, "bbox": GOOD} for place in range(25)]
     assert len(read_boxes(coco(tmp_path, [], images=images, annotations=annotations), None).boxes) == 25
     annotations.reverse()  # now it is the sixth
@@ -216,7 +233,13 @@ def test_coco_file_that_cannot_be_read(tmp_path: Path) -> None:
         ({"images": [], "annotations": []}, "it lists none"),
         ({"images": [{"id": 1}], "annotations": []}, "images[0] lacks an id or a file_name"),
         ({"images": [{"file_name": "a.png"}], "annotations": []}, "images[0] lacks an id or a file_name"),
-        ({"images": [{"id": 1, "file_name": "a.png"}, {"id": "1", "file_name": "b.png"}], "annotations": []}, "images[1] repeats the id '1'"),
+        (
+            {
+                "images": [{"id": 1, "file_name": "a.png"}, {"id": "1", "file_name": "b.png"}],
+                "annotations": [],
+            },
+            "images[1] repeats the id '1'",
+        ),
     ],
 )
 def test_json_that_is_not_coco(tmp_path: Path, content: Any, says: str) -> None:
@@ -229,7 +252,10 @@ def test_json_that_is_not_coco(tmp_path: Path, content: Any, says: str) -> None:
 
 def test_all_boxes_dropped_says_why(tmp_path: Path) -> None:
     path = coco(tmp_path, [[1, 1, -2, 3], [1, 1, 0, 3], [1, 1, 0, 3]])
-    assert f"{path} has no box that can be used (1 reversed (first: instances.json annotations[0]), 2 of zero area" in refusal(path)
+    assert (
+        f"{path} has no box that can be used (1 reversed (first: instances.json annotations[0]), 2 of zero "
+        "area" in refusal(path)
+    )
     path = coco(tmp_path, [[1, 2, 3]])
     assert "1 without 4 values" in refusal(path)
 
@@ -241,7 +267,18 @@ def test_jsonl_boxes_are_xyxy_and_sizes_come_from_the_images(tmp_path: Path) -> 
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=exif)
-    table = read_boxes(lines(tmp_path, [box_line([10, 20, 40, 35]), "", box_line([1, 2, 30, 70], "turned.jpg"), box_line([0, 0, 9.5, 9])]), None)
+    table = read_boxes(
+        lines(
+            tmp_path,
+            [
+                box_line([10, 20, 40, 35]),
+                "",
+                box_line([1, 2, 30, 70], "turned.jpg"),
+                box_line([0, 0, 9.5, 9]),
+            ],
+        ),
+        None,
+    )
     assert table.has_boxes
     assert table.names == ["a.png", "turned.jpg"]
     assert table.image_index.tolist() == [0, 1, 0]
@@ -253,7 +290,13 @@ def test_jsonl_boxes_are_xyxy_and_sizes_come_from_the_images(tmp_path: Path) -> 
 def test_bad_jsonl_boxes_are_counted_by_line(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     bad = [[5, 5, 1, 9], [5, 5, 5, 9], [200, 5, 210, 9], "box", [1, 2, "3", 4], [1, 2, float("nan"), 4]]
-    records = [*map(box_line, bad), box_line([1, 1, 9, 9], "text.png"), box_line([1, 1, 9, 9], "nowhere.png"), "", box_line([1, 1, 9, 9])]
+    records = [
+        *map(box_line, bad),
+        box_line([1, 1, 9, 9], "text.png"),
+        box_line([1, 1, 9, 9], "nowhere.png"),
+        "",
+        box_line([1, 1, 9, 9]),
+    ]
     table = read_boxes(lines(tmp_path, records), None)
     assert table.boxes.tolist() == [[1, 1, 9, 9]]
     assert drops(table) == {
@@ -270,7 +313,10 @@ def test_bad_jsonl_boxes_are_counted_by_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"image": "a.png", "bbox": [1, 2, 3, 4]', "line 2 is not JSON (Expecting ',' delimiter, column 40)"),
+        (
+            '{"image": "a.png", "bbox": [1, 2, 3, 4]',
+            "line 2 is not JSON (Expecting ',' delimiter, column 40)",
+        ),
         ("[1, 2]", 'line 2 lacks "image" or "bbox"'),
         ('{"image": "a.png"}', 'line 2 lacks "image" or "bbox"'),
         ('{"bbox": [1, 2, 3, 4]}', 'line 2 lacks "image" or "bbox"'),
@@ -350,18 +396,29 @@ print(len(table.boxes), peak_mb() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_is_a_small_multiple_of_the_file(tmp_path: Path) -> None:
-    """60,000 annotations with outlines, a tenth of COCO train2014; parsed into plain Python objects they take about 6 MB a MB of file."""
+    """60,000 annotations with outlines, a tenth of COCO train2014; parsed into plain Python objects they take
+    about 6 MB a MB of file."""
     chance = random.Random(0)
-    outlines = [", ".join(f"{chance.uniform(0, 640):.2f}" for _ in range(2 * chance.randint(15, 70))) for _ in range(200)]
+    outlines = [
+        ", ".join(f"{chance.uniform(0, 640):.2f}" for _ in range(2 * chance.randint(15, 70)))
+        for _ in range(200)
+    ]
     draw(tmp_path / "0.png", 640, 480)
     path = tmp_path / "instances.json"
     with path.open("w") as file:
         file.write('{"annotations": [')
         for place in range(60_000):
-            file.write(f'{{"segmentation": [[{outlines[place % 200]}]], "image_id": {place % 8_000}, "bbox": [{place % 600}, 9.5, 30.25, 40.5]}}, ')
-        images = [{"id": place, "file_name": f"{place}.png", "width": 640, "height": 480} for place in range(8_000)]
+            file.write(
+                f'{{"segmentation": [[{outlines[place % 200]}]], "image_id": {place % 8_000}, '
+                f'"bbox": [{place % 600}, 9.5, 30.25, 40.5]}}, '
+            )
+        images = [
+            {"id": place, "file_name": f"{place}.png", "width": 640, "height": 480} for place in range(8_000)
+        ]
         file.write(f'{{"image_id": 0, "bbox": [1, 2, 3, 4]}}], "images": {json.dumps(images)}}}')
-    run = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True
+    )
     boxes, grown_mb = run.stdout.split()
     assert int(boxes) == 60_001
     assert float(grown_mb) < 3.0 * path.stat().st_size / 2**20

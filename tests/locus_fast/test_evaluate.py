@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from locus_fast.config import parse
-from locus_fast.run.evaluation import evaluate
+from locus_fast.run.evaluation import Evaluation
 from locus_fast.run.setup import set_up
 
 
+def answers(options: list[str], stop: Callable[[], bool]) -> Evaluation | None:
+    setup = set_up(parse(["--device", "cpu", *options]))
+    return setup.evaluate("", stop)
+
+
 def test_answers_are_in_the_order_of_their_cues() -> None:
-    """Microbatches are packed by cost, so their cues are out of order; pictures are drawn by a cue's number."""
+    """Microbatches are packed by cost, so their cues are out of order; pictures are drawn by a cue's
+    number."""
     one, many = (
-        evaluate(set_up(parse(["--eval-cues", "70", "--device", "cpu", "--microbatch-tokens", tokens])), "", lambda: False) for tokens in ("99999", "700")
+        answers(["--eval-cues", "70", "--microbatch-tokens", tokens], lambda: False)
+        for tokens in ("99999", "700")
     )
     assert one is not None
     assert many is not None
@@ -23,6 +32,5 @@ def test_answers_are_in_the_order_of_their_cues() -> None:
 
 
 def test_it_ends_when_it_is_told_to() -> None:
-    setup = set_up(parse(["--eval-cues", "9", "--device", "cpu"]))
     asked = iter([False] * 9 + [True])
-    assert evaluate(setup, "", lambda: next(asked)) is None
+    assert answers(["--eval-cues", "9"], lambda: next(asked)) is None

@@ -1,4 +1,5 @@
-"""What a family's own processor makes of a prompt is what we make of it: tokens, grids, positions, pixels; and boxes go to its frame and back."""
+"""What a family's own processor makes of a prompt is what we make of it: tokens, grids, positions, pixels;
+and boxes go to its frame and back."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from locus_fast.model import families
 from locus_fast.model.families import FAMILIES as RECORDS
 from locus_fast.model.families import Frame, family_of
 from locus_fast.model.preprocess import PatchSpec, patches_of
-from locus_fast.model.prompts import WHICH_BOX, Prompter, template_pieces
+from locus_fast.model.prompts import PROMPT_STYLES, Prompter, template_pieces
 from locus_fast.weights.checkpoint import load_model
 from tests.published import FAMILIES, TEMPLATES, write_checkpoint
 
@@ -39,15 +40,22 @@ def loaded(request, tmp_path_factory) -> tuple[Path, Any, Any]:
 
 
 def processor_of(folder: Path, model: Any, tokenizer: Any) -> Any:
-    """The family's processor, with the PIL image processor that all share; its constructor insists on a video processor, which needs torchvision."""
+    """The family's processor, with the PIL image processor that all share; its constructor insists on a video
+    processor, which needs torchvision."""
     base = Qwen3VLProcessor if model.config.model_type == "qwen3_vl" else Qwen2_5_VLProcessor
 
     class WithoutVideo(base):
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            return None if argument_name == "video_processor" else super().check_argument_for_proper_class(argument_name, argument)
+            return (
+                None
+                if argument_name == "video_processor"
+                else super().check_argument_for_proper_class(argument_name, argument)
+            )
 
     template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
-    return WithoutVideo(Qwen2VLImageProcessorPil.from_pretrained(folder), tokenizer, None, chat_template=template)
+    return WithoutVideo(
+        Qwen2VLImageProcessorPil.from_pretrained(folder), tokenizer, None, chat_template=template
+    )
 
 
 def photograph(width: int, height: int) -> np.ndarray:
@@ -56,10 +64,16 @@ def photograph(width: int, height: int) -> np.ndarray:
 
 def as_published(processor: Any, model: Any, images: list[np.ndarray], text: str) -> dict[str, torch.Tensor]:
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
-    inputs = processor(images=[Image.fromarray(image) for image in images], text=[prompt], return_tensors="pt")
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    inputs = processor(
+        images=[Image.fromarray(image) for image in images], text=[prompt], return_tensors="pt"
+    )
     position, _ = model.model.get_rope_index(
-        inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"]
+        inputs["input_ids"],
+        mm_token_type_ids=inputs["mm_token_type_ids"],
+        image_grid_thw=inputs["image_grid_thw"],
     )
     return {**inputs, "position": position[:, 0]}
 
@@ -67,7 +81,14 @@ def as_published(processor: Any, model: Any, images: list[np.ndarray], text: str
 def prompter_of(folder: Path, model: Any, tokenizer: Any) -> Prompter:
     size = Qwen2VLImageProcessorPil.from_pretrained(folder).size
     limits = (size["shortest_edge"], size["longest_edge"])
-    return Prompter(tokenizer, model.config, PatchSpec.of(model.config, folder), question="think", image_pixels=limits, cue_pixels=limits)
+    return Prompter(
+        tokenizer,
+        model.config,
+        PatchSpec.of(model.config, folder),
+        style="think",
+        image_pixels=limits,
+        cue_pixels=limits,
+    )
 
 
 @pytest.mark.parametrize("index", range(len(SIZES)))
@@ -75,7 +96,12 @@ def test_two_images(loaded, index: int) -> None:
     model, prompter = loaded[1], prompter_of(*loaded)
     image, cue = photograph(*SIZES[index]), photograph(*SIZES[index - 1])
     prompt = prompter(Example(image, cue, (1.0, 2.0, 20.0, 21.0), "small", "random"))
-    expected = as_published(processor_of(*loaded), model, [image, cue], QUESTIONS["think"].format(units=prompter.frame.units))
+    expected = as_published(
+        processor_of(*loaded),
+        model,
+        [image, cue],
+        PROMPT_STYLES["think"].text.format(units=prompter.frame.units),
+    )
     assert torch.equal(prompt.ids, expected["input_ids"][0])
     assert torch.equal(prompt.grids, expected["image_grid_thw"])
     assert torch.equal(prompt.position, expected["position"])
@@ -86,21 +112,30 @@ def test_two_images(loaded, index: int) -> None:
     torch.testing.assert_close(prompt.scale[:2] * torch.tensor(SIZES[index]), torch.tensor(ends).float())
 
 
-@pytest.mark.parametrize(("size", "limits"), [((900, 31), (3136, 9000)), ((30, 900), (100_000, 200_000)), ((500, 375), (65536, 65600))])
-def test_image_and_cue_have_limits_of_their_own(loaded, size: tuple[int, int], limits: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("size", "limits"),
+    [((900, 31), (3136, 9000)), ((30, 900), (100_000, 200_000)), ((500, 375), (65536, 65600))],
+)
+def test_image_and_cue_have_limits_of_their_own(
+    loaded, size: tuple[int, int], limits: tuple[int, int]
+) -> None:
     """Each is what the image processor makes of it by itself under its limits."""
     folder, model, tokenizer = loaded
     of_cue, spec = (1024, 4096), PatchSpec.of(model.config, folder)
-    prompter = Prompter(tokenizer, model.config, spec, question="direct", image_pixels=limits, cue_pixels=of_cue)
+    prompter = Prompter(tokenizer, model.config, spec, style="direct", image_pixels=limits, cue_pixels=of_cue)
     image, cue = photograph(*size), photograph(47, 33)
     prompt = prompter(Example(image, cue, (1.0, 2.0, 20.0, 21.0), "small", "random"))
     processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     alone = [
-        processor(Image.fromarray(each), return_tensors="pt", size={"shortest_edge": least, "longest_edge": most})
+        processor(
+            Image.fromarray(each), return_tensors="pt", size={"shortest_edge": least, "longest_edge": most}
+        )
         for each, (least, most) in ((image, limits), (cue, of_cue))
     ]
     assert torch.equal(prompt.grids, torch.cat([each["image_grid_thw"] for each in alone]))
-    torch.testing.assert_close(prompt.patches, torch.cat([each["pixel_values"] for each in alone]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        prompt.patches, torch.cat([each["pixel_values"] for each in alone]), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -131,16 +166,25 @@ def test_the_template_is_the_processors(loaded) -> None:
 
 
 def test_the_opening_of_a_thinking_template(loaded) -> None:
-    """Qwen3-VL Thinking's generation prompt ends in `<think>` and a line break, so the format is read from there; the others' replies say it."""
+    """Qwen3-VL Thinking's generation prompt ends in `<think>` and a line break, so the format is read from
+    there; the others' replies say it."""
     folder, model, tokenizer = loaded
     prompter = prompter_of(*loaded)
     thinking = folder.name == "qwen3-vl"
-    assert tokenizer.decode(prompter.pieces[2]).endswith("assistant\n<think>\n" if thinking else "assistant\n")
+    assert tokenizer.decode(prompter.pieces[2]).endswith(
+        "assistant\n<think>\n" if thinking else "assistant\n"
+    )
     assert tokenizer.decode(prompter.opening) == ("<think>" if thinking else "")
     table = build_token_table(tokenizer, model.lm_head.weight.shape[0])
     for text, well_formed in ((f"<think>\n{REPLY}", not thinking), (REPLY, thinking)):
         whole = torch.tensor([[*prompter.opening, *tokenizer.encode(text, add_special_tokens=False)]])
-        reading = read_boxes(whole, torch.tensor([whole.shape[1]]), table, which=WHICH_BOX["think"], grammar="think_answer")
+        reading = read_boxes(
+            whole,
+            torch.tensor([whole.shape[1]]),
+            table,
+            which=PROMPT_STYLES["think"].which,
+            grammar="think_answer",
+        )
         assert reading.box.tolist() == [[1.0, 2.0, 30.0, 40.0]]
         assert reading.format_ok.item() or not well_formed  # the format allows a second <think>
         assert thinking or reading.format_ok.item() == well_formed
@@ -160,7 +204,8 @@ def test_the_presets_differ_in_the_model_alone() -> None:
     name=st.sampled_from(sorted(RECORDS)),
 )
 def test_boxes_go_to_the_frame_and_back(size, corners, limits, name: str) -> None:
-    """Unrounded: half a pixel is far more than float32 loses. The frame's edges are the resized image's, or 0 and 1000."""
+    """Unrounded: half a pixel is far more than float32 loses. The frame's edges are the resized image's, or 0
+    and 1000."""
     factor, frame = {"qwen2_5_vl": 28, "qwen3_vl": 32}[name], Frame(RECORDS[name].extent)
     rows, columns = grid_size(size[1], size[0], factor=factor, min_pixels=limits[0], max_pixels=limits[1])
     scale = frame.scale(size, (columns, rows)).astype(np.float32)
@@ -174,10 +219,13 @@ def test_boxes_go_to_the_frame_and_back(size, corners, limits, name: str) -> Non
 
 
 def test_the_docstring_names_every_module_that_knows_an_architecture() -> None:
-    """Those that name a part of one, a family, or its placeholder: adding a record to FAMILIES does not change them."""
-    package = Path(families.__file__).parent
+    """Those that name a part of one, a family, or its placeholder: adding a record to FAMILIES does not
+    change them."""
+    package = Path(families.__file__).parents[1]
     known = re.compile(r"language_model|\bvisual\b|qwen2_5_vl|qwen3_vl|image_token_id")
-    files = [file for file in package.rglob("*.py") if "tiny" not in file.parts and known.search(file.read_text())]
-    names = {str(file.relative_to(package)) for file in files} - {"families.py"}
-    assert {"packing.py", "cost/shapes.py", "optim.py"} <= names
+    files = [
+        file for file in package.rglob("*.py") if "tiny" not in file.parts and known.search(file.read_text())
+    ]
+    names = {str(file.relative_to(package)) for file in files} - {"model/families.py"}
+    assert {"cost/shapes.py", "model/policy.py", "model/fused.py"} <= names
     assert {name for name in names if f"`{name}`" not in families.__doc__} == set()

@@ -8,13 +8,14 @@ import pytest
 import torch
 from locus_kernels.box_reward import group_advantage
 
-from locus_fast.step.losses import AGGREGATIONS, clipped_surrogate, grpo_loss, k3
+from locus_fast.step.losses import AGGREGATIONS, k3
+from tests.objective import grpo_loss
 
 
 def test_k3_by_hand() -> None:
     logprob, reference = torch.log(torch.tensor([0.5, 0.2, 0.4])), torch.log(torch.tensor([0.25, 0.4, 0.4]))
     expected = [0.5 - math.log(0.5) - 1, 2.0 - math.log(2.0) - 1, 0.0]
-    torch.testing.assert_close(k3(logprob, reference, math.inf, math.inf)[0], torch.tensor(expected))
+    torch.testing.assert_close(k3(reference - logprob), torch.tensor(expected))
 
 
 @pytest.mark.parametrize(
@@ -29,15 +30,25 @@ def test_k3_by_hand() -> None:
         (1.3, 1.0, -1.3, False, False),
     ],
 )
-def test_clip_on_each_side_by_hand(ratio: float, advantage: float, loss: float, low: bool, high: bool) -> None:
+def test_clip_on_each_side_by_hand(
+    ratio: float, advantage: float, loss: float, low: bool, high: bool
+) -> None:
     logprob = torch.tensor([-1.0 + math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    got = clipped_surrogate(
-        logprob, torch.tensor([-1.0], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64), 0.2, 0.3 + 1e-9, math.inf
+    old, gain = torch.tensor([[-1.0], [advantage]], dtype=torch.float64)
+    total, metrics = grpo_loss(
+        logprob,
+        old=old,
+        reference=None,
+        advantage=gain,
+        weight=torch.ones_like(gain),
+        clip_low=0.2,
+        clip_high=0.3 + 1e-9,
+        kl_coefficient=0.0,
     )
-    assert got[0].item() == pytest.approx(loss)
-    assert got[1].item() == pytest.approx(ratio)
-    assert (got[2]["clip_low"].item(), got[2]["clip_high"].item()) == (low, high)
-    got[0].sum().backward()
+    assert total.item() == pytest.approx(loss)
+    assert metrics["ratio_max"].item() == pytest.approx(ratio)
+    assert (metrics["clip_low"].item(), metrics["clip_high"].item()) == (low, high)
+    total.backward()
     assert logprob.grad is not None
     assert logprob.grad.item() == pytest.approx(0.0 if low or high else -ratio * advantage)
 
@@ -45,10 +56,10 @@ def test_clip_on_each_side_by_hand(ratio: float, advantage: float, loss: float, 
 def test_advantages_by_hand() -> None:
     reward = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.3, 0.3, 0.3, 0.3])
     deviation = math.sqrt(4 * 0.25 / 3)
-    advantage, flat = group_advantage(reward, 4)
+    advantage, equal = group_advantage(reward, 4)
     torch.testing.assert_close(advantage[:4], torch.tensor([0.5, -0.5, -0.5, 0.5]) / (deviation + 1e-6))
     assert advantage[4:].tolist() == [0.0] * 4
-    assert flat.tolist() == [False, True]
+    assert equal.tolist() == [False, True]
     plain, _ = group_advantage(reward, 4, normalize_std=False)
     assert plain.tolist() == [0.5, -0.5, -0.5, 0.5, 0.0, 0.0, 0.0, 0.0]
 
@@ -58,7 +69,14 @@ def test_on_policy_gradient_is_the_policy_gradient() -> None:
     logprob = torch.randn(9, dtype=torch.float64, requires_grad=True)
     advantage, weight = torch.randn(9, dtype=torch.float64), torch.rand(9, dtype=torch.float64)
     loss, metrics = grpo_loss(
-        logprob, old=logprob.detach(), reference=None, advantage=advantage, weight=weight, clip_low=0.2, clip_high=0.3, kl_coefficient=0.0
+        logprob,
+        old=logprob.detach(),
+        reference=None,
+        advantage=advantage,
+        weight=weight,
+        clip_low=0.2,
+        clip_high=0.3,
+        kl_coefficient=0.0,
     )
     loss.backward()
     torch.testing.assert_close(logprob.grad, -advantage * weight)
@@ -76,7 +94,14 @@ def test_gradient_against_finite_differences() -> None:
 
     def loss(value: torch.Tensor) -> torch.Tensor:
         return grpo_loss(
-            value, old=old, reference=reference, advantage=advantage, weight=weight.abs(), clip_low=0.2, clip_high=0.3, kl_coefficient=0.07
+            value,
+            old=old,
+            reference=reference,
+            advantage=advantage,
+            weight=weight.abs(),
+            clip_low=0.2,
+            clip_high=0.3,
+            kl_coefficient=0.07,
         )[0]
 
     assert torch.autograd.gradcheck(loss, (logprob,))
@@ -98,11 +123,31 @@ def test_metrics_count_tokens() -> None:
     assert (metrics["clip_high"].item(), metrics["clip_low"].item()) == (1, 1)
     assert metrics["ratio_max"].item() == pytest.approx(1.5)
     assert metrics["kl"].item() == pytest.approx(
-        0.5 - math.log(1.5) + 2 - 1 - math.log(2) + 1 / 1.5 - 1 + math.log(1.5) + 1 / 1.5 - 1 + math.log(1.5) - (0.5 - math.log(1.5))
+        0.5
+        - math.log(1.5)
+        + 2
+        - 1
+        - math.log(2)
+        + 1 / 1.5
+        - 1
+        + math.log(1.5)
+        + 1 / 1.5
+        - 1
+        + math.log(1.5)
+        - (0.5 - math.log(1.5))
     )
 
 
-FAR = [0.0, 2.0, -2.0, -19.0, -40.0, 40.0, 100.0, -100.0]  # nats of the policy above its reference, or old policy
+FAR = [
+    0.0,
+    2.0,
+    -2.0,
+    -19.0,
+    -40.0,
+    40.0,
+    100.0,
+    -100.0,
+]  # nats of the policy above its reference, or old policy
 
 
 def far(advantage: float, **clamps: float) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -111,22 +156,34 @@ def far(advantage: float, **clamps: float) -> tuple[dict[str, torch.Tensor], lis
     other = -1.0 - torch.tensor(FAR, dtype=torch.float64)
     every = torch.full_like(other, advantage)
     numbers = {"clip_low": 0.2, "clip_high": 0.3, "kl_coefficient": 0.5, **clamps}
-    loss, metrics = grpo_loss(logprob, old=other, reference=other, advantage=every, weight=torch.ones_like(other), **numbers)
+    loss, metrics = grpo_loss(
+        logprob, old=other, reference=other, advantage=every, weight=torch.ones_like(other), **numbers
+    )
     loss.backward()
     assert logprob.grad is not None
     return metrics, logprob.grad.tolist()
 
 
 def test_log_ratios_and_kl_are_clamped_by_hand() -> None:
-    """exp(-d) + d - 1 at d nats: 1.135, 4.389 and, clamped, 10 at -19, -40 and -100 nats and at 40 and 100, where it
-    would be 19 with the log-ratio at 20. The ratio's gradient is that of a loss where it is large: -A exp(d)."""
+    """exp(-d) + d - 1 at d nats: 1.135, 4.389 and, clamped, 10 at -19, -40 and -100 nats and at 40 and 100,
+    where it would be 19 with the log-ratio at 20. The ratio's gradient is that of a loss where it is large:
+    -A exp(d)."""
     metrics, gradient = far(-1.0, log_ratio_clamp=20.0, kl_clamp=10.0)
     assert metrics["kl"].item() == pytest.approx(0 + math.exp(-2) + 1 + math.exp(2) - 3 + 5 * 10)
     assert metrics["kl_clamped"].item() == 5
     assert metrics["ratio_clamped"].item() == 4
     assert metrics["ratio_max"].item() == pytest.approx(math.exp(20))
     kl = [0.0, 0.5 * (1 - math.exp(-2)), 0.5 * (1 - math.exp(2)), 0.0, 0.0, 0.0, 0.0, 0.0]
-    surrogate = [1.0, math.exp(2), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]  # A < 0: the lower bound stops ratios below 0.8
+    surrogate = [
+        1.0,
+        math.exp(2),
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    ]  # A < 0: the lower bound stops ratios below 0.8
     assert gradient == pytest.approx([a + b for a, b in zip(kl, surrogate, strict=True)])
 
 
@@ -141,15 +198,24 @@ def test_clamps_are_off_by_a_number() -> None:
 
 def test_no_tokens() -> None:
     empty = torch.empty(0, requires_grad=True)
-    loss, metrics = grpo_loss(empty, old=empty, reference=empty, advantage=empty, weight=empty, clip_low=0.2, clip_high=0.3, kl_coefficient=0.1)
+    loss, metrics = grpo_loss(
+        empty,
+        old=empty,
+        reference=empty,
+        advantage=empty,
+        weight=empty,
+        clip_low=0.2,
+        clip_high=0.3,
+        kl_coefficient=0.1,
+    )
     assert loss.item() == 0
     assert metrics["kl"].item() == 0
 
 
 def test_means() -> None:
     lengths = torch.tensor([4, 1, 5])
-    weight, denominator = AGGREGATIONS["token"](lengths, [4, 1, 5])
+    weight, denominator = AGGREGATIONS["token-mean"](lengths, [4, 1, 5], None, 9)
     assert (weight.tolist(), denominator) == ([1.0, 1.0, 1.0], 10)
-    weight, denominator = AGGREGATIONS["sequence"](lengths, [4, 1, 5])
+    weight, denominator = AGGREGATIONS["seq-mean-token-mean"](lengths, [4, 1, 5], None, 9)
     torch.testing.assert_close(weight, torch.tensor([0.25, 1.0, 0.2]))
     assert denominator == 3

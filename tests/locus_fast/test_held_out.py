@@ -28,10 +28,14 @@ def test_truncated_held_out_image_is_replaced_by_the_next(tmp_path: Path) -> Non
     truncate(tmp_path / first)
     replaced = all_held_out(cues(path))
     assert {example.source for example in replaced} == {second}
-    assert [len(example.skipped) for example in replaced] == [int(example.source == first) for example in held]
+    assert [len(example.skipped) for example in replaced] == [
+        int(example.source == first) for example in held
+    ]
     source = cues(path)
     truncate(tmp_path / second)
-    with pytest.raises(UserError, match=f"instances.json: 2 tries in a row gave no usable image, the last: image .*{second}"):
+    with pytest.raises(
+        UserError, match=f"instances.json: 2 tries in a row gave no usable image, the last: image .*{second}"
+    ):
         source.held_out(0)
 
 
@@ -42,12 +46,16 @@ def held_images(source: FileCues) -> list[str]:
 def test_others_are_held_out_if_none_of_the_first_can_be_used(tmp_path: Path) -> None:
     """The next in the order of the names' hashes, whatever the seed; and none of them is trained on."""
     path = dataset(tmp_path, [[TINY, SMALL]] * 10)
-    order = sorted((f"{place}.png" for place in range(10)), key=lambda name: hashlib.sha256(name.encode()).digest())
+    order = sorted(
+        (f"{place}.png" for place in range(10)), key=lambda name: hashlib.sha256(name.encode()).digest()
+    )
     assert held_images(cues(path)) == order[:2]
     for name in order[:2]:
         truncate(tmp_path / name)
     sources = [cues(path), cues(path), cues(path, seed=9)]
-    assert [held_images(source) for source in sources] == [order[2:3]] * 3, "a fifth of the eight that are left"
+    assert [held_images(source) for source in sources] == [order[2:3]] * 3, (
+        "a fifth of the eight that are left"
+    )
     assert {sources[0].train(index).source for index in range(300)} == set(order[3:])
     held = all_held_out(sources[0])
     assert [len(example.skipped) for example in held] == [2] + [0] * (len(held) - 1), "each is named once"
@@ -78,10 +86,15 @@ def test_others_of_a_folder_are_held_out_too(folder: Path) -> None:
     truncate(folder / bad)
     source = cues(folder)
     (other,) = held_images(source)
-    assert {source.train(index).source for index in range(100)} == {f"{place}.png" for place in range(6)} - {bad, other}
+    assert {source.train(index).source for index in range(100)} == {f"{place}.png" for place in range(6)} - {
+        bad,
+        other,
+    }
 
 
-def test_no_more_is_decoded_at_the_start_than_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_decoded_at_the_start_than_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = dataset(tmp_path, [[TINY, SMALL]] * 40)
     decoded: list[str] = []
     load = cue_source.load_rgb
@@ -109,7 +122,10 @@ def test_two_images_of_which_one_cannot_be_used_are_too_few(tmp_path: Path) -> N
     path = dataset(tmp_path, [[TINY, SMALL]] * 2)
     (bad,) = held_images(cues(path))
     truncate(tmp_path / bad)
-    with pytest.raises(UserError, match=rf"has only 1 usable image: .*; 1 image cannot be used, the last: image .*{bad} is truncated"):
+    with pytest.raises(
+        UserError,
+        match=rf"has only 1 usable image: .*; 1 image cannot be used, the last: image .*{bad} is truncated",
+    ):
         cues(path)
 
 
@@ -117,7 +133,10 @@ def test_many_unusable_held_out_images_in_a_row_are_the_end(tmp_path: Path) -> N
     path = dataset(tmp_path, [[TINY, SMALL]] * 80)
     for place in range(80):
         (tmp_path / f"{place}.png").write_text(f"no image {place}")
-    with pytest.raises(UserError, match=r"instances.json: 5\d tries in a row gave no usable image, the last: .* is not an image"):
+    with pytest.raises(
+        UserError,
+        match=r"instances.json: 5\d tries in a row gave no usable image, the last: .* is not an image",
+    ):
         cues(path)
 
 

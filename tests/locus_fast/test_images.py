@@ -33,7 +33,12 @@ def png(path: Path, width: int, height: int) -> Path:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"0"))
+        + chunk(b"IEND", b"")
+    )
     return path
 
 
@@ -122,7 +127,9 @@ def test_transparent_colour_lies_on_white(tmp_path: Path) -> None:
         ("1", 0, (0, 0, 0)),
     ],
 )
-def test_alpha_and_grey(tmp_path: Path, mode: str, colour: int | tuple[int, ...], expected: tuple[int, int, int]) -> None:
+def test_alpha_and_grey(
+    tmp_path: Path, mode: str, colour: int | tuple[int, ...], expected: tuple[int, int, int]
+) -> None:
     assert is_all(load_rgb(saved(Image.new(mode, (20, 20), colour), tmp_path / "a.png")), expected, within=1)
 
 
@@ -139,7 +146,10 @@ def test_32_bit_grey_is_scaled_and_clipped(tmp_path: Path) -> None:
     assert loaded[0, ::5, 0].tolist() == [0, 1, 255, 255]
 
 
-@pytest.mark.parametrize(("values", "expected"), [([0.0, 0.5, 1.0, np.nan], [0, 128, 255, 0]), ([-3.0, 100.4, 255.0, 900.0], [0, 100, 255, 255])])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0.0, 0.5, 1.0, np.nan], [0, 128, 255, 0]), ([-3.0, 100.4, 255.0, 900.0], [0, 100, 255, 255])],
+)
 def test_float_grey(tmp_path: Path, values: list[float], expected: list[int]) -> None:
     pixels = np.tile(np.array(values, np.float32).repeat(5), (20, 1))
     loaded = load_rgb(saved(Image.fromarray(pixels), tmp_path / "a.tif"))
@@ -160,7 +170,9 @@ def test_first_frame_of_an_animation(tmp_path: Path) -> None:
 
 
 def test_pillow_is_quiet(tmp_path: Path) -> None:
-    path = saved(Image.new("1", (10_000, 9_000)), tmp_path / "large.png")  # Pillow warns from 89 megapixels on
+    path = saved(
+        Image.new("1", (10_000, 9_000)), tmp_path / "large.png"
+    )  # Pillow warns from 89 megapixels on
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         assert image_size(path) == (10_000, 9_000)
@@ -170,7 +182,9 @@ def test_pillow_is_quiet(tmp_path: Path) -> None:
 
 def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
     """name: (file, what the sentence must say)."""
-    empty, text, cut_jpeg, cut_png = (folder / name for name in ("empty.jpg", "text.png", "cut.jpg", "cut.png"))
+    empty, text, cut_jpeg, cut_png = (
+        folder / name for name in ("empty.jpg", "text.png", "cut.jpg", "cut.png")
+    )
     empty.write_bytes(b"")
     text.write_text("this is not an image")
     for path in (cut_jpeg, cut_png):
@@ -190,11 +204,26 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "bomb": (png(folder / "bomb.png", 20_000, 20_000), "178 megapixels"),
         "one pixel": (saved(Image.new("RGB", (1, 1)), folder / "one.png"), "1x1 pixels, too small"),
         "narrow": (saved(Image.new("RGB", (20_000, 10)), folder / "narrow.png"), "20000x10 pixels"),
-        "long": (saved(Image.new("RGB", (16, 3_201)), folder / "long.png"), "16x3201 pixels, more than 200 times"),
+        "long": (
+            saved(Image.new("RGB", (16, 3_201)), folder / "long.png"),
+            "16x3201 pixels, more than 200 times",
+        ),
     }
 
 
-BAD = ["missing", "folder", "empty", "text", "truncated jpeg", "truncated png", "broken png", "bomb", "one pixel", "narrow", "long"]
+BAD = [
+    "missing",
+    "folder",
+    "empty",
+    "text",
+    "truncated jpeg",
+    "truncated png",
+    "broken png",
+    "bomb",
+    "one pixel",
+    "narrow",
+    "long",
+]
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -228,7 +257,9 @@ def test_smallest_and_longest_that_pass(tmp_path: Path, size: tuple[int, int]) -
     assert load_rgb(saved(Image.new("RGB", size), tmp_path / "a.png")).shape == (size[1], size[0], 3)
 
 
-def test_bomb_is_refused_even_where_pillow_is_told_to_allow_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bomb_is_refused_even_where_pillow_is_told_to_allow_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(ImageError, match=r"bomb\.png has more than 178 megapixels"):
         load_rgb(png(tmp_path / "bomb.png", 20_000, 20_000))

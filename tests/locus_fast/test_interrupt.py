@@ -50,10 +50,13 @@ def checkpoints(out: Path) -> list[str]:
 
 def test_the_first_says_at_once_what_will_be_saved_and_when(tmp_path: Path, go: Path) -> None:
     out = tmp_path / "run"
-    with Child([*ENDLESS, "--out", str(out)], held("train", "train_step", go, skipped=2)) as child:
+    with Child([*ENDLESS, "--out", str(out)], held("Step", "__call__", go, skipped=2)) as child:
         child.wait_for("HELD")
         child.press()
-        child.wait_for(r"Ctrl-C: it ends after the microbatch at hand; the steps that are done then, 2 or 3, are saved in checkpoints/ and final/")
+        child.wait_for(
+            r"Ctrl-C: it ends after the microbatch at hand; "
+            r"the steps that are done then, 2 or 3, are saved in checkpoints/ and final/"
+        )
         assert not (out / "checkpoints" / "step-000002").exists()  # it was said before it was done
         go.touch()
         assert child.end() == 130
@@ -61,7 +64,10 @@ def test_the_first_says_at_once_what_will_be_saved_and_when(tmp_path: Path, go: 
     done = len(rows_of(out))
     assert done in (2, 3)
     assert checkpoints(out) == [f"step-{done:06d}"]
-    assert f"interrupted after {done} steps; {out} holds checkpoints/step-{done:06d} and final/; go on with --resume" in child.printed
+    assert (
+        f"interrupted after {done} steps; {out} holds checkpoints/step-{done:06d} and final/; go on with "
+        "--resume" in child.printed
+    )
     assert json.loads((out / "summary.json").read_text())["interrupted"]
     assert (out / "final" / "model.safetensors").is_file()
 
@@ -71,9 +77,15 @@ def test_a_second_lets_a_save_finish(tmp_path: Path, go: Path) -> None:
     with Child([*SHORT, "--steps", "2", "--out", str(out)], held(*WRITING, go)) as child:
         child.wait_for("HELD")
         child.press()
-        child.wait_for(r"Ctrl-C: checkpoints/step-000002 is being saved and is finished first; then final/ is saved, and it ends")
+        child.wait_for(
+            r"Ctrl-C: checkpoints/step-000002 is being saved and is finished first; "
+            r"then final/ is saved, and it ends"
+        )
         child.press()
-        child.wait_for(r"Ctrl-C again: checkpoints/step-000002 is being saved and is finished first; .*\. A third one ends it at once")
+        child.wait_for(
+            r"Ctrl-C again: checkpoints/step-000002 is being saved and is finished first; "
+            r".*\. A third one ends it at once"
+        )
         go.touch()
         assert child.end() == 130
     assert "Traceback" not in child.printed
@@ -87,7 +99,9 @@ def test_a_second_lets_a_save_finish(tmp_path: Path, go: Path) -> None:
 def test_a_third_ends_at_once_and_says_what_there_is(tmp_path: Path, go: Path) -> None:
     """During the save of step 2; that of step 1 is whole."""
     out = tmp_path / "run"
-    with Child([*SHORT, "--steps", "3", "--save-every", "1", "--out", str(out)], held(*WRITING, go, skipped=1)) as child:
+    with Child(
+        [*SHORT, "--steps", "3", "--save-every", "1", "--out", str(out)], held(*WRITING, go, skipped=1)
+    ) as child:
         child.wait_for("HELD")
         for pressed, words in enumerate(["Ctrl-C: ", "Ctrl-C again: ", "stopped at once"]):
             child.press()
@@ -104,12 +118,14 @@ def test_a_third_ends_at_once_and_says_what_there_is(tmp_path: Path, go: Path) -
 
 def test_a_third_during_a_step_saves_nothing_more(tmp_path: Path, go: Path) -> None:
     out = tmp_path / "run"
-    with Child([*ENDLESS, "--out", str(out)], held("train", "train_step", go, skipped=1)) as child:
+    with Child([*ENDLESS, "--out", str(out)], held("Step", "__call__", go, skipped=1)) as child:
         child.wait_for("HELD")
         child.press()
         child.wait_for("Ctrl-C: it ends after the microbatch at hand")
         child.press()
-        child.wait_for("Ctrl-C again: it is ending as said. A third one ends it at once, and what is not saved is lost")
+        child.wait_for(
+            "Ctrl-C again: it is ending as said. A third one ends it at once, and what is not saved is lost"
+        )
         child.press()
         assert child.end() == 130
     assert "Traceback" not in child.printed
@@ -135,10 +151,15 @@ def test_during_final_it_is_finished(tmp_path: Path, go: Path) -> None:
 def test_while_the_held_out_cues_are_answered_again(tmp_path: Path, go: Path) -> None:
     """All is saved by then; --resume asks them again."""
     out = tmp_path / "run"
-    with Child([*SHORT, "--steps", "1", "--out", str(out)], held("evaluate", "answer", go, skipped=1)) as child:
+    with Child(
+        [*SHORT, "--steps", "1", "--out", str(out)], held("evaluation", "answer", go, skipped=1)
+    ) as child:
         child.wait_for("HELD")
         child.press()
-        child.wait_for("Ctrl-C: checkpoints/step-000001 and final/ are saved already; it ends after the microbatch at hand")
+        child.wait_for(
+            "Ctrl-C: checkpoints/step-000001 and final/ are saved already; it ends after the microbatch at "
+            "hand"
+        )
         go.touch()
         assert child.end() == 130
     weights = (out / "final" / "model.safetensors").read_bytes()
@@ -148,8 +169,10 @@ def test_while_the_held_out_cues_are_answered_again(tmp_path: Path, go: Path) ->
     assert (out / "final" / "model.safetensors").read_bytes() == weights
 
 
-@pytest.mark.parametrize(("owner", "name"), [("train", "set_up"), ("evaluate", "answer")])
-def test_before_the_first_step_there_is_nothing_to_save(owner: str, name: str, tmp_path: Path, go: Path) -> None:
+@pytest.mark.parametrize(("owner", "name"), [("train", "set_up"), ("evaluation", "answer")])
+def test_before_the_first_step_there_is_nothing_to_save(
+    owner: str, name: str, tmp_path: Path, go: Path
+) -> None:
     """While it starts, and while the base answers. The folder can be gone on with."""
     out = tmp_path / "run"
     with Child([*SHORT, "--steps", "1", "--out", str(out)], held(owner, name, go)) as child:
@@ -165,8 +188,20 @@ def test_before_the_first_step_there_is_nothing_to_save(owner: str, name: str, t
     assert [row["step"] for row in rows_of(out)] == [1]
 
 
+def test_a_run_killed_while_it_starts_is_begun_again_by_resume(tmp_path: Path, go: Path) -> None:
+    """Loading a large model takes minutes, and may be what the memory does not hold."""
+    out = tmp_path / "run"
+    with Child([*SHORT, "--steps", "1", "--out", str(out)], held("train", "set_up", go)) as child:
+        child.wait_for("HELD")
+        child.process.kill()
+        child.process.wait()
+    assert train.main(["--resume", str(out)]) == 0
+    assert [row["step"] for row in rows_of(out)] == [1]
+
+
 def test_the_count_of_signals(capfd) -> None:
-    """Two are requests; from the third on each one raises, since one may be lost in a callback of a library."""
+    """Two are requests; from the third on each one raises, since one may be lost in a callback of a
+    library."""
     before = signal.getsignal(signal.SIGINT)
     with Interrupt("it ends soon") as interrupt:
         assert not interrupt()
@@ -181,5 +216,6 @@ def test_the_count_of_signals(capfd) -> None:
     lines = [line for line in capfd.readouterr().err.splitlines() if line]
     assert lines == [
         "Ctrl-C: it ends soon.",
-        "Ctrl-C again: the file is being saved and is finished first; then it ends. A third one ends it at once, and what is not saved is lost.",
+        "Ctrl-C again: the file is being saved and is finished first; then it ends. A third one ends it at "
+        "once, and what is not saved is lost.",
     ]

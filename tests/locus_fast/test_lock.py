@@ -26,7 +26,10 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path, capsys) -
         assert holder in error
         assert "remove" not in error
         first.wait_for_steps(out, 3)  # it was not disturbed
-        assert evaluate.main([str(out / "checkpoints" / "step-000001"), "--eval-cues", "4", "--device", "cpu"]) == 0
+        assert (
+            evaluate.main([str(out / "checkpoints" / "step-000001"), "--eval-cues", "4", "--device", "cpu"])
+            == 0
+        )
         first.process.kill()
         first.process.wait()
     done = max(int(path.name[5:]) for path in (out / "checkpoints").iterdir() if path.name[5:].isdigit())
@@ -45,7 +48,9 @@ def test_a_folder_is_locked_as_long_as_the_block_lasts(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is in use: another process"), locked(tmp_path):
             pass
     assert holder_of(tmp_path) is None
-    (tmp_path / "lock").write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "2020"}))  # of a process that was killed
+    (tmp_path / "lock").write_text(
+        json.dumps({"pid": 1, "host": "elsewhere", "since": "2020"})
+    )  # of a process that was killed
     assert holder_of(tmp_path) is None
     with locked(tmp_path):
         pass

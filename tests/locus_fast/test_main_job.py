@@ -1,4 +1,5 @@
-"""What the main job promises, minutes long: `python -m pytest -m slow`. It gains held-out IoU for three seeds, and from the reward alone."""
+"""What the main job promises, minutes long: `python -m pytest -m slow`. It gains held-out IoU for three
+seeds, and from the reward alone."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch
 from locus_kernels.box_reward import box_reward, group_advantage
 
 from locus_fast import train
+from locus_fast.step import scoring
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +38,8 @@ def test_8_bit_states_end_where_float32_ones_do(tmp_path: Path) -> None:
 
 
 def test_permuted_rewards_teach_nothing(tmp_path: Path, monkeypatch) -> None:
-    """The control: each group's rewards dealt out among its replies at random. Everything else, the spread of advantages included, is the same."""
+    """The control: each group's rewards dealt out among its replies at random. Everything else, the spread of
+    advantages included, is the same."""
     shuffle = torch.Generator().manual_seed(0)
 
     def permuted(*arguments, **options):
@@ -46,6 +49,6 @@ def test_permuted_rewards_teach_nothing(tmp_path: Path, monkeypatch) -> None:
         advantage, zero_variance = group_advantage(reward, size, options["normalize_std"])
         return scored._replace(reward=reward, advantage=advantage, zero_variance=zero_variance)
 
-    monkeypatch.setattr(train, "box_reward", permuted)
+    monkeypatch.setattr(scoring, "box_reward", permuted)
     assert train.main(["--out", str(tmp_path / "run")]) == 0
     assert gain(tmp_path / "run") < 0.03

@@ -1,4 +1,5 @@
-"""The path that CUDA takes, on meta tensors, which hold no values: whatever would wait for the device to read one back fails here."""
+"""The path that CUDA takes, on meta tensors, which hold no values: whatever would wait for the device to read
+one back fails here."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from locus_kernels.shared_prefix_attention import backends, layout
 
-from locus_fast.model import packing
+from locus_fast.model import attention, packing
 from locus_fast.model.fused import fuse
 from locus_fast.model.packing import PromptBatch, Replies
 from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
@@ -22,14 +23,18 @@ LENGTHS = [[5, 4, 1], [5, 5, 2]]
 
 @pytest.fixture(params=["qwen2_5_vl", "qwen3_vl", "qwen2_5_vl fused", "qwen3_vl fused"])
 def task(request, monkeypatch):
-    """A model on the meta device with the packed FlashAttention of PyTorch, as it is or fused, and a batch of two prompts."""
+    """A model on the meta device with the packed FlashAttention of PyTorch, as it is or fused, and a batch of
+    two prompts."""
     family, *fused = request.param.split()
     for module in (layout, packing, rollout):
         monkeypatch.setattr(module, "send", lambda tensor, device: tensor.to(device))
     model = small_model(family)
-    prompts = [small_prompt(model, [(8, 12), (4, 4)], words=6, seed=0), small_prompt(model, [(4, 8)], words=3, seed=1)]
+    prompts = [
+        small_prompt(model, [(8, 12), (4, 4)], words=6, seed=0),
+        small_prompt(model, [(4, 8)], words=3, seed=1),
+    ]
     model = model.to("meta", torch.bfloat16)
-    model.locus_backend = backends._torch_cuda()
+    monkeypatch.setattr(attention, "_chosen", lambda *_: backends._torch_cuda())
     if fused:
         leave_kernels_out(monkeypatch)
         fuse(model)
@@ -38,7 +43,13 @@ def task(request, monkeypatch):
 
 def test_meta_tensors_refuse_to_be_read() -> None:
     t = torch.ones(3, device="meta")
-    for read in (lambda: t.sum().item(), lambda: t.tolist(), lambda: t.nonzero(), lambda: t[t > 0], lambda: bool(t.any())):
+    for read in (
+        lambda: t.sum().item(),
+        lambda: t.tolist(),
+        lambda: t.nonzero(),
+        lambda: t[t > 0],
+        lambda: bool(t.any()),
+    ):
         with pytest.raises((RuntimeError, NotImplementedError)):
             read()
 
@@ -49,7 +60,12 @@ def test_training(task, checkpointing: int) -> None:
     if checkpointing:
         checkpoint_activations(model, checkpointing)
     prefix = prefill(model, batch)
-    played = Rollout(*(torch.zeros(6, 5, device="meta", dtype=dtype) for dtype in (torch.int64, torch.int64, torch.float32)))
+    played = Rollout(
+        *(
+            torch.zeros(6, 5, device="meta", dtype=dtype)
+            for dtype in (torch.int64, torch.int64, torch.float32, torch.bool)
+        )
+    )
     replies = Replies.of(batch, played.ids, LENGTHS, [0, 1])
     logprob, entropy = reply_logprob(model, prefix, replies, 1.0)
     assert logprob.shape == entropy.shape == (22,)
@@ -59,10 +75,15 @@ def test_training(task, checkpointing: int) -> None:
 
 
 def test_rollout(task, monkeypatch) -> None:
-    """Six replies over two prompts that end one after the other; buffers of a fixed place, no length known to the host."""
+    """Six replies over two prompts that end one after the other; buffers of a fixed place, no length known to
+    the host."""
     model, batch = task
     told = iter([6, 6, 3, 2, 1])
-    monkeypatch.setattr(rollout, "Count", lambda lag, on_cuda: types.SimpleNamespace(known=lambda most: next(told), ask=lambda running: None))
+    monkeypatch.setattr(
+        rollout,
+        "Count",
+        lambda lag, on_cuda: types.SimpleNamespace(known=lambda most: next(told), ask=lambda running: None),
+    )
     monkeypatch.setattr(rollout, "Graph", lambda function, other: function)
     words = rollout.Vocabulary(
         torch.ones(VOCABULARY, dtype=torch.bool, device="meta"),

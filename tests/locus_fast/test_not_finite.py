@@ -1,4 +1,5 @@
-"""NaN and infinity: named where they come in, kept out of what is written, and no numbers in what is shown."""
+"""NaN and infinity: named where they come in, kept out of what is written, and no numbers in what is
+shown."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from locus_fast import evaluate, train
+from locus_fast.errors import UserError
 from locus_fast.run import saving
 from locus_fast.run.pictures import draw_curve
+from locus_fast.step.step import Step
 from locus_fast.weights.checkpoint import TINY_BASE
 from locus_fast.weights.finite import first_not_finite
 from tests.locus_fast.run_cases import SHORT, rows_of, the_error
@@ -72,14 +75,22 @@ def test_the_first_of_many_tensors() -> None:
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for _ in range(20):
-            tensors = [torch.randn(int(torch.randint(0, 50, (), generator=generator)), generator=generator).to(dtype) for _ in range(6)]
+            tensors = [
+                torch.randn(int(torch.randint(0, 50, (), generator=generator)), generator=generator).to(dtype)
+                for _ in range(6)
+            ]
             for tensor in tensors:
                 if len(tensor) and torch.rand((), generator=generator) < 0.2:
-                    tensor[len(tensor) // 2] = float("nan") if torch.rand((), generator=generator) < 0.5 else float("inf")
+                    tensor[len(tensor) // 2] = (
+                        float("nan") if torch.rand((), generator=generator) < 0.5 else float("inf")
+                    )
             expected = next((str(i) for i, tensor in enumerate(tensors) if not tensor.isfinite().all()), None)
             assert first_not_finite((str(i), tensor) for i, tensor in enumerate(tensors)) == expected
     assert first_not_finite([("whole", torch.tensor([1]))]) is None
-    assert first_not_finite([("largest", torch.full((3,), torch.finfo(torch.float64).max, dtype=torch.float64))]) is None
+    assert (
+        first_not_finite([("largest", torch.full((3,), torch.finfo(torch.float64).max, dtype=torch.float64))])
+        is None
+    )
 
 
 def of_final(run: Path) -> dict[str, torch.Tensor]:
@@ -102,19 +113,21 @@ def test_final_of_a_run_that_diverged_at_once_is_the_base(steps: str, tmp_path: 
     assert not list((out / "checkpoints").iterdir())
 
 
-def test_final_of_a_run_that_diverged_later_is_its_last_good_checkpoint(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_final_of_a_run_that_diverged_later_is_its_last_good_checkpoint(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
     """Checkpoints are due after each step; the third step leaps."""
-    step = train.train_step
+    call = Step.__call__
 
-    def leaping(setup, reference, optimizer, prompts, index, stop):
-        numbers = step(setup, reference, optimizer, prompts, index, stop)
+    def leaping(step, prompts, index, began, stop):
+        numbers = call(step, prompts, index, began, stop)
         if index == 2:
             with torch.no_grad():
-                for p in setup.engine.model.parameters():
+                for p in step.engine.model.parameters():
                     p.mul_(1e30)
         return numbers
 
-    monkeypatch.setattr(train, "train_step", leaping)
+    monkeypatch.setattr(Step, "__call__", leaping)
     out = tmp_path / "run"
     assert train.main([*SHORT, "--steps", "20", "--save-every", "1", "--out", str(out)]) == 2
     error = the_error(capsys.readouterr().err)
@@ -122,26 +135,29 @@ def test_final_of_a_run_that_diverged_later_is_its_last_good_checkpoint(tmp_path
     assert f"{out / 'final'} holds that of step 2" in error
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-000001", "step-000002"]
     final, saved = of_final(out), load_file(out / "checkpoints" / "step-000002" / "model.safetensors")
-    assert all(torch.equal(tensor, load_file(out / "final" / "model.safetensors")[name]) for name, tensor in saved.items())
+    assert all(
+        torch.equal(tensor, load_file(out / "final" / "model.safetensors")[name])
+        for name, tensor in saved.items()
+    )
     assert all(tensor.isfinite().all() for tensor in final.values())
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(Step, "__call__", call)
     assert train.main(["--resume", str(out), "--steps", "3"]) == 0  # as the sentence says
     assert [row["step"] for row in rows_of(out)] == [1, 2, 3]
 
 
 def test_a_stopped_run_writes_no_weights_that_are_not_finite(tmp_path: Path, monkeypatch, capsys) -> None:
     """Stopped by an error after the step that spoiled one weight; the sentence names it."""
-    step = train.train_step
+    call = Step.__call__
 
-    def spoiling(setup, reference, optimizer, prompts, index, stop):
+    def spoiling(step, prompts, index, began, stop):
         if index == 1:
-            raise train.UserError("the disk went away.")
-        numbers = step(setup, reference, optimizer, prompts, index, stop)
+            raise UserError("the disk went away.")
+        numbers = call(step, prompts, index, began, stop)
         with torch.no_grad():
-            setup.engine.model.model.language_model.layers[0].mlp.up_proj.weight[3, 4] = float("nan")
+            step.engine.model.model.language_model.layers[0].mlp.up_proj.weight[3, 4] = float("nan")
         return numbers
 
-    monkeypatch.setattr(train, "train_step", spoiling)
+    monkeypatch.setattr(Step, "__call__", spoiling)
     out = tmp_path / "run"
     assert train.main([*SHORT, "--steps", "4", "--out", str(out)]) == 2
     error = the_error(capsys.readouterr().err)
@@ -158,7 +174,9 @@ def test_adapters_that_diverged(tmp_path: Path, capsys) -> None:
     assert "holds the base" in the_error(capsys.readouterr().err)
     adapters = load_file(out / "final" / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in adapters.values())
-    assert not any(tensor.any() for name, tensor in adapters.items() if "lora_B" in name)  # their product is 0
+    assert not any(
+        tensor.any() for name, tensor in adapters.items() if "lora_B" in name
+    )  # their product is 0
 
 
 def test_a_run_is_saved_where_there_is_no_memory_to_probe_it(tmp_path: Path, monkeypatch) -> None:
@@ -172,12 +190,12 @@ def test_a_run_is_saved_where_there_is_no_memory_to_probe_it(tmp_path: Path, mon
 
 def test_a_dropped_step_shows_no_gradient(tmp_path: Path, monkeypatch, capsys) -> None:
     """Neither in the bar, which counts it, nor in the metrics, the events or the curve."""
-    backward = train.backward
+    backward = Step._backward
 
-    def spoiled(config, experience, replies, logprob, totals):
-        backward(config, experience, replies, logprob * float("nan"), totals)
+    def spoiled(step, hidden, experience, totals):
+        return backward(step, hidden * float("nan"), experience, totals)
 
-    monkeypatch.setattr(train, "backward", spoiled)
+    monkeypatch.setattr(Step, "_backward", spoiled)
     out = tmp_path / "run"
     pytest.importorskip("tensorboard")
     assert train.main([*SHORT, "--steps", "2", "--tensorboard", "true", "--out", str(out)]) == 0

@@ -12,15 +12,26 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from locus_fast.errors import UserError
-from locus_fast.model.families import part_of
+from locus_fast.model.families import FAMILIES, QWEN3_VL, Family, part_of
 from locus_fast.step.optim import clip_and_step, parameter_groups, rate_factor
 from locus_fast.step.optimizers import AdamW8bit, load_state_tensors, make_optimizer, state_tensors
-from locus_fast.weights.checkpoint import TINY_BASE, latest_checkpoint, load_checkpoint, load_model, save_checkpoint
+from locus_fast.weights.checkpoint import (
+    TINY_BASE,
+    latest_checkpoint,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
 from tests.small_models import small_model
 
 STEP = {"denominator": 1, "factor": 1.0, "clip": math.inf, "seed": 0}
 NEEDS = {"bnb-adamw8bit": "bitsandbytes", "bnb-paged-adamw8bit": "bitsandbytes"}
-ON_DEVICE = [("adamw", torch.float32), ("adamw-master", torch.bfloat16), ("adamw8bit", torch.bfloat16), ("adamw8bit", torch.float32)]
+ON_DEVICE = [
+    ("adamw", torch.float32),
+    ("adamw-master", torch.bfloat16),
+    ("adamw8bit", torch.bfloat16),
+    ("adamw8bit", torch.float32),
+]
 ALL = [*ON_DEVICE, ("bnb-adamw8bit", torch.float32), ("bnb-paged-adamw8bit", torch.float32)]
 
 
@@ -41,17 +52,28 @@ def weights(dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> list[torc
 
 
 def give(parameters: list[torch.nn.Parameter], seed: int) -> None:
-    for p, gradient in zip(parameters, weights(parameters[0].dtype, 1000 + seed, str(parameters[0].device)), strict=True):
+    for p, gradient in zip(
+        parameters, weights(parameters[0].dtype, 1000 + seed, str(parameters[0].device)), strict=True
+    ):
         p.grad = gradient
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_every_parameter_is_in_one_group(family: str) -> None:
     model = small_model(family)
-    groups = {group["part"]: group for group in parameter_groups(model, {"vision": 1.0, "projector": 2.0, "language": 3.0})}
-    assert {part: group["rate"] for part, group in groups.items()} == {"vision": 1.0, "projector": 2.0, "language": 3.0}
+    groups = {
+        group["part"]: group
+        for group in parameter_groups(model, {"vision": 1.0, "projector": 2.0, "language": 3.0})
+    }
+    assert {part: group["rate"] for part, group in groups.items()} == {
+        "vision": 1.0,
+        "projector": 2.0,
+        "language": 3.0,
+    }
     ours = {id(p): part for part, group in groups.items() for p in group["params"]}
-    assert sum(len(group["params"]) for group in groups.values()) == len(ours) == len(list(model.parameters()))
+    assert (
+        sum(len(group["params"]) for group in groups.values()) == len(ours) == len(list(model.parameters()))
+    )
     core = model.model
     for part, module in (
         ("language", core.language_model),
@@ -64,10 +86,16 @@ def test_every_parameter_is_in_one_group(family: str) -> None:
         assert {ours[id(p)] for p in core.visual.deepstack_merger_list.parameters()} == {"projector"}
 
 
-def test_names_of_parts() -> None:
-    assert part_of("base_model.model.model.visual.blocks.0.attn.qkv.lora_A.default.weight") == "vision"
-    assert part_of("model.visual.deepstack_merger_list.1.norm.weight") == part_of("visual.merger.mlp.0.bias") == "projector"
-    assert part_of("lm_head.weight") == part_of("model.language_model.embed_tokens.weight") == "language"
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_names_of_parts(family: Family) -> None:
+    def part(name: str) -> str:
+        return part_of(name, family)
+
+    assert part("base_model.model.model.visual.blocks.0.attn.qkv.lora_A.default.weight") == "vision"
+    assert part("visual.merger.mlp.0.bias") == "projector"
+    if family.architecture is QWEN3_VL:
+        assert part("model.visual.deepstack_merger_list.1.norm.weight") == "projector"
+    assert part("lm_head.weight") == part("model.language_model.embed_tokens.weight") == "language"
 
 
 def test_a_rate_of_0_freezes() -> None:
@@ -96,11 +124,15 @@ def test_rate_factor() -> None:
     assert [rate_factor(step, 4, 1.0, "cosine") for step in range(4)] == [0.25, 0.5, 0.75, 1]
     assert rate_factor(0, 1, 0.0, "cosine") == rate_factor(0, 1, 1.0, "cosine") == 1
     for warmup in (0.0, 0.05, 0.3, 1.0):
-        assert all(rate_factor(s, 37, warmup, "constant") == min(1.0, (s + 1) / max(1.0, warmup * 37)) for s in range(37))
+        assert all(
+            rate_factor(s, 37, warmup, "constant") == min(1.0, (s + 1) / max(1.0, warmup * 37))
+            for s in range(37)
+        )
 
 
 def test_adamw_is_torchs() -> None:
-    """As torch.optim.AdamW on gradients divided and clipped by torch, at the rate times the factor; the order of the divisions differs."""
+    """As torch.optim.AdamW on gradients divided and clipped by torch, at the rate times the factor; the order
+    of the divisions differs."""
     ours, optimizer = made("adamw", weights(torch.float32), rate=1e-2)
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     reference = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.01, fused=True)
@@ -121,7 +153,10 @@ def test_adamw_is_torchs() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_clipping_by_hand(dtype: torch.dtype) -> None:
-    (p, q), optimizer = made("auto" if dtype == torch.float32 else "adamw-master", [torch.zeros(1, dtype=dtype), torch.zeros(2, dtype=dtype)])
+    (p, q), optimizer = made(
+        "auto" if dtype == torch.float32 else "adamw-master",
+        [torch.zeros(1, dtype=dtype), torch.zeros(2, dtype=dtype)],
+    )
     for clip, expected in ((1.0, [0.5, 0.0, 0.0]), (5.0, [1.5, 2.0, 0.0])):
         p.grad, q.grad = torch.tensor([6.0], dtype=dtype), torch.tensor([8.0, 0.0], dtype=dtype)
         norm = clip_and_step(optimizer, denominator=4, factor=1.0, clip=clip, seed=0)
@@ -144,7 +179,12 @@ class Watch(TorchDispatchMode):
     """Raises where a tensor's value goes to the host."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.name().split("::")[1].split(".")[0] not in ("_local_scalar_dense", "is_nonzero", "equal", "item"), func
+        assert func.name().split("::")[1].split(".")[0] not in (
+            "_local_scalar_dense",
+            "is_nonzero",
+            "equal",
+            "item",
+        ), func
         return func(*args, **(kwargs or {}))
 
 
@@ -203,10 +243,14 @@ def test_without_gradients_nothing_moves(name: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(value, before[key]) for key, value in state_tensors(optimizer).items())
 
 
-@pytest.mark.parametrize(("name", "low", "high"), [("adamw8bit", 0.95e-3, 1.05e-3), ("adamw-master", 0.95e-3, 1.05e-3), ("torch", 0.0, 0.0)])
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("adamw8bit", 0.95e-3, 1.05e-3), ("adamw-master", 0.95e-3, 1.05e-3), ("torch", 0.0, 0.0)],
+)
 @pytest.mark.parametrize("shape", [(16, 256), (1000,)])
 def test_a_thousand_steps_of_a_millionth(name: str, low: float, high: float, shape: tuple[int, ...]) -> None:
-    """A bfloat16 weight of 0.02 goes 1e-3 on average, tensors too small for 8-bit blocks too; with plain bfloat16 AdamW it goes nowhere."""
+    """A bfloat16 weight of 0.02 goes 1e-3 on average, tensors too small for 8-bit blocks too; with plain
+    bfloat16 AdamW it goes nowhere."""
     start = torch.full(shape, 0.02, dtype=torch.bfloat16)
     if name == "torch":
         parameters = [torch.nn.Parameter(start.clone())]
@@ -258,15 +302,20 @@ def test_resuming_gives_the_same_bits(name: str, dtype: torch.dtype, tmp_path: P
             clip_and_step(one, **{**STEP, "seed": step})
     for ours, other in resumed:
         assert all(torch.equal(p, q) for p, q in zip(ours, parameters, strict=True))
-        assert all(torch.equal(value, state_tensors(optimizer)[key]) for key, value in state_tensors(other).items())
+        assert all(
+            torch.equal(value, state_tensors(optimizer)[key]) for key, value in state_tensors(other).items()
+        )
 
 
 def test_states_with_dynamic_codes_are_read_and_gone_on_from() -> None:
-    """As torchao's AdamW8bit writes them, which earlier versions trained with: the next steps are those of AdamW on
-    the moments that it reads from its own state."""
+    """As torchao's AdamW8bit writes them, which earlier versions trained with: the next steps are those of
+    AdamW on the moments that it reads from its own state."""
     peer = pytest.importorskip("torchao.optim").AdamW8bit
     start = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
-    theirs, (ours, optimizer) = torch.nn.Parameter(start.clone()), made("adamw8bit", [start], weight_decay=0.0)
+    theirs, (ours, optimizer) = (
+        torch.nn.Parameter(start.clone()),
+        made("adamw8bit", [start], weight_decay=0.0),
+    )
     before = peer([theirs], lr=torch.tensor(1e-3), weight_decay=0.0)
     gradients = [torch.randn(64, 128, generator=torch.Generator().manual_seed(step)) for step in range(1, 12)]
     for gradient in gradients[:10]:
@@ -316,7 +365,9 @@ def test_a_state_of_another_optimizer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"3 tensors, the first 0\.master"):
         load_state_tensors(other, state_tensors(one))
     _, shorter = made("adamw", [torch.zeros(64, 64), *weights(torch.float32)[1:]])
-    with pytest.raises(ValueError, match=r"0\.exp_avg: expected torch.float32 \[64, 128\], got torch.float32 \[64, 64\]"):
+    with pytest.raises(
+        ValueError, match=r"0\.exp_avg: expected torch.float32 \[64, 128\], got torch.float32 \[64, 64\]"
+    ):
         load_state_tensors(other, state_tensors(shorter))
 
 
@@ -327,7 +378,8 @@ def test_8_bit_states_are_small() -> None:
 
 
 def test_8_bit_states_fit_as_well() -> None:
-    """A regression with noise: the loss that float32 AdamW reaches, with each of the others within a tenth of it."""
+    """A regression with noise: the loss that float32 AdamW reaches, with each of the others within a tenth of
+    it."""
     losses = {}
     for name, dtype in ALL:
         rng = torch.Generator().manual_seed(0)
@@ -337,7 +389,9 @@ def test_8_bit_states_fit_as_well() -> None:
             w.grad = None
             loss = (x.to(dtype) @ w - (x @ truth + noise).to(dtype)).float().square().mean()
             loss.backward()
-            clip_and_step(optimizer, denominator=1, factor=rate_factor(step, 100, 0.1, "cosine"), clip=10.0, seed=step)
+            clip_and_step(
+                optimizer, denominator=1, factor=rate_factor(step, 100, 0.1, "cosine"), clip=10.0, seed=step
+            )
         losses[name, dtype] = loss.item()
     truth = losses["adamw", torch.float32]
     assert truth < 1
@@ -354,7 +408,9 @@ def test_a_missing_library_is_named(name: str, monkeypatch) -> None:
     for module in [m for m in sys.modules if m.split(".")[0] == NEEDS[name]]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, NEEDS[name], None)
-    with pytest.raises(UserError, match=rf"--optimizer {name} needs {NEEDS[name]}, .* pip install 'locus-fast\[optim\]'"):
+    with pytest.raises(
+        UserError, match=rf"--optimizer {name} needs {NEEDS[name]}, .* pip install 'locus-fast\[optim\]'"
+    ):
         make_optimizer(name, [{"params": [torch.nn.Parameter(torch.zeros(3))], "rate": 1.0}], 0.0)
 
 
@@ -368,4 +424,6 @@ def test_a_missing_library_is_named(name: str, monkeypatch) -> None:
 )
 def test_what_cannot_be_made(name: str, dtype: torch.dtype, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        make_optimizer(name, [{"params": [torch.nn.Parameter(torch.zeros(3, dtype=dtype))], "rate": 1.0}], 0.0)
+        make_optimizer(
+            name, [{"params": [torch.nn.Parameter(torch.zeros(3, dtype=dtype))], "rate": 1.0}], 0.0
+        )

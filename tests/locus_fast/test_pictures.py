@@ -28,8 +28,19 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 # ---- the curve
 
 
-def row(step: int, kl: float | None = 0.01, norm: float | None = 0.3, reward: float = 0.5, **more: Any) -> dict[str, Any]:
-    return {"step": step, "reward": reward, "iou": 0.4, "valid": 1.0, "kl": kl, "grad_norm": norm, "dropped_step": False, **more}
+def row(
+    step: int, kl: float | None = 0.01, norm: float | None = 0.3, reward: float = 0.5, **more: Any
+) -> dict[str, Any]:
+    return {
+        "step": step,
+        "reward": reward,
+        "iou": 0.4,
+        "valid": 1.0,
+        "kl": kl,
+        "grad_norm": norm,
+        "dropped_step": False,
+        **more,
+    }
 
 
 def curve(folder: Path, saved: list[Figure], rows: list[dict[str, Any]]) -> Figure:
@@ -109,7 +120,12 @@ class Grounds:
 
 def answers(boxes: list[list[float] | None]) -> Evaluation:
     valid = torch.tensor([box is not None for box in boxes])
-    return Evaluation(torch.tensor([box or [0.0] * 4 for box in boxes]), valid, torch.zeros(len(boxes)), ("small",) * len(boxes))
+    return Evaluation(
+        torch.tensor([box or [0.0] * 4 for box in boxes]),
+        valid,
+        torch.zeros(len(boxes)),
+        ("small",) * len(boxes),
+    )
 
 
 def luminance(rgb: np.ndarray) -> np.ndarray:
@@ -127,14 +143,29 @@ def boxes_of(axis: Any) -> dict[str, Rectangle]:
     from matplotlib.colors import to_hex
 
     names = {colour: name for name, colour in COLOURS.items()}
-    return {names[to_hex(patch.get_edgecolor())]: patch for patch in axis.patches if isinstance(patch, Rectangle)}
+    return {
+        names[to_hex(patch.get_edgecolor())]: patch for patch in axis.patches if isinstance(patch, Rectangle)
+    }
 
 
-@pytest.mark.parametrize("box", [(60.0, 70.0, 140.0, 150.0), (90.0, 90.0, 108.0, 106.0)], ids=["small", "tiny"])
-def test_the_true_box_stands_out_on_any_ground(tmp_path: Path, saved: list[Figure], box: tuple[float, float, float, float]) -> None:
+@pytest.mark.parametrize(
+    "box", [(60.0, 70.0, 140.0, 150.0), (90.0, 90.0, 108.0, 106.0)], ids=["small", "tiny"]
+)
+def test_the_true_box_stands_out_on_any_ground(
+    tmp_path: Path, saved: list[Figure], box: tuple[float, float, float, float]
+) -> None:
     """Some tone of its line has a contrast of 3 or more with the ground, as WCAG 2 asks of graphics, along
     all four edges."""
-    grounds = [(255, 255, 255), (0, 0, 0), (118, 118, 118), (187, 187, 187), (0, 208, 96), (255, 149, 0), (255, 45, 120), (40, 120, 40)]
+    grounds = [
+        (255, 255, 255),
+        (0, 0, 0),
+        (118, 118, 118),
+        (187, 187, 187),
+        (0, 208, 96),
+        (255, 149, 0),
+        (255, 45, 120),
+        (40, 120, 40),
+    ]
     draw_samples(Grounds(grounds, box), answers([None] * 8), answers([None] * 8), tmp_path / "samples.png")
     (figure,) = saved
     canvas = FigureCanvasAgg(figure)
@@ -152,7 +183,7 @@ def test_the_true_box_stands_out_on_any_ground(tmp_path: Path, saved: list[Figur
 
 def test_the_legend_shows_the_lines_as_they_are_drawn(tmp_path: Path, saved: list[Figure]) -> None:
     box = [60.0, 70.0, 140.0, 150.0]
-    draw_samples(Grounds([(9, 9, 9)], tuple(box)), answers([box]), answers([box]), tmp_path / "samples.png")  # type: ignore[arg-type]
+    draw_samples(Grounds([(9, 9, 9)], tuple(box)), answers([box]), answers([box]), tmp_path / "samples.png")
     (figure,) = saved
     (axis,) = pictures(figure)
     (legend,) = figure.legends
@@ -165,7 +196,9 @@ def test_the_legend_shows_the_lines_as_they_are_drawn(tmp_path: Path, saved: lis
     solid, base, trained = (drawn[name]._dash_pattern for name in COLOURS)  # type: ignore[attr-defined]
     assert solid == (0, None)
     assert base[1] == trained[1]
-    assert abs(base[0] - trained[0]) == base[1][0] == base[1][1], "of equal boxes each shows in the other's gaps"
+    assert abs(base[0] - trained[0]) == base[1][0] == base[1][1], (
+        "of equal boxes each shows in the other's gaps"
+    )
 
 
 def test_a_reply_without_a_box_is_said(tmp_path: Path, saved: list[Figure]) -> None:
@@ -178,7 +211,11 @@ def test_a_reply_without_a_box_is_said(tmp_path: Path, saved: list[Figure]) -> N
 
 
 def test_tiny_objects_are_shown_enlarged(tmp_path: Path, saved: list[Figure]) -> None:
-    for box, count in (((60.0, 70.0, 140.0, 150.0), 1), ((90.0, 90.0, 108.0, 106.0), 2), ((0.0, 180.0, 16.0, 200.0), 2)):
+    for box, count in (
+        ((60.0, 70.0, 140.0, 150.0), 1),
+        ((90.0, 90.0, 108.0, 106.0), 2),
+        ((0.0, 180.0, 16.0, 200.0), 2),
+    ):
         found = [box[0] + 2, box[1] + 2, box[2] + 2, box[3] + 2]
         draw_samples(Grounds([(9, 9, 9)], box), answers([found]), answers([None]), tmp_path / "samples.png")
         insets = pictures(saved[-1])[0].child_axes
@@ -187,17 +224,29 @@ def test_tiny_objects_are_shown_enlarged(tmp_path: Path, saved: list[Figure]) ->
             (left, right), (bottom, top) = zoom.get_xlim(), zoom.get_ylim()
             assert left <= box[0] - 0.5 < box[2] - 0.5 <= right
             assert top <= box[1] - 0.5 < box[3] - 0.5 <= bottom
-            assert max(box[2] - box[0], box[3] - box[1]) >= (right - left) / 4, "the object fills a quarter of the window or more"
+            assert max(box[2] - box[0], box[3] - box[1]) >= (right - left) / 4, (
+                "the object fills a quarter of the window or more"
+            )
             assert set(boxes_of(zoom)) == {"true box", "base"}
 
 
 def test_a_true_box_on_the_border_is_whole(tmp_path: Path, saved: list[Figure]) -> None:
-    draw_samples(Grounds([(9, 9, 9)], (0.0, 0.0, 60.0, 60.0)), answers([None]), answers([None]), tmp_path / "samples.png")
+    draw_samples(
+        Grounds([(9, 9, 9)], (0.0, 0.0, 60.0, 60.0)),
+        answers([None]),
+        answers([None]),
+        tmp_path / "samples.png",
+    )
     assert not boxes_of(pictures(saved[0])[0])["true box"].get_clip_on()
 
 
 def test_both_pictures_are_written(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row(1, 0.0)) + "\n")
     draw_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
-    draw_samples(Grounds([(9, 9, 9)], (0.0, 0.0, 60.0, 60.0)), answers([None]), answers([None]), tmp_path / "samples.png")
+    draw_samples(
+        Grounds([(9, 9, 9)], (0.0, 0.0, 60.0, 60.0)),
+        answers([None]),
+        answers([None]),
+        tmp_path / "samples.png",
+    )
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("curve.png", "samples.png"))

@@ -1,4 +1,5 @@
-"""The one-prefill step is exact: log-probs and the gradient of every parameter equal the naive loop that repeats the prompt G times."""
+"""The one-prefill step is exact: log-probs and the gradient of every parameter equal the naive loop that
+repeats the prompt G times."""
 
 from __future__ import annotations
 
@@ -10,11 +11,20 @@ from transformers import Qwen3VLForConditionalGeneration
 from locus_fast.model.attention import use_attention, use_plain_attention
 from locus_fast.model.packing import PromptBatch, Replies
 from locus_fast.model.policy import checkpoint_activations, prefill, reply_logprob
-from locus_fast.step.rollout import Decoder, Rollout, Sampling, Vocabulary
+from locus_fast.step.rollout import Decoder, Rollout, Sampling
+from locus_fast.step.vocabulary import Vocabulary
 from tests.small_models import IMAGE, VOCABULARY, naive_logprob, small_model, small_prompt
 
-GRIDS = [[(8, 12), (4, 4)], [(4, 4), (6, 4)], [(10, 4), (4, 8)]]  # patches of image and cue: three prompts of different sizes
-LENGTHS = [[5, 1, 9], [3, 7, 2], [1, 1, 1]]  # unequal reply lengths, replies of one token, a group of nothing else
+GRIDS = [
+    [(8, 12), (4, 4)],
+    [(4, 4), (6, 4)],
+    [(10, 4), (4, 8)],
+]  # patches of image and cue: three prompts of different sizes
+LENGTHS = [
+    [5, 1, 9],
+    [3, 7, 2],
+    [1, 1, 1],
+]  # unequal reply lengths, replies of one token, a group of nothing else
 
 
 def rollout_of(replies: list[list[torch.Tensor]]) -> Rollout:
@@ -23,7 +33,9 @@ def rollout_of(replies: list[list[torch.Tensor]]) -> Rollout:
     ids = torch.full((len(flat), max(lengths)), 2)
     for row, reply in zip(ids, flat, strict=True):
         row[: len(reply)] = reply
-    return Rollout(ids, torch.tensor(lengths), torch.zeros(ids.shape))
+    return Rollout(
+        ids, torch.tensor(lengths), torch.zeros(ids.shape), torch.zeros(len(ids), dtype=torch.bool)
+    )
 
 
 def case(family: str, grids=GRIDS, lengths=LENGTHS):
@@ -37,7 +49,10 @@ def case(family: str, grids=GRIDS, lengths=LENGTHS):
 def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss.backward()
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+    }
 
 
 CASES = {  # grids of each prompt, reply lengths of each group
@@ -50,7 +65,9 @@ CASES = {  # grids of each prompt, reply lengths of each group
 }
 
 
-@pytest.mark.parametrize(("backend", "checkpointing"), [("torch", 0), ("torch", 1), ("torch", 2), ("plain", 0), ("plain", 1)])
+@pytest.mark.parametrize(
+    ("backend", "checkpointing"), [("torch", 0), ("torch", 1), ("torch", 2), ("plain", 0), ("plain", 1)]
+)
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("name", CASES)
 def test_one_prefill_equals_the_naive_loop(name: str, family: str, checkpointing: int, backend: str) -> None:
@@ -86,8 +103,12 @@ def test_some_groups(family: str, groups: list[int]) -> None:
     with torch.no_grad():
         expected = naive_logprob(model, prompts, replies)
         prefix = prefill(model, PromptBatch.of(prompts, model.config, "cpu"))
-        logprob, _ = reply_logprob(model, prefix, Replies.of(prefix.batch, rollout_of(replies).ids, LENGTHS, groups), temperature=1.0)
-    torch.testing.assert_close(logprob, torch.cat([expected[r] for b in groups for r in range(b * 3, b * 3 + 3)]), rtol=0, atol=1e-5)
+        logprob, _ = reply_logprob(
+            model, prefix, Replies.of(prefix.batch, rollout_of(replies).ids, LENGTHS, groups), temperature=1.0
+        )
+    torch.testing.assert_close(
+        logprob, torch.cat([expected[r] for b in groups for r in range(b * 3, b * 3 + 3)]), rtol=0, atol=1e-5
+    )
 
 
 def test_a_frozen_tower_sees_for_the_reference_too() -> None:
@@ -107,7 +128,9 @@ def test_a_frozen_tower_sees_for_the_reference_too() -> None:
 def test_sampler_logprob_equals_the_training_forward(family: str) -> None:
     model, prompts, _ = case(family)
     batch = PromptBatch.of(prompts, model.config, "cpu")
-    vocabulary = Vocabulary(torch.arange(VOCABULARY) < IMAGE, torch.arange(2, 40))  # many stop tokens, so that lengths differ
+    vocabulary = Vocabulary(
+        torch.arange(VOCABULARY) < IMAGE, torch.arange(2, 40)
+    )  # many stop tokens, so that lengths differ
     prefix = prefill(model, batch)
     rollout = Decoder(model, vocabulary).generate(prefix, Sampling(6, 12, 0.7, 1.0), seed=3, groups=[0, 1, 2])
     lengths = rollout.lengths.tolist()
@@ -127,10 +150,16 @@ def test_a_prompts_replies_do_not_depend_on_its_microbatch() -> None:
     vocabulary = Vocabulary(torch.arange(VOCABULARY) < IMAGE, torch.tensor([2]))
     with torch.no_grad():
         together = Decoder(model, vocabulary).generate(
-            prefill(model, PromptBatch.of(prompts, model.config, "cpu")), Sampling(4, 10, 1.0, 1.0), seed=3, groups=[5, 6, 7]
+            prefill(model, PromptBatch.of(prompts, model.config, "cpu")),
+            Sampling(4, 10, 1.0, 1.0),
+            seed=3,
+            groups=[5, 6, 7],
         )
         alone = Decoder(model, vocabulary).generate(
-            prefill(model, PromptBatch.of(prompts[1:2], model.config, "cpu")), Sampling(4, 10, 1.0, 1.0), seed=3, groups=[6]
+            prefill(model, PromptBatch.of(prompts[1:2], model.config, "cpu")),
+            Sampling(4, 10, 1.0, 1.0),
+            seed=3,
+            groups=[6],
         )
     width = min(together.ids.shape[1], alone.ids.shape[1])
     assert torch.equal(together.ids[4:8, :width], alone.ids[:, :width])
@@ -142,7 +171,10 @@ def test_greedy_equals_transformers_generate() -> None:
     vocabulary = Vocabulary(torch.ones(VOCABULARY, dtype=torch.bool), torch.tensor([2]))
     with torch.no_grad():
         rollout = Decoder(model, vocabulary).generate(
-            prefill(model, PromptBatch.of(prompts, model.config, "cpu")), Sampling(1, 8, 0.0, 1.0), seed=0, groups=range(3)
+            prefill(model, PromptBatch.of(prompts, model.config, "cpu")),
+            Sampling(1, 8, 0.0, 1.0),
+            seed=0,
+            groups=range(3),
         )
     use_plain_attention(model, "sdpa")
     for prompt, row, length in zip(prompts, rollout.ids, rollout.lengths.tolist(), strict=True):
@@ -165,7 +197,9 @@ def test_positions_equal_the_familys_own(family: str) -> None:
     model, prompts, _ = case(family)
     for prompt in prompts:
         is_image = (prompt.ids == IMAGE).int()[None]
-        expected, delta = model.model.get_rope_index(prompt.ids[None], mm_token_type_ids=is_image, image_grid_thw=prompt.grids)
+        expected, delta = model.model.get_rope_index(
+            prompt.ids[None], mm_token_type_ids=is_image, image_grid_thw=prompt.grids
+        )
         assert torch.equal(prompt.position, expected[:, 0])
         assert int(prompt.position[0, -1]) + 1 == len(prompt.ids) + int(delta)
 
@@ -182,7 +216,8 @@ class Convolutions(TorchDispatchMode):
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_patches_are_embedded_by_a_matrix_product(family: str) -> None:
-    """The same numbers and gradients as transformers' convolution, which cuDNN computes in TF32 for float32 models."""
+    """The same numbers and gradients as transformers' convolution, which cuDNN computes in TF32 for float32
+    models."""
     model, prompts, _ = case(family)
     batch = PromptBatch.of(prompts, model.config, "cpu")
     embed = model.model.visual.patch_embed

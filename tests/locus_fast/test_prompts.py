@@ -1,4 +1,5 @@
-"""Frames, the resize rule and patches against the image processor of transformers; prompts, how they are sent, and how they are made ahead."""
+"""Frames, the resize rule and patches against the image processor of transformers; prompts, how they are
+sent, and how they are made ahead."""
 
 from __future__ import annotations
 
@@ -38,14 +39,18 @@ def test_grid_size_is_the_published_rule(factor: int) -> None:
     for height, width in rng.integers(16, 3000, (300, 2)).tolist():
         if max(height, width) / min(height, width) < 200:
             expected = smart_resize(height, width, factor=factor, min_pixels=56 * 56, max_pixels=1280 * 784)
-            assert grid_size(height, width, factor=factor, min_pixels=56 * 56, max_pixels=1280 * 784) == expected
+            assert (
+                grid_size(height, width, factor=factor, min_pixels=56 * 56, max_pixels=1280 * 784) == expected
+            )
 
 
 @pytest.mark.parametrize(("width", "height"), [(97, 61), (500, 375), (41, 300)])
 def test_pixels_and_grids_equal_the_image_processor(width: int, height: int) -> None:
     tokenizer = build_tokenizer()
     model = build_model({token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL})
-    prompter = Prompter(tokenizer, model.config, SPEC, question="think", image_pixels=(3136, 100352), cue_pixels=(3136, 100352))
+    prompter = Prompter(
+        tokenizer, model.config, SPEC, style="think", image_pixels=(3136, 100352), cue_pixels=(3136, 100352)
+    )
     task = example(width, height)
     prompt = prompter(task)
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 100352})
@@ -60,9 +65,17 @@ def test_pixels_and_grids_equal_the_image_processor(width: int, height: int) -> 
 @pytest.mark.parametrize(("patch", "frames", "merge"), [(14, 2, 2), (16, 2, 2), (8, 1, 3), (7, 3, 1)])
 def test_patches_are_the_references_to_the_bit(patch: int, frames: int, merge: int) -> None:
     """On the CPU; and what CUDA is asked for, images at their own sizes, is the same."""
-    spec, rng = PatchSpec(patch, frames, merge, (0.48, 0.45, 0.4), (0.27, 0.26, 0.28)), torch.Generator().manual_seed(patch)
-    grids = torch.tensor([(1, 3 * merge, 5 * merge), (1, merge, merge), (1, 19 * merge, 2 * merge)])  # the last in several bands
-    images = [torch.randint(0, 256, (h * patch, w * patch, 3), generator=rng, dtype=torch.uint8) for _, h, w in grids.tolist()]
+    spec, rng = (
+        PatchSpec(patch, frames, merge, (0.48, 0.45, 0.4), (0.27, 0.26, 0.28)),
+        torch.Generator().manual_seed(patch),
+    )
+    grids = torch.tensor(
+        [(1, 3 * merge, 5 * merge), (1, merge, merge), (1, 19 * merge, 2 * merge)]
+    )  # the last in several bands
+    images = [
+        torch.randint(0, 256, (h * patch, w * patch, 3), generator=rng, dtype=torch.uint8)
+        for _, h, w in grids.tolist()
+    ]
     layout = {"patch": patch, "frames": frames, "merge": merge, "mean": spec.mean, "std": spec.std}
     patches = patches_of(torch.cat([image.flatten() for image in images]), grids, spec)
     assert torch.equal(patches, torch.cat([reference.patchify(image, **layout) for image in images]))
@@ -72,12 +85,17 @@ def test_patches_are_the_references_to_the_bit(patch: int, frames: int, merge: i
 
 def test_images_are_sent_as_bytes_and_once(monkeypatch) -> None:
     model, sent = small_model("qwen2_5_vl"), []
-    prompts = [small_prompt(model, grids, words=4, seed=seed) for seed, grids in enumerate([[(8, 12), (4, 4)], [], [(4, 8)]])]
+    prompts = [
+        small_prompt(model, grids, words=4, seed=seed)
+        for seed, grids in enumerate([[(8, 12), (4, 4)], [], [(4, 8)]])
+    ]
     monkeypatch.setattr(packing, "send", lambda tensor, device: sent.append(tensor) or tensor.to(device))
     batch = PromptBatch.of(prompts, model.config, "cpu")
     assert torch.equal(batch.patches, torch.cat([prompt.patches for prompt in prompts]))
     assert [tensor.numel() for tensor in sent if tensor.dtype == torch.uint8] == [144 * 14 * 14 * 3]
-    assert sum(tensor.numel() for tensor in sent if tensor.is_floating_point()) < 144 * 14  # targets, and the position table's weights
+    assert (
+        sum(tensor.numel() for tensor in sent if tensor.is_floating_point()) < 144 * 14
+    )  # targets, and the position table's weights
 
 
 def test_a_device_makes_the_patches_by_the_kernels(monkeypatch) -> None:
@@ -99,7 +117,10 @@ def test_a_device_makes_the_patches_by_the_kernels(monkeypatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_patches_made_on_the_gpu() -> None:
     model = small_model("qwen2_5_vl")
-    prompts = [small_prompt(model, grids, words=4, seed=seed) for seed, grids in enumerate([[(8, 12), (4, 4)], [], [(4, 8)]])]
+    prompts = [
+        small_prompt(model, grids, words=4, seed=seed)
+        for seed, grids in enumerate([[(8, 12), (4, 4)], [], [(4, 8)]])
+    ]
     there, here = (PromptBatch.of(prompts, model.config, device).patches for device in ("cuda", "cpu"))
     torch.testing.assert_close(there.cpu(), here, rtol=0, atol=1e-6)
 
@@ -128,7 +149,9 @@ def test_boxes_go_to_the_frame_and_back(extent, resized) -> None:
     there = box * scale
     ends = resized if extent is None else (extent, extent)
     np.testing.assert_allclose(there, [box[i] / size[i % 2] * ends[i % 2] for i in range(4)])
-    assert np.abs(np.round(there) / scale - box).max() <= 0.5 * max(size[0] / ends[0], size[1] / ends[1]) + 1e-9
+    assert (
+        np.abs(np.round(there) / scale - box).max() <= 0.5 * max(size[0] / ends[0], size[1] / ends[1]) + 1e-9
+    )
 
 
 def test_frames_of_the_families() -> None:
@@ -145,7 +168,8 @@ def test_frames_of_the_families() -> None:
 
 def test_the_recipes_wording() -> None:
     assert THINK.format(units=Frame(None).units).startswith(
-        "Image 1 is a full scene image. Image 2 is a cropped region from Image 1. Please find where Image 2 is located in Image 1, "
+        "Image 1 is a full scene image. Image 2 is a cropped region from Image 1. Please find where Image 2 "
+        "is located in Image 1, "
         "and output the bounding box as [x1, y1, x2, y2] in pixel coordinates."
     )
     assert "from 0 to 1000" in DIRECT.format(units=Frame(1000).units)
@@ -155,11 +179,19 @@ def test_a_prompt_reads_as_asked() -> None:
     tokenizer = build_tokenizer()
     model = build_model({token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL})
     spec = PatchSpec(8, 2, 2, (0.5,) * 3, (0.5,) * 3)
-    prompter = Prompter(tokenizer, model.config, spec, question="direct", image_pixels=(96 * 96, 160 * 160), cue_pixels=(32 * 32, 48 * 48))
+    prompter = Prompter(
+        tokenizer,
+        model.config,
+        spec,
+        style="direct",
+        image_pixels=(96 * 96, 160 * 160),
+        cue_pixels=(32 * 32, 48 * 48),
+    )
     prompt = prompter(example(160, 112))
     text = tokenizer.decode(prompt.ids.tolist()).replace("<|image_pad|>", "")
     vision = "<|vision_start|><|vision_end|>"
-    assert text == f"<|im_start|>user\n{vision}{vision}{DIRECT.format(units=Frame(99).units)}<|im_end|>\n<|im_start|>assistant\n"
+    question = DIRECT.format(units=Frame(99).units)
+    assert text == f"<|im_start|>user\n{vision}{vision}{question}<|im_end|>\n<|im_start|>assistant\n"
     assert prompt.grids.tolist()[0] == [1, 14, 20]
     torch.testing.assert_close(prompt.target, torch.tensor([10 / 160, 20 / 112, 50 / 160, 44 / 112]) * 99)
     assert prompt.position.shape == (3, len(prompt.ids))

@@ -1,10 +1,12 @@
-"""The full published models without their weights: parameter counts, tensor names against the published lists, and what training reaches.
+"""The full published models without their weights: parameter counts, tensor names against the published
+lists, and what training reaches.
 
-The lists are written as patterns with layer numbers, from the architectures' own definitions; they were not fetched from the hub for this test. What
-holds them to the published indexes are figures that those state and others quote: 729 tensors and `total_size` 16,584,333,312 for
-Qwen2.5-VL-7B-Instruct, 824 and 7,509,245,952 for the 3B one; 713 and 8,875,631,616 for Qwen3-VL-4B (Instruct and Thinking have one architecture), of
-which the vision tower's are 315 and 830,695,424; 16,612,434,432 for MiMo-VL-7B-RL, a Qwen2.5-VL with the language model of MiMo-7B and a wider MLP in
-the vision tower, 3,456.
+The lists are written as patterns with layer numbers, from the architectures' own definitions; they were not
+fetched from the hub for this test. What holds them to the published indexes are figures that those state and
+others quote: 729 tensors and `total_size` 16,584,333,312 for Qwen2.5-VL-7B-Instruct, 824 and 7,509,245,952
+for the 3B one; 713 and 8,875,631,616 for Qwen3-VL-4B (Instruct and Thinking have one architecture), of which
+the vision tower's are 315 and 830,695,424; 16,612,434,432 for MiMo-VL-7B-RL, a Qwen2.5-VL with the language
+model of MiMo-7B and a wider MLP in the vision tower, 3,456.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def expand(*patterns: str, **counts: int) -> set[str]:
     """Names of patterns: {a,b} are alternatives, and #block counts from 0 to counts["block"] - 1."""
     names: set[str] = set()
     for pattern in patterns:
-        choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(re.split(r"\{(.*?)\}", pattern))]
+        choices = [
+            part.split(",") if i % 2 else [part] for i, part in enumerate(re.split(r"\{(.*?)\}", pattern))
+        ]
         names |= {"".join(chosen) for chosen in itertools.product(*choices)}
     for what, count in counts.items():
         names = {name.replace(f"#{what}", str(i)) for name in names for i in range(count)}
@@ -101,10 +105,14 @@ def test_parameters(full) -> None:
 
 
 def test_published_names_are_the_models(full) -> None:
-    """Each published tensor is one of the model's, and each of the model's is published, but for the head that is tied to the embedding."""
+    """Each published tensor is one of the model's, and each of the model's is published, but for the head
+    that is tied to the embedding."""
     name, model = full
     names, state, tied = PUBLISHED[name][0], model.state_dict(), name in ("qwen2.5-vl-3b", "qwen3-vl-4b")
-    assert len(names) == {"qwen2.5-vl-7b": 729, "qwen2.5-vl-3b": 824, "mimo-vl-7b": 825, "qwen3-vl-4b": 713}[name]
+    assert (
+        len(names)
+        == {"qwen2.5-vl-7b": 729, "qwen2.5-vl-3b": 824, "mimo-vl-7b": 825, "qwen3-vl-4b": 713}[name]
+    )
     if name == "qwen3-vl-4b":
         assert sum(name.startswith("model.visual.") for name in names) == 315
     held = {name: held_name(name, state) for name in names}
@@ -119,8 +127,8 @@ def without_numbers(names: Any) -> set[str]:
 
 
 def test_training_reaches_every_parameter(full, tmp_path: Path) -> None:
-    """In a small model of the same architecture, prompt and replies give every parameter a gradient that is not zero; and the full model has no
-    parameter that the small one has not, layers counted once."""
+    """In a small model of the same architecture, prompt and replies give every parameter a gradient that is
+    not zero; and the full model has no parameter that the small one has not, layers counted once."""
     name, big = full
     family = SIZES[name][0]
     model, _ = load_model(write_checkpoint(tmp_path / family, family), torch.device("cpu"), torch.float32)
@@ -128,7 +136,7 @@ def test_training_reaches_every_parameter(full, tmp_path: Path) -> None:
     prompt = small_prompt(model, [(8, 12), (4, 6)], 9, seed=0, image=model.config.image_token_id)
     prefix = prefill(model, PromptBatch.of([prompt], model.config, "cpu"))
     ids = torch.randint(3, 200, (3, 6), generator=torch.Generator().manual_seed(1))
-    rollout = Rollout(ids, torch.tensor([6, 4, 5]), torch.zeros(3, 6))
+    rollout = Rollout(ids, torch.tensor([6, 4, 5]), torch.zeros(3, 6), torch.zeros(3, dtype=torch.bool))
     logprob, _ = reply_logprob(model, prefix, Replies.of(prefix.batch, rollout.ids, [[6, 4, 5]], [0]), 1.0)
     (logprob * torch.linspace(-1, 1, len(logprob))).sum().backward()
     small = dict(model.named_parameters())

@@ -1,4 +1,5 @@
-"""The reference policy by kind: it stays what it was while the policy moves, exactly or but for quantisation, and shares what is frozen."""
+"""The reference policy by kind: it stays what it was while the policy moves, exactly or but for quantisation,
+and shares what is frozen."""
 
 from __future__ import annotations
 
@@ -17,13 +18,28 @@ from locus_fast.step.optim import parameter_groups
 from tests.locus_fast.test_adapters import CPU, logprobs, needs_peft, tiny
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-SHORT = ["--steps", "2", "--prompts", "4", "--eval-cues", "6", "--microbatch-tokens", "1500", "--device", "cpu"]
+SHORT = [
+    "--steps",
+    "2",
+    "--prompts",
+    "4",
+    "--eval-cues",
+    "6",
+    "--microbatch-tokens",
+    "1500",
+    "--device",
+    "cpu",
+]
 EXACT = ("auto", "copy", "host")
 
 
 def places_of(model) -> list[tuple]:
-    parents = [parent for layer in model.model.language_model.layers for parent in (layer.self_attn, layer.mlp)]
-    return [(parent, name) for parent in parents for name, _ in parent.named_children() if name in PROJECTIONS]
+    parents = [
+        parent for layer in model.model.language_model.layers for parent in (layer.self_attn, layer.mlp)
+    ]
+    return [
+        (parent, name) for parent in parents for name, _ in parent.named_children() if name in PROJECTIONS
+    ]
 
 
 def move(model) -> None:
@@ -54,7 +70,8 @@ def test_it_stays_the_base(kind: str) -> None:
 
 
 def test_quantised_it_is_nearly_the_base() -> None:
-    """On random prompts and replies, whose log-probs are about -13: the small model feels 4 bits more than a large one."""
+    """On random prompts and replies, whose log-probs are about -13: the small model feels 4 bits more than a
+    large one."""
     pytest.importorskip("bitsandbytes")
     eight, four = error_of("int8"), error_of("nf4")
     assert 0 < eight < 0.1
@@ -62,16 +79,23 @@ def test_quantised_it_is_nearly_the_base() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "out", "within", "bias"), [(0, 5, 3, True), (1, 7, 33, False), (37, 130, 65, True)])
+@pytest.mark.parametrize(
+    ("rows", "out", "within", "bias"), [(0, 5, 3, True), (1, 7, 33, False), (37, 130, 65, True)]
+)
 def test_int8_layer(rows: int, out: int, within: int, bias: bool, dtype: torch.dtype) -> None:
-    """Against float64 with the same codes: the error of the dtype alone; against the weights: half a code, 1/254 of a row's largest."""
+    """Against float64 with the same codes: the error of the dtype alone; against the weights: half a code,
+    1/254 of a row's largest."""
     rng = torch.Generator().manual_seed(rows)
     codes = torch.randint(-127, 128, (out, within), generator=rng, dtype=torch.int8)
     scale, shift = torch.rand(out, generator=rng) / 127, torch.randn(out, generator=rng) if bias else None
     x = torch.randn(2, rows, within, generator=rng).to(dtype)
     got = Int8Linear(codes, scale, shift if shift is None else shift.to(dtype))(x)
-    truth = x.double() @ (codes.double() * scale[:, None].double()).T + (0 if shift is None else shift.to(dtype).double())
-    eager = torch.nn.functional.linear(x, (codes * scale[:, None]).to(dtype), shift if shift is None else shift.to(dtype))
+    truth = x.double() @ (codes.double() * scale[:, None].double()).T + (
+        0 if shift is None else shift.to(dtype).double()
+    )
+    eager = torch.nn.functional.linear(
+        x, (codes * scale[:, None]).to(dtype), shift if shift is None else shift.to(dtype)
+    )
     assert got.shape == (2, rows, out)
     assert got.dtype == dtype
     assert (got - truth).abs().sum() <= 2 * (eager - truth).abs().sum() + 1e-6 * got.numel()
@@ -79,11 +103,15 @@ def test_int8_layer(rows: int, out: int, within: int, bias: bool, dtype: torch.d
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_quantised_weights(kind: str) -> None:
-    """Every one of the language model's linear layers, in 8 bits to half a code (and float16's rounding), in 4 to 15% on average."""
+    """Every one of the language model's linear layers, in 8 bits to half a code (and float16's rounding), in
+    4 to 15% on average."""
     pytest.importorskip("bitsandbytes")
     plain, model = tiny(), tiny()
     quantize(model, kind, CPU)
-    pairs = [(a.weight, getattr(parent, name)) for (_, _, a), (parent, name) in zip(language_linears(plain), places_of(model), strict=True)]
+    pairs = [
+        (a.weight, getattr(parent, name))
+        for (_, _, a), (parent, name) in zip(language_linears(plain), places_of(model), strict=True)
+    ]
     assert len(pairs) == 4 * 7
     for weight, layer in pairs:
         if kind == "int8":
@@ -102,7 +130,9 @@ def test_it_shares_what_is_not_trained(kind: str) -> None:
     parameter_groups(model, {"vision": 0.0, "projector": 1.0, "language": 1.0})
     held = make_reference(model, kind).held
     ours, theirs = dict(model.named_parameters()), dict(held.named_parameters())
-    assert {name for name in theirs if theirs[name] is ours.get(name)} == {name for name, p in ours.items() if not p.requires_grad}
+    assert {name for name in theirs if theirs[name] is ours.get(name)} == {
+        name for name, p in ours.items() if not p.requires_grad
+    }
     assert not any(p.requires_grad for p in theirs.values())
     assert any(p.requires_grad for p in ours.values())
 
@@ -150,7 +180,8 @@ def kl_of(out: Path, *options: str) -> list[float]:
 
 
 def test_runs(tmp_path: Path) -> None:
-    """By the command: paged to the host is the copy to the bit; a quantised one starts with the KL of its own error."""
+    """By the command: paged to the host is the copy to the bit; a quantised one starts with the KL of its own
+    error."""
     copied = kl_of(tmp_path / "copy")
     assert copied[0] == 0 < copied[1]
     assert kl_of(tmp_path / "host", "--reference", "host") == copied
@@ -167,7 +198,9 @@ def test_on_cuda_a_paged_layer_is_there_only_while_it_computes() -> None:
     assert all(page.is_pinned() for page in reference.pages.values())
     layers = reference.held.model.language_model.layers
     there: list[list[bool]] = []
-    layers[2].mlp.register_forward_hook(lambda *_: there.append([all(p.is_cuda for p in layer.parameters()) for layer in layers]))
+    layers[2].mlp.register_forward_hook(
+        lambda *_: there.append([all(p.is_cuda for p in layer.parameters()) for layer in layers])
+    )
     with torch.no_grad():
         base = logprobs(model)
         move(model)

@@ -49,7 +49,9 @@ def killed_before_the_final_of_more_steps(run: Path) -> None:
     """An earlier part of the run had ended after two steps."""
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps({**summary, "steps": 2, "interrupted": True}))
-    (run / "final" / "model.safetensors").write_bytes((run / "checkpoints" / "step-000002" / "model.safetensors").read_bytes())
+    (run / "final" / "model.safetensors").write_bytes(
+        (run / "checkpoints" / "step-000002" / "model.safetensors").read_bytes()
+    )
 
 
 def killed_while_answering(run: Path) -> None:
@@ -90,7 +92,9 @@ def killed_before_the_first_checkpoint(run: Path) -> None:
         killed_before_the_first_checkpoint,
     ],
 )
-def test_a_stopped_run_is_finished_by_resume(stopped: Callable[[Path], None], whole: Path, run: Path, capsys) -> None:
+def test_a_stopped_run_is_finished_by_resume(
+    stopped: Callable[[Path], None], whole: Path, run: Path, capsys
+) -> None:
     """It ends as the run that was never stopped: the same weights, metrics and figures."""
     stopped(run)
     assert train.main(["--resume", str(run)]) == 0
@@ -107,7 +111,10 @@ def test_a_run_that_lacks_nothing_is_said_to_be_done(run: Path, capsys) -> None:
     assert train.main(["--resume", str(run)]) == 0
     printed = capsys.readouterr()
     assert "all of its 3 steps are done, and nothing is missing" in printed.err
-    assert f"{summary['eval']['before']['mean_iou']:.3f} -> {summary['eval']['after']['mean_iou']:.3f}" in printed.out
+    assert (
+        f"{summary['eval']['before']['mean_iou']:.3f} -> {summary['eval']['after']['mean_iou']:.3f}"
+        in printed.out
+    )
     assert train.main(["--resume", str(run), "--eval-cues", "9"]) == 0
     assert "--eval-cues changes nothing: give more --steps" in capsys.readouterr().err
     assert files_of(run) == before
@@ -125,7 +132,10 @@ def test_a_finished_run_without_its_checkpoints_is_not_begun_again(run: Path, ca
     without(run, "checkpoints")
     before = files_of(run)
     assert train.main(["--resume", str(run)]) == 2
-    assert f"there is no checkpoint in its folder `checkpoints`: start a new run with --model {run / 'final'}" in the_error(capsys.readouterr().err)
+    assert (
+        f"there is no checkpoint in its folder `checkpoints`: start a new run with --model {run / 'final'}"
+        in the_error(capsys.readouterr().err)
+    )
     assert files_of(run) == before
 
 
@@ -162,7 +172,9 @@ def lines(run: Path, change: Callable[[list[bytes]], list[bytes]]) -> None:
         ),
     ],
 )
-def test_metrics_that_are_not_those_of_the_steps(spoil: Callable[[Path], None], words: str, run: Path, capsys) -> None:
+def test_metrics_that_are_not_those_of_the_steps(
+    spoil: Callable[[Path], None], words: str, run: Path, capsys
+) -> None:
     """One sentence before anything is changed."""
     spoil(run)
     before = files_of(run)
@@ -243,7 +255,9 @@ def test_settings_that_are_no_text(run: Path, capsys) -> None:
     (run / "config.json").write_bytes(b"\xff\xfe\x00")
     before = files_of(run)
     assert train.main(["--resume", str(run)]) == 2
-    assert f"{run / 'config.json'} cannot be read as the settings of a run" in the_error(capsys.readouterr().err)
+    assert f"{run / 'config.json'} cannot be read as the settings of a run" in the_error(
+        capsys.readouterr().err
+    )
     assert files_of(run) == before
 
 
@@ -280,5 +294,7 @@ def test_a_full_disk_under_the_metrics_is_one_sentence(tmp_path: Path, monkeypat
     monkeypatch.setattr(Metrics, "write", full)
     out = tmp_path / "run"
     assert train.main([*SHORT, "--steps", "3", "--out", str(out)]) == 2
-    assert f"{out / 'metrics.jsonl'} could not be written: No space left on device" in the_error(capsys.readouterr().err)
+    assert f"{out / 'metrics.jsonl'} could not be written: No space left on device" in the_error(
+        capsys.readouterr().err
+    )
     assert (out / "final" / "model.safetensors").is_file()

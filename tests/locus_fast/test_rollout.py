@@ -12,17 +12,23 @@ from locus_fast.model.packing import PromptBatch, best_fit, pack
 from locus_fast.model.policy import next_logits, prefill
 from locus_fast.run.setup import set_up
 from locus_fast.step import rollout
-from locus_fast.step.rollout import Decoder, Sampling, Vocabulary
+from locus_fast.step.rollout import Decoder, Sampling
+from locus_fast.step.vocabulary import Vocabulary
 from tests.small_models import IMAGE, VOCABULARY, small_model, small_prompt
 
-WORDS = Vocabulary(torch.arange(VOCABULARY) < IMAGE, torch.arange(2, 40))  # many stop tokens, so that replies end at different times
+WORDS = Vocabulary(
+    torch.arange(VOCABULARY) < IMAGE, torch.arange(2, 40)
+)  # many stop tokens, so that replies end at different times
 SAMPLING = Sampling(group_size=7, max_new_tokens=12, temperature=0.8, top_p=0.95)
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
 def prefix(request):
     model = small_model(request.param)
-    prompts = [small_prompt(model, grids, words=5, seed=seed) for seed, grids in enumerate([[(8, 12), (4, 4)], [], [(4, 8)]])]
+    prompts = [
+        small_prompt(model, grids, words=5, seed=seed)
+        for seed, grids in enumerate([[(8, 12), (4, 4)], [], [(4, 8)]])
+    ]
     with torch.no_grad():
         return model, prefill(model, PromptBatch.of(prompts, model.config, "cpu"))
 
@@ -44,7 +50,7 @@ def test_finished_rows_are_moved_out_and_nothing_changes(prefix, monkeypatch) ->
     assert decoder.slots is not None
     assert decoder.slots.rows < 21
     assert len(set(compacted.lengths.tolist())) > 3
-    monkeypatch.setattr(rollout, "LADDER", (10**6,))
+    monkeypatch.setattr(rollout, "rung", lambda rows: 21)
     decoder, whole = played(prefix)
     assert decoder.slots is not None
     assert decoder.slots.rows == 21
@@ -52,7 +58,8 @@ def test_finished_rows_are_moved_out_and_nothing_changes(prefix, monkeypatch) ->
 
 
 def test_fixed_buffers_that_are_used_again(prefix, monkeypatch) -> None:
-    """What a CUDA graph sees: buffers larger than needed, left as the last microbatch left them, and no number from the host."""
+    """What a CUDA graph sees: buffers larger than needed, left as the last microbatch left them, and no
+    number from the host."""
     monkeypatch.setattr(rollout, "Graph", lambda function, other: function)
     _, expected = played(prefix)
     decoder, first = played(prefix, static=True)
@@ -68,7 +75,8 @@ def test_fixed_buffers_that_are_used_again(prefix, monkeypatch) -> None:
 
 
 def test_a_late_count_ends_the_rollout_all_the_same(prefix, monkeypatch) -> None:
-    """The host hears of finished rows some steps later: it compacts and stops later, and the replies are the same."""
+    """The host hears of finished rows some steps later: it compacts and stops later, and the replies are the
+    same."""
 
     _, expected = played(prefix)
     count = rollout.Count
@@ -82,11 +90,22 @@ def test_a_late_count_ends_the_rollout_all_the_same(prefix, monkeypatch) -> None
 def test_replies_end_with_their_box() -> None:
     """Nothing is sampled after the box that counts; the reader finds it in what was sampled."""
     setup = set_up(parse(["--max-new-tokens", "16", "--eval-cues", "1"]))
-    batch = PromptBatch.of([setup.inputs.prompter(setup.inputs.cues.train(i)) for i in range(4)], setup.engine.model.config, "cpu")
+    batch = PromptBatch.of(
+        [setup.inputs.prompter(setup.inputs.cues.train(i)) for i in range(4)],
+        setup.engine.model.config,
+        "cpu",
+    )
     with torch.no_grad():
-        out = setup.engine.decoder.generate(prefill(setup.engine.model, batch), Sampling(8, 16, 1.0, 1.0), seed=0, groups=range(4))
-    closing = closing_table(build_token_table(setup.origin.source.tokenizer, setup.engine.model.lm_head.weight.shape[0]), "first")
-    texts = [setup.origin.source.tokenizer.decode(row[:n]) for row, n in zip(out.ids.tolist(), out.lengths.tolist(), strict=True)]
+        out = setup.engine.decoder.generate(
+            prefill(setup.engine.model, batch), Sampling(8, 16, 1.0, 1.0), seed=0, groups=range(4)
+        )
+    closing = closing_table(
+        build_token_table(setup.origin.source.tokenizer, setup.engine.model.lm_head.weight.shape[0]), "first"
+    )
+    texts = [
+        setup.origin.source.tokenizer.decode(row[:n])
+        for row, n in zip(out.ids.tolist(), out.lengths.tolist(), strict=True)
+    ]
     boxes = [text for text in texts if "]" in text]
     assert len(boxes) > 24
     assert all(text.endswith("]") for text in boxes)
@@ -94,7 +113,8 @@ def test_replies_end_with_their_box() -> None:
 
 
 def test_a_forced_prefix_is_given_and_read(tmp_path) -> None:
-    """`[` stands in the prompt: it is not sampled, the reply starts with the first number, and the box is read whole."""
+    """`[` stands in the prompt: it is not sampled, the reply starts with the first number, and the box is
+    read whole."""
     setup = set_up(parse(["--answer-prefix", "[", "--max-new-tokens", "16", "--eval-cues", "1"]))
     plain = set_up(parse(["--eval-cues", "1"]))
     prompt, without = (s.prompter(s.cues.train(0)) for s in (setup, plain))
@@ -129,22 +149,30 @@ def test_packing_weighs_images_and_names_what_does_not_fit() -> None:
     costs = [setup.most(prompt, 8) for prompt in prompts]
     assert all(cost > len(prompt.ids) + 8 * 16 for cost, prompt in zip(costs, prompts, strict=True))
     assert len(pack(prompts, costs, 2 * max(costs))) == 3
-    with pytest.raises(UserError, match=r"scene 0: its prompt of .* more than a microbatch of 100; raise --microbatch-tokens"):
+    with pytest.raises(
+        UserError, match=r"scene 0: its prompt of .* more than a microbatch of 100; raise --microbatch-tokens"
+    ):
         pack(prompts, costs, 100)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_logits_of_a_bfloat16_model_stay_in_float32(family: str) -> None:
-    """From the head's product to the draw: the sampler's log-probs are those of float64 arithmetic on the very states
-    that it sampled from. Logits rounded to bfloat16 would be off by 0.01 and more."""
+    """From the head's product to the draw: the sampler's log-probs are those of float64 arithmetic on the
+    very states that it sampled from. Logits rounded to bfloat16 would be off by 0.01 and more."""
     model = small_model(family).bfloat16()
     states: list[torch.Tensor] = []
     with torch.no_grad():
-        prefix = prefill(model, PromptBatch.of([small_prompt(model, [(4, 8)], words=5, seed=0)], model.config, "cpu"))
+        prefix = prefill(
+            model, PromptBatch.of([small_prompt(model, [(4, 8)], words=5, seed=0)], model.config, "cpu")
+        )
         states.append(prefix.last_hidden.expand(7, -1))
-        hook = model.model.language_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state[:, 0]))
+        hook = model.model.language_model.register_forward_hook(
+            lambda *call: states.append(call[-1].last_hidden_state[:, 0])
+        )
         sampling = Sampling(group_size=7, max_new_tokens=6, temperature=0.8, top_p=0.95)
-        played = Decoder(model, Vocabulary(torch.arange(VOCABULARY) < IMAGE, torch.tensor([2]))).generate(prefix, sampling, seed=4, groups=[3])
+        played = Decoder(model, Vocabulary(torch.arange(VOCABULARY) < IMAGE, torch.tensor([2]))).generate(
+            prefix, sampling, seed=4, groups=[3]
+        )
         hook.remove()
     assert played.lengths.tolist() == [6] * 7  # no row was moved
     head = model.lm_head.weight.double()

@@ -1,13 +1,14 @@
-"""A run's folder from outside: its settings found from anywhere inside it, its paths whole, its name its own."""
+"""A run's folder from outside: its settings found from anywhere inside it, its paths whole, its name its
+own."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
 import stat
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,27 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from locus_fast import evaluate, train
-from locus_fast.config import ASKED, Config, parse
+from locus_fast.config import EVALUATION_OPTIONS, Config, parse
 from locus_fast.config.folders import run_around
 from locus_fast.errors import UserError
 from locus_fast.files import save_tensors
+from locus_fast.run.folder import make_folder
 from locus_fast.weights.checkpoint import TINY_BASE
 
-SHORT = ["--steps", "2", "--prompts", "2", "--group-size", "2", "--eval-cues", "3", "--save-every", "1", "--device", "cpu"]
+SHORT = [
+    "--steps",
+    "2",
+    "--prompts",
+    "2",
+    "--group-size",
+    "2",
+    "--eval-cues",
+    "3",
+    "--save-every",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 def scenes(folder: Path) -> None:
@@ -32,7 +47,9 @@ def scenes(folder: Path) -> None:
     (folder / "pool").mkdir(parents=True)
     lines = []
     for i in range(3):
-        Image.fromarray(rng.integers(0, 256, (120, 160, 3), dtype=np.uint8)).save(folder / "pool" / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (120, 160, 3), dtype=np.uint8)).save(
+            folder / "pool" / f"{i}.png"
+        )
         lines += [{"image": f"{i}.png", "bbox": [10 + 40 * k, 12, 40 + 40 * k, 40]} for k in range(2)]
     (folder / "boxes.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
@@ -45,7 +62,16 @@ def run(tmp_path_factory) -> Path:
     here = os.getcwd()
     os.chdir(home)
     try:
-        paths = ["--data", "data/boxes.jsonl", "--images", "data/pool", "--model", os.path.relpath(TINY_BASE), "--out", "runs/one"]
+        paths = [
+            "--data",
+            "data/boxes.jsonl",
+            "--images",
+            "data/pool",
+            "--model",
+            os.path.relpath(TINY_BASE),
+            "--out",
+            "runs/one",
+        ]
         assert train.main([*SHORT, *paths]) == 0
     finally:
         os.chdir(here)
@@ -57,7 +83,9 @@ INSIDE = ["final", "final/", "checkpoints/step-000001", "checkpoints/step-000002
 
 @pytest.mark.parametrize("how", ["first", "option", "last", "joined", "relative", "link"])
 @pytest.mark.parametrize("place", INSIDE)
-def test_a_runs_settings_are_found_from_inside_it(place: str, how: str, run: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_a_runs_settings_are_found_from_inside_it(
+    place: str, how: str, run: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
     """Its own data and question are asked, and said first; the same cues as the run's own evaluation had."""
     folder = f"{run}/{place}"
     if how == "link":
@@ -75,7 +103,9 @@ def test_a_runs_settings_are_found_from_inside_it(place: str, how: str, run: Pat
     out, err = capsys.readouterr()
     lines = err.splitlines()
     data = run.parent.parent / "data" / "boxes.jsonl"
-    assert lines[0] == f"asking {folder}: up to 3 held-out cues of {data}, question direct, as in the run {run}"
+    assert (
+        lines[0] == f"asking {folder}: up to 3 held-out cues of {data}, question direct, as in the run {run}"
+    )
     assert "3 images, 6 boxes" in lines[1]
     if "step-000001" not in place:
         after = json.loads((run / "summary.json").read_text())["eval"]["after"]
@@ -88,7 +118,9 @@ def test_a_run_folder_is_answered_with_its_models(command, run: Path, capsys, mo
     for given, home in ((str(run), run), (f"{run}/", run), (f"{run}/checkpoints", run)):
         assert command(["--model", given, *named]) == 2
         error = capsys.readouterr().err
-        assert error.endswith(f"a folder of a run, not a model: use {home}/final or {home}/checkpoints/step-000002.\n")
+        assert error.endswith(
+            f"a folder of a run, not a model: use {home}/final or {home}/checkpoints/step-000002.\n"
+        )
     monkeypatch.chdir(run)
     assert command(["--model", ".", *named]) == 2
     assert "use final or checkpoints/step-000002." in capsys.readouterr().err
@@ -122,7 +154,7 @@ def test_other_data_comes_with_its_own_folder_of_images(run: Path, tmp_path: Pat
     assert parse(["--resume", str(run), "--data", str(tmp_path)]).images == ""
 
 
-UNUSED = sorted(Config.__dataclass_fields__.keys() - set(ASKED))
+UNUSED = sorted(Config.__dataclass_fields__.keys() - set(EVALUATION_OPTIONS))
 
 
 @pytest.mark.parametrize("name", UNUSED)
@@ -139,15 +171,30 @@ def test_options_with_a_meaning_are_those_that_are_read(run: Path, monkeypatch) 
     look = Config.__getattribute__
 
     def seen(config: Config, name: str):
-        if sys._getframe(1).f_code.co_filename != dataclasses.__file__:  # `replace` copies every field
+        caller = Path(sys._getframe(1).f_code.co_filename)
+        if (
+            caller.parent.name != "config" and caller.name != "dataclasses.py"
+        ):  # which check and copy every field
             read.add(name)
         return look(config, name)
 
     config, _ = evaluate.parse([str(run / "final"), "--device", "cpu"])
     monkeypatch.setattr(Config, "__getattribute__", seen)
-    evaluate.evaluate(evaluate.set_up(config), "", lambda: False)
-    trained = {"quantize", "lora", "checkpointing", "rollout_tokens"}  # looked at, and always as they are by default
-    assert (read & Config.__dataclass_fields__.keys()) - trained <= set(ASKED)
+    setup = evaluate.set_up(config)
+    setup.evaluate("", lambda: False)
+    trained = {
+        "quantize",
+        "lora",
+        "checkpointing",
+        "rollout_tokens",
+    }  # looked at, and always as they are by default
+    trained |= {
+        "group_size",
+        "reward",
+        "format_weight",
+        "normalize_std",
+    }  # stored for a reward, which is not asked for
+    assert (read & Config.__dataclass_fields__.keys()) - trained <= set(EVALUATION_OPTIONS)
 
 
 def test_the_help_shows_the_options_with_a_meaning(capsys) -> None:
@@ -155,7 +202,7 @@ def test_the_help_shows_the_options_with_a_meaning(capsys) -> None:
         evaluate.main(["--help"])
     shown = capsys.readouterr().out
     for name in Config.__dataclass_fields__:
-        assert (f"--{name.replace('_', '-')} " in shown) == (name in ASKED), name
+        assert (f"--{name.replace('_', '-')} " in shown) == (name in EVALUATION_OPTIONS), name
 
 
 def test_two_models_are_one_too_many(run: Path, capsys) -> None:
@@ -163,7 +210,8 @@ def test_two_models_are_one_too_many(run: Path, capsys) -> None:
     assert "two models are named" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------- whole paths
+# ----------------------------------------------------------------------------------------------------- whole
+# paths
 def test_a_run_keeps_whole_paths(run: Path) -> None:
     kept = json.loads((run / "config.json").read_text())
     home = run.parent.parent
@@ -201,7 +249,20 @@ def test_the_run_itself_is_resumed_and_not_a_part_of_it(place: str, run: Path, c
 def test_what_is_fixed_may_be_repeated(run: Path, monkeypatch) -> None:
     """--resume with the value that the run has already is no change."""
     monkeypatch.chdir(run.parent)
-    words = ["--resume", "one", "--out", "one", "--prompts", "2", "--seed", "0", "--preset", "tiny", "--steps", "9"]
+    words = [
+        "--resume",
+        "one",
+        "--out",
+        "one",
+        "--prompts",
+        "2",
+        "--seed",
+        "0",
+        "--preset",
+        "tiny",
+        "--steps",
+        "9",
+    ]
     assert parse(words).steps == 9
     assert parse([*words, "--model", os.path.relpath(TINY_BASE)]).prompts == 2
     for other in (["--out", "two"], ["--prompts", "3"], ["--seed", "1"], ["--model", ""], ["--lora", "4"]):
@@ -212,12 +273,12 @@ def test_what_is_fixed_may_be_repeated(run: Path, monkeypatch) -> None:
 def test_runs_without_a_name_take_names_of_their_own(tmp_path: Path, monkeypatch) -> None:
     """However many start in one second."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.time, "strftime", lambda _: "20260101-000000")
-    names = [train.run_folder(Config(preset="tiny")).name for _ in range(4)]
+    monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
+    names = [make_folder(Config(preset="tiny")).name for _ in range(4)]
     assert names == ["tiny-20260101-000000", *(f"tiny-20260101-000000-{n}" for n in (2, 3, 4))]
-    assert train.run_folder(Config(preset="tiny", out="named")) == Path("named")
+    assert make_folder(Config(preset="tiny", out="named")) == Path("named")
     with pytest.raises(UserError, match="--out named exists already"):
-        train.run_folder(Config(preset="tiny", out="named"))
+        make_folder(Config(preset="tiny", out="named"))
 
 
 EMPTY = [name for name, f in Config.__dataclass_fields__.items() if "empty:" in f.metadata["help"]]
@@ -228,12 +289,16 @@ def test_what_may_be_empty_is_as_if_it_were_not_given(name: str, run: Path) -> N
     """Every option whose help says what empty means."""
     assert {"preset", "model", "data", "images", "out"} <= set(EMPTY)
     assert parse([f"--{name}", ""]) == parse([])
-    assert parse([f"--{name}", "", "--model", str(run / "final")] if name != "model" else ["--model", ""]).preset == "tiny"
+    assert (
+        parse([f"--{name}", "", "--model", str(run / "final")] if name != "model" else ["--model", ""]).preset
+        == "tiny"
+    )
     if name in ("preset", "out"):
         assert parse(["--resume", str(run), f"--{name}", ""]) == parse(["--resume", str(run)])
 
 
-# ------------------------------------------------------------------------------------------------------- file modes
+# ------------------------------------------------------------------------------------------------------- file
+# modes
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 def test_files_are_as_readable_as_the_umask_says(umask: int, tmp_path: Path) -> None:
     """As a file that Python opens by itself."""

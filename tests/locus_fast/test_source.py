@@ -1,5 +1,5 @@
-"""Folders that are no model, or not a whole one: each is refused with one sentence that names file and mend, before weights are read or anything is
-written."""
+"""Folders that are no model, or not a whole one: each is refused with one sentence that names file and mend,
+before weights are read or anything is written."""
 
 from __future__ import annotations
 
@@ -18,23 +18,54 @@ from safetensors.torch import load_file
 
 from locus_fast import train
 from locus_fast.errors import UserError
-from locus_fast.run import disk
-from locus_fast.run import setup as runtime
-from locus_fast.step import budget
+from locus_fast.run import disk, plan
+from locus_fast.run import model as runtime
 from locus_fast.weights import checkpoint, shards
 from locus_fast.weights.checkpoint import load_model
 from locus_fast.weights.source import read_source
 from tests.published import PHOTOGRAPHS, write_checkpoint, write_shards
 
-FIRST, SECOND, INDEX = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model.safetensors.index.json"
+FIRST, SECOND, INDEX = (
+    "model-00001-of-00003.safetensors",
+    "model-00002-of-00003.safetensors",
+    "model.safetensors.index.json",
+)
 DATA = str(PHOTOGRAPHS / "instances.json")
-RECIPE = ["--image-pixels", "4096", "12544", "--cue-pixels", "1024", "3136", "--eval-cues", "1", "--device", "cpu", "--mix", "1", "1", "1"]
-SIZES = ["--steps", "1", "--prompts", "2", "--group-size", "2", "--max-new-tokens", "3", "--microbatch-tokens", "4000"]
+RECIPE = [
+    "--image-pixels",
+    "4096",
+    "12544",
+    "--cue-pixels",
+    "1024",
+    "3136",
+    "--eval-cues",
+    "1",
+    "--device",
+    "cpu",
+    "--mix",
+    "1",
+    "1",
+    "1",
+]
+SIZES = [
+    "--steps",
+    "1",
+    "--prompts",
+    "2",
+    "--group-size",
+    "2",
+    "--max-new-tokens",
+    "3",
+    "--microbatch-tokens",
+    "4000",
+]
 Spoil = Callable[[Path], Any]
 
 
 def text(name: str, content: str | bytes) -> Spoil:
-    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return lambda folder: (folder / name).write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
 
 
 def absent(*names: str) -> Spoil:
@@ -46,7 +77,9 @@ def fields(name: str, **changes: Any) -> Spoil:
 
     def spoil(folder: Path) -> None:
         content = {**json.loads((folder / name).read_text()), **changes}
-        (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+        (folder / name).write_text(
+            json.dumps({key: value for key, value in content.items() if value is not None})
+        )
 
     return spoil
 
@@ -59,14 +92,18 @@ def entry(**changes: Any) -> Spoil:
         changed = {**header["lm_head.weight"], **changes}
         header["lm_head.weight"] = {key: value for key, value in changed.items() if value is not None}
         new = json.dumps(header).encode()
-        (folder / FIRST).write_bytes(len(new).to_bytes(8, "little") + new + (folder / FIRST).read_bytes()[8 + len(raw) :])
+        (folder / FIRST).write_bytes(
+            len(new).to_bytes(8, "little") + new + (folder / FIRST).read_bytes()[8 + len(raw) :]
+        )
 
     return spoil
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Spoil:
     def spoil(folder: Path) -> None:
-        stored = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        stored = {
+            name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()
+        }
         change(stored)
         write_shards(folder, stored, 3)
 
@@ -79,14 +116,20 @@ def template(content: str) -> Spoil:
 
 
 def pickled(folder: Path) -> None:
-    stored = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    stored = {
+        name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
     absent("*.safetensors*")(folder)
     torch.save(stored, folder / "pytorch_model.bin")
 
 
 def fewer_rows(folder: Path) -> None:
     fields("config.json", vocab_size=400)(folder)
-    tensors(lambda stored: stored.update({name: t[:400].contiguous() for name, t in stored.items() if len(t) > 400}))(folder)
+    tensors(
+        lambda stored: stored.update(
+            {name: t[:400].contiguous() for name, t in stored.items() if len(t) > 400}
+        )
+    )(folder)
 
 
 def of_another_family(folder: Path) -> None:
@@ -101,51 +144,118 @@ BAD: dict[str, tuple[Spoil, str]] = {
         text(INDEX, json.dumps({"metadata": {}, "weight_map": {"a": "../x.safetensors"}})),
         "names the shard ../x.safetensors",
     ),
-    "truncated shard": (lambda folder: os.truncate(folder / SECOND, (folder / SECOND).stat().st_size - 3), f"{SECOND} is no whole safetensors file"),
-    "empty shard": (text(SECOND, b""), f"{SECOND} is no whole safetensors file; it is cut short or damaged: fetch it again."),
-    "header longer than the file": (text(SECOND, (2**33).to_bytes(8, "little") + b"{}"), f"{SECOND} is no whole safetensors file"),
-    "header that is no object": (text(SECOND, (3).to_bytes(8, "little") + b"[1]"), f"{SECOND} is no whole safetensors file"),
-    "pointer of Git LFS": (text(SECOND, "version https://git-lfs.github.com/spec/v1\noid sha256:0"), f"{SECOND} is a pointer of Git LFS"),
+    "truncated shard": (
+        lambda folder: os.truncate(folder / SECOND, (folder / SECOND).stat().st_size - 3),
+        f"{SECOND} is no whole safetensors file",
+    ),
+    "empty shard": (
+        text(SECOND, b""),
+        f"{SECOND} is no whole safetensors file; it is cut short or damaged: fetch it again.",
+    ),
+    "header longer than the file": (
+        text(SECOND, (2**33).to_bytes(8, "little") + b"{}"),
+        f"{SECOND} is no whole safetensors file",
+    ),
+    "header that is no object": (
+        text(SECOND, (3).to_bytes(8, "little") + b"[1]"),
+        f"{SECOND} is no whole safetensors file",
+    ),
+    "pointer of Git LFS": (
+        text(SECOND, "version https://git-lfs.github.com/spec/v1\noid sha256:0"),
+        f"{SECOND} is a pointer of Git LFS",
+    ),
     "dtype missing": (entry(dtype=None), f"{FIRST} is no whole safetensors file"),
     "dtype unhashable": (entry(dtype=[]), f"{FIRST} is no whole safetensors file"),
-    "dtype quantised": (entry(dtype="F8_E4M3"), f"{FIRST}: lm_head.weight is stored as F8_E4M3; give the model's unquantised checkpoint"),
+    "dtype quantised": (
+        entry(dtype="F8_E4M3"),
+        f"{FIRST}: lm_head.weight is stored as F8_E4M3; give the model's unquantised checkpoint",
+    ),
     "shape missing": (entry(shape=None), f"{FIRST} is no whole safetensors file"),
     "overlapping tensors": (entry(data_offsets=[0, 64]), f"{FIRST} is no whole safetensors file"),
     "half an offset": (entry(data_offsets=[0]), f"{FIRST} is no whole safetensors file"),
-    "transposed tensor": (entry(shape=[64, 419]), f"{FIRST}: lm_head.weight has shape [64, 419], and should have [419, 64] by config.json"),
+    "transposed tensor": (
+        entry(shape=[64, 419]),
+        f"{FIRST}: lm_head.weight has shape [64, 419], and should have [419, 64] by config.json",
+    ),
     "no index": (absent(INDEX), f"has neither model.safetensors nor {INDEX} (there is {FIRST})"),
-    "index that is no object": (text(INDEX, "[]"), f"{INDEX} cannot be read as the index of a model's shards"),
-    "index without metadata": (fields(INDEX, metadata=None), f"{INDEX} cannot be read as the index of a model's shards (KeyError: 'metadata')"),
-    "index without tensors": (text(INDEX, '{"metadata": {}, "weight_map": {}}'), "its weight files hold no tensors"),
-    "tensor missing": (tensors(lambda stored: stored.pop("model.norm.weight")), "the first model.language_model.norm.weight: fetch the model again."),
+    "index that is no object": (
+        text(INDEX, "[]"),
+        f"{INDEX} cannot be read as the index of a model's shards",
+    ),
+    "index without metadata": (
+        fields(INDEX, metadata=None),
+        f"{INDEX} cannot be read as the index of a model's shards (KeyError: 'metadata')",
+    ),
+    "index without tensors": (
+        text(INDEX, '{"metadata": {}, "weight_map": {}}'),
+        "its weight files hold no tensors",
+    ),
+    "tensor missing": (
+        tensors(lambda stored: stored.pop("model.norm.weight")),
+        "the first model.language_model.norm.weight: fetch the model again.",
+    ),
     "weights of another family": (of_another_family, "one of the two is another model's"),
     "pickle": (
         pickled,
-        "has its weights in pickle format (pytorch_model.bin), which is never loaded as it may run code; convert them with: python -c",
+        "has its weights in pickle format (pytorch_model.bin), which is never loaded as it may run code; "
+        "convert them with: python -c",
     ),
-    "other formats": (lambda folder: (absent("*.safetensors*")(folder), text("a.gguf", b"GGUF")(folder)), "(there is a.gguf)"),
-    "another family": (fields("config.json", model_type="llama"), "config.json: model type 'llama' is not one of the families"),
+    "other formats": (
+        lambda folder: (absent("*.safetensors*")(folder), text("a.gguf", b"GGUF")(folder)),
+        "(there is a.gguf)",
+    ),
+    "another family": (
+        fields("config.json", model_type="llama"),
+        "config.json: model type 'llama' is not one of the families",
+    ),
     "adapters in the same folder": (
         text("adapter_config.json", '{"peft_type": "LORA"}'),
         "holds a model and adapters (adapter_config.json): move one of the two to a folder of its own.",
     ),
-    "custom code": (fields("config.json", model_type="x", auto_map={"AutoConfig": "x.X"}), "config.json: model type 'x' is not"),
-    "model type that is no text": (fields("config.json", model_type=["a"]), "config.json: model type '['a']' is not"),
-    "quantised": (fields("config.json", quantization_config={"quant_method": "awq"}), "config.json has a quantization_config"),
+    "custom code": (
+        fields("config.json", model_type="x", auto_map={"AutoConfig": "x.X"}),
+        "config.json: model type 'x' is not",
+    ),
+    "model type that is no text": (
+        fields("config.json", model_type=["a"]),
+        "config.json: model type '['a']' is not",
+    ),
+    "quantised": (
+        fields("config.json", quantization_config={"quant_method": "awq"}),
+        "config.json has a quantization_config",
+    ),
     "no vision tower": (fields("config.json", vision_config=None), "config.json has no vision_config"),
-    "larger sizes": (fields("config.json", hidden_size=8192), "lm_head.weight has shape [419, 64], and should have [419, 8192] by config.json"),
+    "larger sizes": (
+        fields("config.json", hidden_size=8192),
+        "lm_head.weight has shape [419, 64], and should have [419, 8192] by config.json",
+    ),
     "rotary sections": (
         fields("config.json", rope_scaling={"mrope_section": [16, 24, 24], "type": "mrope"}),
         "must be three numbers that add up to 8",
     ),
-    "unknown dtype": (fields("config.json", torch_dtype="float7"), "config.json does not describe a model (AttributeError"),
+    "unknown dtype": (
+        fields("config.json", torch_dtype="float7"),
+        "config.json does not describe a model (AttributeError",
+    ),
     "config cut short": (text("config.json", "{"), "config.json cannot be read as JSON"),
     "config that is no object": (text("config.json", "5"), "config.json holds no JSON object"),
-    "float16": (fields("config.json", torch_dtype="float16"), "its weights are float16, in which small updates are lost: give --dtype bfloat16"),
-    "no tokenizer": (absent("tokenizer.json"), "has no tokenizer.json: copy the tokenizer's files of the base model there."),
+    "float16": (
+        fields("config.json", torch_dtype="float16"),
+        "its weights are float16, in which small updates are lost: give --dtype bfloat16",
+    ),
+    "no tokenizer": (
+        absent("tokenizer.json"),
+        "has no tokenizer.json: copy the tokenizer's files of the base model there.",
+    ),
     "tokenizer of nothing": (text("tokenizer.json", "{}"), "its tokenizer could not be loaded (Exception, "),
-    "tokenizer too large": (fewer_rows, "its tokenizer has ids up to 412, and the model's embedding has 400 rows: copy the tokenizer's files"),
-    "tokenizer of other ids": (fields("config.json", image_token_id=300), "image_token_id 300, which is no special token of its tokenizer: copy"),
+    "tokenizer too large": (
+        fewer_rows,
+        "its tokenizer has ids up to 412, and the model's embedding has 400 rows: copy the tokenizer's files",
+    ),
+    "tokenizer of other ids": (
+        fields("config.json", image_token_id=300),
+        "image_token_id 300, which is no special token of its tokenizer: copy",
+    ),
     "no template": (
         lambda f: (absent("chat_template.json")(f), fields("tokenizer_config.json", chat_template=None)(f)),
         "images (there is none): copy",
@@ -154,19 +264,46 @@ BAD: dict[str, tuple[Spoil, str]] = {
         template("{{ messages[0].role }}"),
         "gives 0 image placeholders (token 409) for 2 images, and must give one each: copy",
     ),
-    "template with a slip": (template("{% for m in %}"), "cannot be used for 2 images (TemplateSyntaxError, "),
-    "template that refuses": (template("{{ raise_exception('text only') }}"), "cannot be used for 2 images (TemplateError, text only)"),
-    "template that refuses without a word": (template("{{ raise_exception('') }}"), "cannot be used for 2 images (TemplateError): copy"),
-    "template of text": (template("{{ 'user: ' + messages[0].content }}"), "cannot be used for 2 images (TypeError, "),
-    "template that is no text": (text("chat_template.json", '{"chat_template": 3}'), "chat_template.json has no text chat_template"),
-    "no preprocessor": (absent("preprocessor_config.json"), "preprocessor_config.json must be readable JSON with image_mean and image_std"),
-    "one mean": (fields("preprocessor_config.json", image_mean=[0.5]), "preprocessor_config.json must give image_mean and image_std as three"),
-    "no deviation": (fields("preprocessor_config.json", image_std=[0, 0, 0]), "preprocessor_config.json must give image_mean and image_std as three"),
+    "template with a slip": (
+        template("{% for m in %}"),
+        "cannot be used for 2 images (TemplateSyntaxError, ",
+    ),
+    "template that refuses": (
+        template("{{ raise_exception('text only') }}"),
+        "cannot be used for 2 images (TemplateError, text only)",
+    ),
+    "template that refuses without a word": (
+        template("{{ raise_exception('') }}"),
+        "cannot be used for 2 images (TemplateError): copy",
+    ),
+    "template of text": (
+        template("{{ 'user: ' + messages[0].content }}"),
+        "cannot be used for 2 images (TypeError, ",
+    ),
+    "template that is no text": (
+        text("chat_template.json", '{"chat_template": 3}'),
+        "chat_template.json has no text chat_template",
+    ),
+    "no preprocessor": (
+        absent("preprocessor_config.json"),
+        "preprocessor_config.json must be readable JSON with image_mean and image_std",
+    ),
+    "one mean": (
+        fields("preprocessor_config.json", image_mean=[0.5]),
+        "preprocessor_config.json must give image_mean and image_std as three",
+    ),
+    "no deviation": (
+        fields("preprocessor_config.json", image_std=[0, 0, 0]),
+        "preprocessor_config.json must give image_mean and image_std as three",
+    ),
     "stop id that is none": (
         text("generation_config.json", '{"eos_token_id": 9999}'),
         "generation_config.json: eos_token_id 9999 is no id of the model",
     ),
-    "damaged generation config": (text("generation_config.json", "{"), "generation_config.json cannot be read as JSON"),
+    "damaged generation config": (
+        text("generation_config.json", "{"),
+        "generation_config.json cannot be read as JSON",
+    ),
 }
 
 
@@ -177,7 +314,10 @@ def test_a_folder_that_cannot_be_trained(name: str, tmp_path: Path, monkeypatch,
     spoil(folder)
     for module, loader in ((runtime, "load_source"), (checkpoint, "load_source")):
         monkeypatch.setattr(module, loader, None)
-    assert train.main(["--model", str(folder), "--data", DATA, "--out", str(tmp_path / "run"), *RECIPE, *SIZES]) == 2
+    assert (
+        train.main(["--model", str(folder), "--data", DATA, "--out", str(tmp_path / "run"), *RECIPE, *SIZES])
+        == 2
+    )
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
@@ -189,9 +329,16 @@ def test_a_folder_that_cannot_be_trained(name: str, tmp_path: Path, monkeypatch,
 def test_the_command_that_converts_a_pickle(tmp_path: Path, capsys) -> None:
     """As the sentence gives it, in a folder whose name wants quoting."""
     folder = write_checkpoint(tmp_path / "my model", "qwen2.5-vl")
-    before = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    before = {
+        name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
     pickled(folder)
-    assert train.main(["--model", str(folder), "--data", str(tmp_path), "--out", str(tmp_path / "run"), *RECIPE, *SIZES]) == 2
+    assert (
+        train.main(
+            ["--model", str(folder), "--data", str(tmp_path), "--out", str(tmp_path / "run"), *RECIPE, *SIZES]
+        )
+        == 2
+    )
     command = capsys.readouterr().err.split("convert them with: ")[1].strip()
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True, capture_output=True)
     model, _ = load_model(folder, torch.device("cpu"))
@@ -206,7 +353,20 @@ def test_a_disk_without_room(tmp_path: Path, monkeypatch, capsys) -> None:
     """Said before loading; what is asked for is what the run then writes, within the headers."""
     folder = write_checkpoint(tmp_path / "model", "qwen2.5-vl")
     run, asked = tmp_path / "run", []
-    arguments = ["--model", str(folder), "--data", DATA, "--out", str(run), *RECIPE, *SIZES, "--steps", "2", "--optimizer", "adamw-master"]
+    arguments = [
+        "--model",
+        str(folder),
+        "--data",
+        DATA,
+        "--out",
+        str(run),
+        *RECIPE,
+        *SIZES,
+        "--steps",
+        "2",
+        "--optimizer",
+        "adamw-master",
+    ]
 
     def usage(path: Path) -> Usage:
         assert path == run
@@ -216,7 +376,12 @@ def test_a_disk_without_room(tmp_path: Path, monkeypatch, capsys) -> None:
         patched.setattr(disk.shutil, "disk_usage", usage)
         patched.setattr(disk, "GIB", 1)
         patched.setattr(runtime, "load_source", None)
-        for more in (["--save-every", "1"], ["--save-every", "0"], ["--save-every", "0", "--optimizer", "adamw8bit"], ["--lora", "4"]):
+        for more in (
+            ["--save-every", "1"],
+            ["--save-every", "0"],
+            ["--save-every", "0", "--optimizer", "adamw8bit"],
+            ["--lora", "4"],
+        ):
             assert train.main([*arguments, *more]) == 2
             sentence = capsys.readouterr().err
             assert f"{run}: the run writes" in sentence
@@ -225,19 +390,24 @@ def test_a_disk_without_room(tmp_path: Path, monkeypatch, capsys) -> None:
     assert asked == sorted(asked, reverse=True)
     assert asked[3] == pytest.approx(sum(file.stat().st_size for file in folder.glob("*.safetensors")))
     assert train.main([*arguments, "--save-every", "1"]) == 0
-    written = sum(file.stat().st_size for part in ("checkpoints", "final") for file in (run / part).rglob("*.safetensors"))
+    written = sum(
+        file.stat().st_size
+        for part in ("checkpoints", "final")
+        for file in (run / part).rglob("*.safetensors")
+    )
     assert written == pytest.approx(asked[0], rel=0.05)
 
 
 def test_a_card_too_small(tmp_path: Path, monkeypatch, capsys) -> None:
-    """Said before loading, with settings that the card does hold: with them the run gets as far as loading."""
+    """Said before loading, with settings that the card does hold: with them the run gets as far as
+    loading."""
     folder = write_checkpoint(tmp_path / "model", "qwen3-vl")
     monkeypatch.setattr(runtime, "load_source", None)
     recipe = [*RECIPE, "--steps", "1", "--prompts", "2", "--group-size", "8", "--max-new-tokens", "64"]
     arguments = ["--model", str(folder), "--data", DATA, *recipe]
     advised = set()
     for memory in range(2**20, 12 * 2**20, 2**20):
-        monkeypatch.setattr(budget, "free_memory", lambda device, memory=memory: memory)
+        monkeypatch.setattr(plan, "free_memory", lambda device, memory=memory: memory)
         try:
             assert train.main([*arguments, "--out", str(tmp_path / f"a{memory}")]) == 2
         except TypeError:  # it fits
@@ -246,7 +416,10 @@ def test_a_card_too_small(tmp_path: Path, monkeypatch, capsys) -> None:
         assert "free on the device" in sentence
         assert sentence.count(".\n") == 1
         if "; this fits: " not in sentence:
-            assert "take a larger device, a smaller --model, fewer --group-size or smaller --image-pixels" in sentence
+            assert (
+                "take a larger device, a smaller --model, fewer --group-size or smaller --image-pixels"
+                in sentence
+            )
             continue
         advice = sentence.split("; this fits: ")[1].removesuffix(".\n").split()
         advised.add(advice[0])
@@ -264,7 +437,9 @@ def test_a_shard_that_may_not_be_read(tmp_path: Path, monkeypatch) -> None:
         return opened(file, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", refused)
-    with pytest.raises(UserError, match=rf"{SECOND} cannot be read \(Permission denied\): correct its permissions"):
+    with pytest.raises(
+        UserError, match=rf"{SECOND} cannot be read \(Permission denied\): correct its permissions"
+    ):
         read_source(folder)
 
 
@@ -282,7 +457,9 @@ def test_an_image_processor_within_the_processors_config(tmp_path: Path) -> None
     own = folder / "preprocessor_config.json"
     (folder / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen3VLProcessor"}))
     assert read_source(folder).spec == expected
-    (folder / "processor_config.json").write_text(json.dumps({"image_processor": json.loads(own.read_text())}))
+    (folder / "processor_config.json").write_text(
+        json.dumps({"image_processor": json.loads(own.read_text())})
+    )
     fields(own.name, image_mean=[0.1, 0.2, 0.3])(folder)
     assert read_source(folder).spec == expected
     own.unlink()

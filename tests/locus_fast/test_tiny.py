@@ -81,7 +81,12 @@ def test_branches_see_the_image_and_themselves() -> None:
 def test_cells_of_a_box() -> None:
     inside, edges = box_cells(torch.tensor([20.0, 0.0, 40.0, 16.0]), grid_h=2, grid_w=4)
     assert inside.tolist() == [0, 1, 1, 0, 0, 0, 0, 0]
-    assert edges.tolist() == [[0, 1, 0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 0]]
+    assert edges.tolist() == [
+        [0, 1, 0, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0, 0, 0],
+    ]
 
 
 def test_loosened_boxes_hold_the_box() -> None:
@@ -108,12 +113,35 @@ def test_the_script_makes_a_base_that_trains(tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setattr(base, "SCENES", 2)
     monkeypatch.setattr(base, "CUES", 2)
     found = tmp_path / "found.safetensors"
-    arguments = ["base", "--found", str(found), "--find-steps", "3", "--loosen-steps", "1", "--out", str(tmp_path / "base")]
+    arguments = [
+        "base",
+        "--found",
+        str(found),
+        "--find-steps",
+        "3",
+        "--loosen-steps",
+        "1",
+        "--out",
+        str(tmp_path / "base"),
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
     base.main()
-    assert {file.name for file in (tmp_path / "base").iterdir()} == {file.name for file in TINY_BASE.iterdir()}
+    assert {file.name for file in (tmp_path / "base").iterdir()} == {
+        file.name for file in TINY_BASE.iterdir()
+    }
     assert found.exists()
-    options = ["--model", str(tmp_path / "base"), "--out", str(tmp_path / "run"), "--steps", "1", "--prompts", "2", "--eval-cues", "4"]
+    options = [
+        "--model",
+        str(tmp_path / "base"),
+        "--out",
+        str(tmp_path / "run"),
+        "--steps",
+        "1",
+        "--prompts",
+        "2",
+        "--eval-cues",
+        "4",
+    ]
     assert train.main(options) == 0
 
 

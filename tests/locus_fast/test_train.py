@@ -1,4 +1,5 @@
-"""The command as a user runs it: a short run, its folder, its exported model in plain transformers, determinism, and bad input."""
+"""The command as a user runs it: a short run, its folder, its exported model in plain transformers,
+determinism, and bad input."""
 
 from __future__ import annotations
 
@@ -15,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from locus_kernels.box_reward import read_boxes
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -26,9 +26,22 @@ from locus_fast.model.packing import PromptBatch
 from locus_fast.model.policy import prefill
 from locus_fast.run.setup import set_up
 from locus_fast.step.rollout import Rollout
+from locus_fast.step.scoring import Scoring
+from locus_fast.step.step import Step
 from locus_fast.weights.checkpoint import TINY_BASE
 
-SHORT = ["--steps", "3", "--prompts", "6", "--eval-cues", "12", "--microbatch-tokens", "1500", "--device", "cpu"]
+SHORT = [
+    "--steps",
+    "3",
+    "--prompts",
+    "6",
+    "--eval-cues",
+    "12",
+    "--microbatch-tokens",
+    "1500",
+    "--device",
+    "cpu",
+]
 
 
 def timeless(path: Path) -> list[dict]:
@@ -45,7 +58,15 @@ def run(tmp_path_factory) -> Path:
 
 def test_the_run_folder(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
-    assert {"config.json", "metrics.jsonl", "curve.png", "samples.png", "summary.json", "checkpoints", "final"} <= names
+    assert {
+        "config.json",
+        "metrics.jsonl",
+        "curve.png",
+        "samples.png",
+        "summary.json",
+        "checkpoints",
+        "final",
+    } <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-000002", "step-000003"}
     summary = json.loads((run / "summary.json").read_text())
@@ -54,7 +75,15 @@ def test_the_run_folder(run: Path) -> None:
         assert {"mean_iou", "acc50", "acc75", "valid", "by_size"} <= summary["eval"][when].keys()
     assert summary["rollouts_per_s"] > 0
     assert summary["unique_tokens_per_s"] > summary["rollouts_per_s"]
-    assert Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads((run / "config.json").read_text()).items()}).steps == 3
+    assert (
+        Config(
+            **{
+                k: tuple(v) if isinstance(v, list) else v
+                for k, v in json.loads((run / "config.json").read_text()).items()
+            }
+        ).steps
+        == 3
+    )
     rows = timeless(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["logprob_mismatch_max"] < 1e-4 for row in rows)
@@ -76,8 +105,14 @@ def test_final_loads_with_transformers_alone(run: Path, tmp_path: Path) -> None:
     setup = set_up(parse(["--model", str(run / "final")]))
     prompts = [setup.inputs.prompter(setup.inputs.cues.held_out(i)) for i in range(3)]
     with torch.no_grad():
-        mine = setup.engine.model.lm_head(prefill(setup.engine.model, PromptBatch.of(prompts, setup.engine.model.config, "cpu")).last_hidden)
-    given = {f"{name}{i}": getattr(prompt, name).numpy() for i, prompt in enumerate(prompts) for name in ("ids", "patches", "grids")}
+        mine = setup.engine.model.lm_head(
+            prefill(setup.engine.model, PromptBatch.of(prompts, setup.engine.model.config, "cpu")).last_hidden
+        )
+    given = {
+        f"{name}{i}": getattr(prompt, name).numpy()
+        for i, prompt in enumerate(prompts)
+        for name in ("ids", "patches", "grids")
+    }
     np.savez(tmp_path / "in.npz", **given)
     script = f"""
 import numpy as np, torch, sys
@@ -89,35 +124,50 @@ logits = []
 for i in range(3):
     ids = torch.from_numpy(given[f"ids{{i}}"])[None]
     with torch.no_grad():
-        out = model(input_ids=ids, pixel_values=torch.from_numpy(given[f"patches{{i}}"]), image_grid_thw=torch.from_numpy(given[f"grids{{i}}"]),
+        patches, grids = (torch.from_numpy(given[f"{{name}}{{i}}"]) for name in ("patches", "grids"))
+        out = model(input_ids=ids, pixel_values=patches, image_grid_thw=grids,
                     mm_token_type_ids=(ids == model.config.image_token_id).int())
     logits.append(out.logits[0, -1].numpy())
 np.save({str(tmp_path / "out.npy")!r}, np.stack(logits))
 assert not any(name.startswith(("locus_fast", "locus_kernels")) for name in sys.modules)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
     np.testing.assert_allclose(mine.numpy(), np.load(tmp_path / "out.npy"), rtol=0, atol=1e-5)
 
 
 def test_same_seed_and_any_workers_give_the_same_metrics(run: Path, tmp_path: Path) -> None:
     for workers in ("1", "4"):
         assert train.main([*SHORT, "--out", str(tmp_path / workers), "--workers", workers]) == 0
-    assert timeless(tmp_path / "1" / "metrics.jsonl") == timeless(tmp_path / "4" / "metrics.jsonl") == timeless(run / "metrics.jsonl")
+    assert (
+        timeless(tmp_path / "1" / "metrics.jsonl")
+        == timeless(tmp_path / "4" / "metrics.jsonl")
+        == timeless(run / "metrics.jsonl")
+    )
     assert train.main([*SHORT, "--out", str(tmp_path / "other"), "--seed", "1"]) == 0
     assert timeless(tmp_path / "other" / "metrics.jsonl") != timeless(run / "metrics.jsonl")
 
 
 def test_microbatches_do_not_change_the_step(run: Path, tmp_path: Path) -> None:
-    """Global denominators: one prompt a microbatch gives the same update as several, up to the order of sums."""
-    assert train.main([*SHORT, "--out", str(tmp_path / "one"), "--microbatch-tokens", "450", "--steps", "1"]) == 0
+    """Global denominators: one prompt a microbatch gives the same update as several, up to the order of
+    sums."""
+    assert (
+        train.main([*SHORT, "--out", str(tmp_path / "one"), "--microbatch-tokens", "450", "--steps", "1"])
+        == 0
+    )
     one, several = timeless(tmp_path / "one" / "metrics.jsonl")[0], timeless(run / "metrics.jsonl")[0]
     for name in ("reward", "iou", "grad_norm", "loss", "kl", "zero_variance_groups"):
         assert one[name] == pytest.approx(several[name], rel=1e-3, abs=1e-6), name
 
 
 def test_a_rollout_wider_than_a_microbatch(run: Path, tmp_path: Path) -> None:
-    """Sampled together, prefilled again and trained on apart: the same replies and the same update, for more FLOPs."""
-    assert train.main([*SHORT, "--out", str(tmp_path / "wide"), "--rollout-tokens", "100000", "--steps", "1"]) == 0
+    """Sampled together, prefilled again and trained on apart: the same replies and the same update, for more
+    FLOPs."""
+    assert (
+        train.main([*SHORT, "--out", str(tmp_path / "wide"), "--rollout-tokens", "100000", "--steps", "1"])
+        == 0
+    )
     wide, narrow = timeless(tmp_path / "wide" / "metrics.jsonl")[0], timeless(run / "metrics.jsonl")[0]
     for name in ("reward", "iou", "grad_norm", "loss", "kl", "zero_variance_groups", "reply_tokens"):
         assert wide[name] == pytest.approx(narrow[name], rel=1e-3, abs=1e-6), name
@@ -125,33 +175,39 @@ def test_a_rollout_wider_than_a_microbatch(run: Path, tmp_path: Path) -> None:
     assert 0 < wide["fill"] <= 1
 
 
-@pytest.mark.parametrize("live", [0, 1, 5])
-def test_a_few_live_groups_are_prefilled_again(live: int, tmp_path: Path, monkeypatch) -> None:
-    """The same update as with the flat groups' prompts in its backward, for about the floor's FLOPs."""
-    score, rows = train.score, []
+@pytest.mark.parametrize("active", [0, 1, 5])
+def test_a_few_active_groups_are_prefilled_again(active: int, tmp_path: Path, monkeypatch) -> None:
+    """The same update as with the other groups' prompts in its backward, for about the floor's FLOPs."""
+    reward, rows = Scoring.reward, []
 
-    def mostly_flat(*arguments):
-        scored = score(*arguments)
-        flat = torch.arange(len(scored.zero_variance)) >= live
-        return scored._replace(zero_variance=flat, advantage=torch.randn(len(flat), 8, generator=torch.Generator().manual_seed(0)).flatten())
+    def mostly_equal(*arguments):
+        scored = reward(*arguments)
+        equal = torch.arange(len(scored.zero_variance)) >= active
+        return scored._replace(
+            zero_variance=equal,
+            advantage=torch.randn(len(equal), 8, generator=torch.Generator().manual_seed(0)).flatten(),
+        )
 
-    monkeypatch.setattr(train, "score", mostly_flat)
+    monkeypatch.setattr(Scoring, "reward", mostly_equal)
     more = ["--microbatch-tokens", "90000", "--steps", "1", "--skip-zero-variance", "true"]
-    for pays in (train.pays, lambda *_: True):
-        monkeypatch.setattr(train, "pays", pays)
+    for pays in (Step._reuse_pays, lambda *_: True):
+        monkeypatch.setattr(Step, "_reuse_pays", pays)
         out = tmp_path / str(len(rows))
         assert train.main([*SHORT, "--out", str(out), *more]) == 0
         rows += timeless(out / "metrics.jsonl")
     ours, through = rows
-    assert ours["zero_variance_groups"] == 6 - live
-    for name in ("reward", "grad_norm", "loss", "kl", "logprob_mismatch") if live else ("reward", "grad_norm"):
+    assert ours["zero_variance_groups"] == 6 - active
+    for name in (
+        ("reward", "grad_norm", "loss", "kl", "logprob_mismatch") if active else ("reward", "grad_norm")
+    ):
         assert ours[name] == pytest.approx(through[name], rel=1e-3, abs=1e-6), name
     assert ours["flops_over_floor"] < 1.12
-    assert (through["flops_over_floor"] > 1.5) == (live == 1)
+    assert (through["flops_over_floor"] > 1.5) == (active == 1)
 
 
 def test_resuming_gives_the_same_run(run: Path, tmp_path: Path) -> None:
-    """Two steps, then the third: the metrics and the weights of a run in one go. Lines past the last checkpoint are written again."""
+    """Two steps, then the third: the metrics and the weights of a run in one go. Lines past the last
+    checkpoint are written again."""
     out = tmp_path / "run"
     shutil.copytree(run, out)
     shutil.rmtree(out / "checkpoints" / "step-000003")
@@ -209,25 +265,33 @@ def test_a_template_that_begins_the_thinking(tmp_path: Path) -> None:
     """The prompt ends in `<think>`, so the reply does not say it; the format reward reads both."""
     folder = tmp_path / "model"
     shutil.copytree(TINY_BASE, folder)
-    template = (folder / "chat_template.jinja").read_text().replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    template = (
+        (folder / "chat_template.jinja")
+        .read_text()
+        .replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    )
     (folder / "chat_template.jinja").write_text(template)
     setup = set_up(parse(["--model", str(folder), "--prompt-style", "think"]))
-    reply = setup.origin.source.tokenizer.encode("the cue</think><answer>[10, 20, 30, 40]</answer>", add_special_tokens=False)
-    rollout = Rollout(torch.tensor([reply]), torch.tensor([len(reply)]), torch.zeros(1, len(reply)))
+    reply = setup.origin.source.tokenizer.encode(
+        "the cue</think><answer>[10, 20, 30, 40]</answer>", add_special_tokens=False
+    )
+    rollout = Rollout(
+        torch.tensor([reply]), torch.tensor([len(reply)]), torch.zeros(1, len(reply)), torch.tensor([False])
+    )
     assert setup.scoring.read(rollout.ids, rollout.lengths).format_ok.tolist() == [True]
     plain = set_up(parse(["--prompt-style", "think"]))
-    assert read_boxes(*plain.whole(rollout), plain.table, **plain.reading).format_ok.tolist() == [False]
+    assert plain.scoring.read(rollout.ids, rollout.lengths).format_ok.tolist() == [False]
 
 
 def test_an_error_in_mid_run_loses_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
-    step = train.train_step
+    call = Step.__call__
 
-    def failing(setup, reference, optimizer, prompts, index, stop):
+    def failing(step, prompts, index, began, stop):
         if index == 2:
             raise UserError("the disk went away.")
-        return step(setup, reference, optimizer, prompts, index, stop)
+        return call(step, prompts, index, began, stop)
 
-    monkeypatch.setattr(train, "train_step", failing)
+    monkeypatch.setattr(Step, "__call__", failing)
     out = tmp_path / "run"
     assert train.main([*SHORT, "--out", str(out)]) == 2
     assert "error: the disk went away." in capsys.readouterr().err
@@ -236,12 +300,12 @@ def test_an_error_in_mid_run_loses_nothing(tmp_path: Path, monkeypatch, capsys) 
 
 
 def test_steps_that_are_not_finite_are_dropped_and_end_the_run(tmp_path: Path, monkeypatch, capsys) -> None:
-    backward = train.backward
+    backward = Step._backward
 
-    def spoiled(config, experience, replies, logprob, totals):
-        backward(config, experience, replies, logprob * float("nan"), totals)
+    def spoiled(step, hidden, experience, totals):
+        return backward(step, hidden * float("nan"), experience, totals)
 
-    monkeypatch.setattr(train, "backward", spoiled)
+    monkeypatch.setattr(Step, "_backward", spoiled)
     out = tmp_path / "run"
     assert train.main([*SHORT, "--out", str(out), "--steps", "9"]) == 2
     assert "not finite in 5 steps in a row up to step 5" in capsys.readouterr().err
@@ -253,10 +317,30 @@ def test_steps_that_are_not_finite_are_dropped_and_end_the_run(tmp_path: Path, m
 @pytest.mark.parametrize(
     "options",
     [
-        ["--kl-coef", "0", "--loss-agg", "sequence", "--normalize-std", "false", "--reward", "giou_plus_one"],
+        [
+            "--kl-coef",
+            "0",
+            "--loss-agg",
+            "seq-mean-token-mean",
+            "--normalize-std",
+            "false",
+            "--reward",
+            "giou_plus_one",
+        ],
         ["--updates-per-batch", "3", "--checkpointing", "2", "--lr", "1e-3", "--reward", "rising"],
         ["--prompt-style", "think", "--max-new-tokens", "24", "--temperature", "0.8", "--top-p", "0.9"],
-        ["--answer-prefix", "[", "--lr-schedule", "cosine", "--attention", "plain", "--updates-per-batch", "2", "--rollout-tokens", "9999"],
+        [
+            "--answer-prefix",
+            "[",
+            "--lr-schedule",
+            "cosine",
+            "--attention",
+            "plain",
+            "--updates-per-batch",
+            "2",
+            "--rollout-tokens",
+            "9999",
+        ],
     ],
 )
 def test_variants_run(options: list[str], tmp_path: Path) -> None:
@@ -269,8 +353,13 @@ def test_variants_run(options: list[str], tmp_path: Path) -> None:
 
 
 def test_a_frozen_vision_tower_stays_as_it_was(tmp_path: Path) -> None:
-    assert train.main([*SHORT, "--out", str(tmp_path / "run"), "--lr-scale", "0", "1", "0.5", "--steps", "2"]) == 0
-    before, after = (load_file(folder / "model.safetensors") for folder in (TINY_BASE, tmp_path / "run" / "final"))
+    assert (
+        train.main([*SHORT, "--out", str(tmp_path / "run"), "--lr-scale", "0", "1", "0.5", "--steps", "2"])
+        == 0
+    )
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (TINY_BASE, tmp_path / "run" / "final")
+    )
     frozen = [name for name in before if ".visual." in name and "merger" not in name]
     assert len(frozen) > 20
     assert all(torch.equal(before[name], after[name]) for name in frozen)
@@ -294,7 +383,10 @@ def photographs(folder: Path) -> Path:
     for i, (width, height) in enumerate([(200, 200), (240, 160), (220, 150), (170, 110), (300, 260)]):
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
         images.append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
-        annotations += [{"id": 10 * i + k, "image_id": i, "bbox": [10 + 20 * k, 12, 18, 17], "category_id": 1} for k in range(5)]
+        annotations += [
+            {"id": 10 * i + k, "image_id": i, "bbox": [10 + 20 * k, 12, 18, 17], "category_id": 1}
+            for k in range(5)
+        ]
     path = folder / "instances.json"
     path.write_text(json.dumps({"images": images, "annotations": annotations}))
     return path
@@ -302,7 +394,9 @@ def photographs(folder: Path) -> Path:
 
 def test_training_on_files(tmp_path: Path, capsys) -> None:
     data = photographs(tmp_path)
-    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:2000])  # cut short: skipped with a count, or never drawn
+    (tmp_path / "2.png").write_bytes(
+        (tmp_path / "2.png").read_bytes()[:2000]
+    )  # cut short: skipped with a count, or never drawn
     arguments = [*SHORT, "--data", str(data), "--images", str(tmp_path), "--out", str(tmp_path / "run")]
     assert train.main(arguments) == 0
     assert sum(row["skipped_images"] for row in timeless(tmp_path / "run" / "metrics.jsonl")) > 0
@@ -316,7 +410,9 @@ def test_ctrl_c_saves_what_was_done(tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "locus_fast.train", *SHORT, "--steps", "500", "--out", str(out)]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= 2):
+    while time.monotonic() < deadline and not (
+        (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= 2
+    ):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
@@ -327,12 +423,26 @@ def test_ctrl_c_saves_what_was_done(tmp_path: Path) -> None:
     assert summary["interrupted"]
     assert summary["steps"] == steps >= 2
     assert (out / "final" / "model.safetensors").exists()
-    assert json.loads((out / "checkpoints" / f"step-{steps:06d}" / "optimizer" / "step.json").read_text())["step"] == steps
+    assert (
+        json.loads((out / "checkpoints" / f"step-{steps:06d}" / "optimizer" / "step.json").read_text())[
+            "step"
+        ]
+        == steps
+    )
 
 
 @pytest.mark.parametrize("seconds", [0.5, 1.5, 6.0])
 def test_ctrl_c_while_starting(seconds: float, tmp_path: Path) -> None:
-    arguments = [sys.executable, "-m", "locus_fast.train", *SHORT, "--steps", "500", "--out", str(tmp_path / "run")]
+    arguments = [
+        sys.executable,
+        "-m",
+        "locus_fast.train",
+        *SHORT,
+        "--steps",
+        "500",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
@@ -359,7 +469,12 @@ def test_presets_hold(preset: str) -> None:
 
 
 def test_the_preset_of_a_model(run: Path) -> None:
-    assert parse([]).preset == parse(["--model", str(TINY_BASE)]).preset == parse(["--model", str(run / "final")]).preset == "tiny"
+    assert (
+        parse([]).preset
+        == parse(["--model", str(TINY_BASE)]).preset
+        == parse(["--model", str(run / "final")]).preset
+        == "tiny"
+    )
     assert parse(["--model", "some/model"]).preset == parse(["--model", str(run)]).preset == "paper"
 
 

@@ -32,13 +32,18 @@ from tests.locus_fast.test_train import SHORT
         (["--min-side", "20"], "--min-side needs --data"),
         (["--device", "tpu"], "--device must be auto, cpu or cuda"),
         (["--normalize-std", "maybe"], "true or false"),
-        (["--attention", "flash_attn_2"], "--attention flash_attn_2: attention backend 'flash_attn_2' cannot be used"),
+        (
+            ["--attention", "flash_attn_2"],
+            "--attention flash_attn_2: attention backend 'flash_attn_2' cannot be used",
+        ),
         (["--attention", "magic"], "magic"),
         (["--lr-scale", "0", "0", "0"], "--lr-scale must be three shares"),
         (["--dtype", "bfloat16", "--optimizer", "adamw"], "rounds small steps of bfloat16 weights away"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments: list[str], sentence: str, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_bad_input_is_one_sentence(
+    arguments: list[str], sentence: str, tmp_path: Path, capsys, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert train.main([*SHORT, "--out", str(tmp_path / "run"), *arguments]) == 2
     error = capsys.readouterr().err
@@ -81,7 +86,9 @@ def test_model_folders_that_cannot_be_used(spoil, sentence: str, tmp_path: Path,
     for file in TINY_BASE.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     spoil(folder)
-    assert train.main([*SHORT, "--preset", "tiny", "--model", str(folder), "--out", str(tmp_path / "run")]) == 2
+    assert (
+        train.main([*SHORT, "--preset", "tiny", "--model", str(folder), "--out", str(tmp_path / "run")]) == 2
+    )
     error = capsys.readouterr().err
     assert sentence in error
     assert not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ from locus_fast.cost.plan import AUTO_CHECKPOINTING, AUTO_TOKENS, FREE, GIB, Pla
 from locus_fast.cost.shapes import Group, ModelShape
 from locus_fast.cost.traffic import step_bytes, step_launches, step_syncs
 from locus_fast.errors import UserError
-from locus_fast.run.plan import LARGER, planned, remedy, ways_of
+from locus_fast.run.plan import planned, remedy, ways_of
 from locus_fast.step.optimizers import default_optimizer
 
 
@@ -46,6 +46,10 @@ class Case:
         longest = replace(self.group, replies=(self.config.max_new_tokens,) * self.config.group_size)
         return self.room.width(longest, tokens)
 
+    def holds(self, plan: Plan) -> bool:
+        """Whether the device holds this case's microbatches by a plan."""
+        return self.room.holds(self.group, self.width(plan.tokens), plan.checkpointing)
+
     def planned(self) -> Plan:
         """The trainer's plan; UserError if there is none."""
         return planned(self.config, self.shape, self.kind, self.memory * GIB, fused=True)
@@ -62,28 +66,43 @@ class Choice:
 
 def chosen(case: Case) -> Choice:
     """The trainer's plan for a case, and what it proposes where the case does not fit."""
-    config, room = case.config, case.room
+    config = case.config
     try:
         made = case.planned()
     except UserError as error:
         checkpointing = 1 if config.checkpointing == AUTO_CHECKPOINTING else config.checkpointing
-        proposal = remedy(config, case.shape, case.kind, case.memory * GIB, fused=True)
-        return Choice(Plan(config.microbatch_tokens or 1, checkpointing, str(error)), proposal)
-    if room.holds(case.group, case.width(made.tokens), made.checkpointing):
-        return Choice(made, "")
-    return Choice(made, smaller(replace(case, config=replace(config, microbatch_tokens=AUTO_TOKENS)), config))
+        return Choice(Plan(config.microbatch_tokens or 1, checkpointing, str(error)), instead(case))
+    return Choice(made, "" if case.holds(made) else smaller(case))
 
 
-def smaller(case: Case, wanted: Config) -> str:
-    """Words that name the budget that fits, where the one that was given does not."""
+def instead(case: Case) -> str:
+    """Words that name settings with which the case fits."""
+    return remedy(case.config, lambda config: fits(case, config), max(case.group.replies))
+
+
+def fits(case: Case, config: Config) -> bool:
+    """Whether a case does with these settings, its replies cut to the longest that they allow."""
+    replies = tuple(min(count, config.max_new_tokens) for count in case.group.replies)
+    case = replace(case, config=config, group=replace(case.group, replies=replies))
     try:
-        made = case.planned()
+        return case.holds(case.planned())
     except UserError:
-        return remedy(case.config, case.shape, case.kind, case.memory * GIB, fused=True)
+        return False
+
+
+def smaller(case: Case) -> str:
+    """Words that name the budget that fits, where the one that was given or chosen does not."""
+    chooses = replace(case, config=replace(case.config, microbatch_tokens=AUTO_TOKENS))
+    try:
+        made = chooses.planned()
+    except UserError:
+        return instead(case)
     tokens = min(made.tokens, case.room.budget([case.group], made.checkpointing))
-    if not tokens:
-        return LARGER
-    other = f" --checkpointing {made.checkpointing}" if wanted.checkpointing == AUTO_CHECKPOINTING else ""
+    if not tokens or not case.holds(replace(made, tokens=tokens)):
+        return instead(case)
+    other = (
+        f" --checkpointing {made.checkpointing}" if case.config.checkpointing == AUTO_CHECKPOINTING else ""
+    )
     return f"this fits: --microbatch-tokens {tokens}{other}"
 
 
@@ -97,12 +116,19 @@ def report(case: Case, choice: Choice) -> Iterator[str]:
         f"{config.model or config.preset}: {shape.parameters:,} parameters (vision {vision.parameters:,}, "
         f"language {text.parameters:,}); {training(case)}"
     )
-    cells = [f"{w}x{h} pixels -> {columns}x{rows} patches" for (w, h), (rows, columns) in zip(case.images, group.grids, strict=True)]
+    cells = [
+        f"{w}x{h} pixels -> {columns}x{rows} patches"
+        for (w, h), (rows, columns) in zip(case.images, group.grids, strict=True)
+    ]
     yield f"image {cells[0]}; cue {cells[1]}"
-    yield f"a prompt of {group.prompt} tokens, {len(group.replies)} replies of {group.replies[0]}; {config.prompts} prompts a step"
+    replies = f"{len(group.replies)} replies of {group.replies[0]}"
+    yield f"a prompt of {group.prompt} tokens, {replies}; {config.prompts} prompts a step"
     yield f"in {len(microbatches)} microbatches of up to {width} groups: {made.reason}"
     yield ""
-    ways: dict[str, Any] = {"checkpointing": made.checkpointing, "reference": case.ways["reference"] != "none"}
+    ways: dict[str, Any] = {
+        "checkpointing": made.checkpointing,
+        "reference": case.ways["reference"] != "none",
+    }
     yield from flop_lines(shape, group, {**ways, "trained": trained})
     yield ""
     yield from byte_lines(case, microbatches, ways)
@@ -111,8 +137,15 @@ def report(case: Case, choice: Choice) -> Iterator[str]:
     eager = sum(step_launches(shape, microbatches, **ways, fused=False).values())
     parts = ", ".join(f"{part} {n:,}" for part, n in launches.items())
     whose = "" if trained.language and trained.tower else " with all weights trained"
-    yield f"kernel launches of a step{whose}, without graphs: {parts}; sum {sum(launches.values()):,} (without liger-kernel {eager:,})"
-    yield "host syncs of a step: " + ", ".join(f"{cause} {n:,}" for cause, n in syncs.items()) + f"; sum {sum(syncs.values()):,}"
+    yield (
+        f"kernel launches of a step{whose}, without graphs: {parts}; "
+        f"sum {sum(launches.values()):,} (without liger-kernel {eager:,})"
+    )
+    yield (
+        "host syncs of a step: "
+        + ", ".join(f"{cause} {n:,}" for cause, n in syncs.items())
+        + f"; sum {sum(syncs.values()):,}"
+    )
     yield ""
     yield from memory_lines(case, choice, width)
 
@@ -124,8 +157,15 @@ def training(case: Case) -> str:
     if config.lora:
         base = "4-bit" if config.quantize != "off" else kind
         return f"adapters of rank {config.lora} on {base} weights, {optimizer}"
-    frozen = [part for part, rate in zip(("vision tower", "projector", "language model"), config.lr_scale, strict=True) if rate == 0]
-    return f"{' and '.join(frozen) + ' frozen' if frozen else 'full fine-tuning'}, {kind} weights and gradients, {optimizer}"
+    frozen = [
+        part
+        for part, rate in zip(("vision tower", "projector", "language model"), config.lr_scale, strict=True)
+        if rate == 0
+    ]
+    return (
+        f"{' and '.join(frozen) + ' frozen' if frozen else 'full fine-tuning'}, {kind} weights and "
+        f"gradients, {optimizer}"
+    )
 
 
 def flop_lines(shape: ModelShape, group: Group, ways: dict[str, Any]) -> Iterator[str]:
@@ -136,23 +176,39 @@ def flop_lines(shape: ModelShape, group: Group, ways: dict[str, Any]) -> Iterato
     unit, name = (1e12, "TFLOP") if sums[1] > 1e12 else (1e9, "GFLOP")
     yield f"FLOPs of one prompt and its replies, {name}:"
     rows = [
-        [part, *(scaled(passes.get(c, 0), unit) for c in COLUMNS), *(scaled(total({part: t[part]}), unit) for t in (ours, floor, repeated))]
+        [
+            part,
+            *(scaled(passes.get(c, 0), unit) for c in COLUMNS),
+            *(scaled(total({part: t[part]}), unit) for t in (ours, floor, repeated)),
+        ]
         for part, passes in ours.items()
     ]
-    rows.append(["sum", *(scaled(total(ours, [c]), unit) for c in COLUMNS), *(scaled(value, unit) for value in sums)])
+    rows.append(
+        ["sum", *(scaled(total(ours, [c]), unit) for c in COLUMNS), *(scaled(value, unit) for value in sums)]
+    )
     yield from table_lines(["part", *COLUMNS, "sum", "floor", "repeat"], rows)
-    yield f"  over the floor: {sums[0] / sums[1]:.3f} x; a trainer that repeats the prompt: {sums[2] / sums[0]:.2f} x ours"
+    yield (
+        f"  over the floor: {sums[0] / sums[1]:.3f} x; "
+        f"a trainer that repeats the prompt: {sums[2] / sums[0]:.2f} x ours"
+    )
     useful = model_flops(shape, [group], reference=ways["reference"], trained=ways["trained"])
     packed = group_cost(shape, group.grids, group.prompt, sum(group.replies))
-    yield f"  model FLOPs (no recomputation): {scaled(useful, unit)} {name}; the group packs as {packed:,.0f} tokens"
+    yield (
+        f"  model FLOPs (no recomputation): {scaled(useful, unit)} {name}; "
+        f"the group packs as {packed:,.0f} tokens"
+    )
     unused = total(step_flops(shape, [replace(group, active=False)], **ways, executed=True))
     if ways["reference"]:
         yield (
-            f"  if its rewards are all equal it costs the same, for its KL; with --skip-zero-variance {scaled(unused, unit)} {name}, "
+            "  if its rewards are all equal it costs the same, for its KL; with --skip-zero-variance "
+            f"{scaled(unused, unit)} {name}, "
             f"{unused / sums[0]:.2f} of that"
         )
     else:
-        yield f"  if its rewards are all equal it has no gradient without a KL, and costs {scaled(unused, unit)} {name}"
+        yield (
+            f"  if its rewards are all equal it has no gradient without a KL, "
+            f"and costs {scaled(unused, unit)} {name}"
+        )
 
 
 def byte_lines(case: Case, microbatches: list[list[Group]], ways: dict[str, Any]) -> Iterator[str]:
@@ -163,7 +219,9 @@ def byte_lines(case: Case, microbatches: list[list[Group]], ways: dict[str, Any]
         "gradient_bytes": case.ways["gradient_bytes"],
         "state_bytes": case.ways["state_bytes"],
     }
-    mine, theirs = (step_bytes(case.shape, microbatches, **ways, **more, repeat=repeat) for repeat in (False, True))
+    mine, theirs = (
+        step_bytes(case.shape, microbatches, **ways, **more, repeat=repeat) for repeat in (False, True)
+    )
     unit, name = (1e9, "GB") if sum(mine.values()) > 1e10 else (1e6, "MB")
     yield f"bytes of a step, {name} (activations left out; weights that are not quantised in bfloat16):"
     rows = [[part, scaled(value, unit, 1), scaled(theirs[part], unit, 1)] for part, value in mine.items()]
@@ -177,7 +235,9 @@ def memory_lines(case: Case, choice: Choice, width: int) -> Iterator[str]:
     used = sum(memory.values())
     unit, name = (GIB, "GiB") if used > GIB else (2**20, "MiB")
     yield f"peak memory, {name}: {training(case)}, {width} groups a microbatch:"
-    yield from table_lines(["part", name], [[part, scaled(value, unit)] for part, value in [*memory.items(), ("sum", used)]])
+    yield from table_lines(
+        ["part", name], [[part, scaled(value, unit)] for part, value in [*memory.items(), ("sum", used)]]
+    )
     verdict, instead = ("DOES NOT FIT", f"; {choice.proposal}") if choice.proposal else ("fits", "")
     yield f"  {verdict} in {case.memory} GiB with {FREE:.0%} of it left free{instead}"
 
@@ -186,7 +246,10 @@ def table_lines(head: list[str], rows: list[list[str]]) -> Iterator[str]:
     """Aligned columns, the first to the left."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, *rows]:
-        yield "  " + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        yield "  " + "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
 
 
 def scaled(value: float, unit: float, digits: int = 2) -> str:
