@@ -12,10 +12,8 @@ from locus_kernels.box_reward import BoxReward, group_advantage
 from torch import Tensor
 
 from locus_fast.config import parse
-from locus_fast.model.families import PARTS
 from locus_fast.run.setup import set_up
-from locus_fast.step.optim import parameter_groups
-from locus_fast.step.optimizers import make_optimizer
+from locus_fast.step.rollout import Rollout
 from locus_fast.step.scoring import Scoring
 from locus_fast.step.step import Step
 
@@ -35,11 +33,12 @@ class CentreScoring(Scoring):
 
     tokenizer: Any
 
-    def reward(self, ids: Tensor, lengths: Tensor, target: Tensor, progress: float) -> BoxReward:
-        scored = super().reward(ids, lengths, target, progress)
-        replies = [self.tokenizer.decode(row[:n]) for row, n in zip(ids, lengths.tolist(), strict=True)]
+    def reward(self, rollout: Rollout, target: Tensor, progress: float) -> BoxReward:
+        scored = super().reward(rollout, target, progress)
+        rows = zip(rollout.ids, rollout.lengths.tolist(), strict=True)
+        replies = [self.tokenizer.decode(row[:n]) for row, n in rows]
         targets = target.repeat_interleave(self.group_size, 0).tolist()
-        reward = torch.tensor(list(map(centre_reward, replies, targets)), device=ids.device)
+        reward = torch.tensor(list(map(centre_reward, replies, targets)), device=target.device)
         advantage, equal = group_advantage(reward, self.group_size, self.normalize_std)
         return scored._replace(reward=reward, advantage=advantage, zero_variance=equal)
 
@@ -48,8 +47,7 @@ def main() -> None:
     setup = set_up(parse(["--steps", "3", "--prompts", "4", "--kl-coef", "0", "--lr", "1e-3"]))
     config, engine = setup.config, setup.engine
     scoring = CentreScoring(**vars(setup.scoring), tokenizer=setup.origin.source.tokenizer)
-    groups = parameter_groups(engine.model, dict.fromkeys(PARTS, config.lr))
-    step = Step(config, engine, scoring, None, make_optimizer(config.optimizer, groups, config.weight_decay))
+    step = Step.of(config, engine, scoring)
     prompts = [setup.inputs.prompter(setup.inputs.cues.train(index)) for index in range(config.prompts)]
     for number in range(config.steps):
         row = step(prompts, number, time.perf_counter(), stop=bool)

@@ -149,7 +149,7 @@ def test_repeating_the_prompt() -> None:
 def test_parameters_of_the_published_shapes(preset: str, parameters: int) -> None:
     shape = PUBLISHED[preset]
     vision, text = shape.vision, shape.text
-    config_class, model_class = CLASSES[shape.family]
+    config_class, model_class = CLASSES[shape.architecture]
     tower = {
         "depth": vision.depth,
         "hidden_size": vision.hidden,

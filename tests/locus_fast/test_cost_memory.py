@@ -264,7 +264,7 @@ def test_the_decoders_buffers_are_counted_as_they_are() -> None:
         prefix = prefill(model, batch)
     for static in (False, True):
         decoder = Decoder(model, ENDLESS, static=static)
-        decoder.load(prefix, Sampling(3, 20, 1.0, 1.0), 0, torch.arange(6))
+        decoder._load(prefix, Sampling(3, 20, 1.0, 1.0), 0, torch.arange(6))
         slots = decoder.slots
         assert slots is not None
         held = [t for pairs in (*slots.own.values(), *decoder.prompt_kv.values()) for t in pairs] + [

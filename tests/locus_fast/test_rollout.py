@@ -117,16 +117,18 @@ def test_a_forced_prefix_is_given_and_read(tmp_path) -> None:
     read whole."""
     setup = set_up(parse(["--answer-prefix", "[", "--max-new-tokens", "16", "--eval-cues", "1"]))
     plain = set_up(parse(["--eval-cues", "1"]))
-    prompt, without = (s.prompter(s.cues.train(0)) for s in (setup, plain))
+    prompt, without = (s.inputs.prompter(s.inputs.cues.train(0)) for s in (setup, plain))
     assert setup.origin.source.tokenizer.decode(setup.inputs.prompter.opening) == "["
     assert prompt.ids.tolist() == without.ids.tolist() + setup.inputs.prompter.opening
     assert prompt.position[:, -1].tolist() == (without.position[:, -1] + 1).tolist()
     with torch.no_grad():
         prefix = prefill(setup.engine.model, PromptBatch.of([prompt], setup.engine.model.config, "cpu"))
         out = setup.engine.decoder.generate(prefix, Sampling(1, 16, 0.0, 1.0), seed=0, groups=[0])
-        plain_prefix = prefill(plain.model, PromptBatch.of([without], plain.model.config, "cpu"))
-        expected = plain.decoder.generate(plain_prefix, Sampling(1, 16, 0.0, 1.0), seed=0, groups=[0])
-    ids, lengths = setup.whole(out)
+        plain_prefix = prefill(
+            plain.engine.model, PromptBatch.of([without], plain.engine.model.config, "cpu")
+        )
+        expected = plain.engine.decoder.generate(plain_prefix, Sampling(1, 16, 0.0, 1.0), seed=0, groups=[0])
+    ids, lengths = setup.scoring._whole(out.ids, out.lengths)
     assert ids[0, : lengths[0]].tolist() == expected.ids[0, : expected.lengths[0]].tolist()
 
 
@@ -146,7 +148,7 @@ def test_best_fit() -> None:
 def test_packing_weighs_images_and_names_what_does_not_fit() -> None:
     setup = set_up(parse(["--eval-cues", "1"]))
     prompts = [setup.inputs.prompter(setup.inputs.cues.train(i)) for i in range(6)]
-    costs = [setup.most(prompt, 8) for prompt in prompts]
+    costs = [setup.engine.cost(prompt, 8 * setup.config.max_new_tokens) for prompt in prompts]
     assert all(cost > len(prompt.ids) + 8 * 16 for cost, prompt in zip(costs, prompts, strict=True))
     assert len(pack(prompts, costs, 2 * max(costs))) == 3
     with pytest.raises(

@@ -104,7 +104,8 @@ def test_a_runs_settings_are_found_from_inside_it(
     lines = err.splitlines()
     data = run.parent.parent / "data" / "boxes.jsonl"
     assert (
-        lines[0] == f"asking {folder}: up to 3 held-out cues of {data}, question direct, as in the run {run}"
+        lines[0]
+        == f"asking {folder}: up to 3 held-out cues of {data}, prompt style direct, as in the run {run}"
     )
     assert "3 images, 6 boxes" in lines[1]
     if "step-000001" not in place:
@@ -141,7 +142,7 @@ def test_other_models_have_no_run(run: Path, tmp_path: Path, capsys) -> None:
     assert run_around(tmp_path / "final") is None
     assert run_around(tmp_path / "nowhere") is None
     assert evaluate.main([str(tmp_path / "final"), "--eval-cues", "2", "--device", "cpu"]) == 0
-    said = f"asking {tmp_path / 'final'}: up to 2 held-out cues of drawn scenes, question direct, preset tiny"
+    said = f"asking {tmp_path / 'final'}: up to 2 held-out cues of drawn scenes, prompt style direct, preset tiny"
     assert capsys.readouterr().err.splitlines()[0] == said
 
 
@@ -172,9 +173,8 @@ def test_options_with_a_meaning_are_those_that_are_read(run: Path, monkeypatch) 
 
     def seen(config: Config, name: str):
         caller = Path(sys._getframe(1).f_code.co_filename)
-        if (
-            caller.parent.name != "config" and caller.name != "dataclasses.py"
-        ):  # which check and copy every field
+        # those check and copy every field
+        if caller.parent.name != "config" and caller.name != "dataclasses.py":
             read.add(name)
         return look(config, name)
 
@@ -182,12 +182,8 @@ def test_options_with_a_meaning_are_those_that_are_read(run: Path, monkeypatch) 
     monkeypatch.setattr(Config, "__getattribute__", seen)
     setup = evaluate.set_up(config)
     setup.evaluate("", lambda: False)
-    trained = {
-        "quantize",
-        "lora",
-        "checkpointing",
-        "rollout_tokens",
-    }  # looked at, and always as they are by default
+    # looked at, and always as they are by default
+    trained = {"quantize", "lora", "lr_scale", "checkpointing", "rollout_tokens", "merge", "export_limits"}
     trained |= {
         "group_size",
         "reward",

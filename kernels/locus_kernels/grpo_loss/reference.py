@@ -91,8 +91,11 @@ class Result(NamedTuple):
 def forward(
     hidden: Tensor, weight: Tensor, ids: Tensor, tokens: Tokens, numbers: Numbers, scale: Scale
 ) -> Result:
-    """The objective on the head's log-probs. What lies between inputs and results is float64."""
+    """The objective on the head's log-probs as they are returned, so that a reference of the same weights is
+    at a KL of exactly 0. What else lies between inputs and results is float64."""
     logprob, entropy, lse = head.unrounded(hidden, weight, ids, scale)
+    dtype = head.compute_dtype(hidden.dtype)
+    logprob = logprob.to(dtype).double()
     wide = Tokens(tokens.advantages.double(), *(t if t is None else t.double() for t in tokens[1:]))
     loss, slope, seen = objective(logprob, wide, numbers)
     ratio = seen.pop("ratio")
@@ -100,6 +103,5 @@ def forward(
     sums["ratio_max"] = ratio.amax() if len(ratio) else ratio.sum()
     sums["ratio_min"] = ratio.amin() if len(ratio) else ratio.sum()
     metrics = torch.stack([sums[name] for name in METRICS])
-    dtype = head.compute_dtype(hidden.dtype)
     narrow = [t.to(dtype) for t in (loss.sum(), logprob, entropy, slope, metrics)]
     return Result(narrow[0], narrow[1], lse, *narrow[2:])
