@@ -1,7 +1,7 @@
 """Libraries that are not always there, and the remarks of libraries on parts of them that are not used here.
 
-`locus_fast` imports this module before any other, so the remarks are silenced whichever library imports them:
-transformers imports torchao with every model class. Other warnings, and all errors, are shown.
+A command silences the remarks before its imports (`startup`), whichever library imports them: transformers
+imports torchao with every model class. Other warnings, and all errors, are shown.
 """
 
 from __future__ import annotations
@@ -34,6 +34,15 @@ def silence_remarks() -> None:
     """Drops the REMARKS; called before the libraries are imported."""
     for name, beginnings in REMARKS.items():
         logging.getLogger(name).addFilter(Silence(beginnings))
+
+
+def quiet_transformers() -> None:
+    """Called before a model is loaded: no bar for a load that takes no time, and no table of missing tensors,
+    which are named in a sentence of ours."""
+    from transformers.utils import logging as transformers_logging  # takes seconds
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 def optional(name: str, option: str, install: str = "-U 'locus-fast[lora]'") -> Any:

@@ -47,7 +47,9 @@ def add_options(parser: argparse.ArgumentParser, settings: Any, hidden: Iterable
     for title, example in GROUPS.items():
         fields = [f for f in dataclasses.fields(settings) if f.metadata["group"] == title]
         shown = [f for f in fields if f.name not in hidden]
-        group = parser.add_argument_group(title, f"for example: {example}") if shown else parser
+        whole = not {option_of(f.name) for f in fields if f.name in hidden} & {*example.split()}
+        say = f"for example: {example}" if whole else None
+        group = parser.add_argument_group(title, say) if shown else parser
         for f in fields:
             keywords = argument(f, hints[f.name])
             if f.name in hidden:

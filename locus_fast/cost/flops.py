@@ -103,9 +103,8 @@ def step_flops(
     product, which nothing in backward reads.
     """
     active = [group for group in groups if group.active]
-    through = (
-        list(groups) if executed and active else active
-    )  # inactive groups' prompts ride through the packed backward of the others'
+    # inactive groups' prompts ride through the packed backward of the others'
+    through = list(groups) if executed and active else active
     passes: dict[str, Any] = {
         "checkpointing": checkpointing,
         "trained": trained,
@@ -115,9 +114,8 @@ def step_flops(
         **vision_flops(shape.vision, groups, active, through, **passes),
         **language_flops(shape.text, groups, active, through, causal=causal, executed=executed, **passes),
     }
-    if not trained.tower and (
-        not executed or len(active) == len(groups)
-    ):  # the frozen tower sees once, for the reference too
+    # a frozen tower sees once, for the reference too
+    if not trained.tower and (not executed or len(active) == len(groups)):
         table["vision"]["reference"] = table["vision attention"]["reference"] = 0
     if not reference:
         for row in table.values():
@@ -211,17 +209,11 @@ def language_flops(
         * sum(n * group.prompt + causal_pairs(n, causal) for group in active for n in group.fed)
     )
     head = 2 * scored * text.head_parameters
+    prompt_back, reply_back = through_P * (back - entry * (not pixels)), fed * (back - entry * (not whole))
     return {
-        "prompt": row(
-            P * L * (layer + beside),
-            through_P * again,
-            through_P * (back - entry * (not pixels)),
-            active_P * L * layer,
-        ),
+        "prompt": row(P * L * (layer + beside), through_P * again, prompt_back, active_P * L * layer),
         "prompt attention": attention(prompt_pairs(groups), prompt_pairs(through), prompt_pairs(active)),
-        "replies": row(
-            fed * L * (layer + beside), fed * again, fed * (back - entry * (not whole)), fed * L * layer
-        ),
+        "replies": row(fed * L * (layer + beside), fed * again, reply_back, fed * L * layer),
         "reply attention": attention(own, own, own),
         "head": row(head, head * executed, head * (1 + whole), head),
     }
@@ -303,8 +295,5 @@ def group_cost(
     tower = sum(h * w for h, w in grids) * (vision.depth * block_flops(vision)[0] + sum(tower_ends(vision)))
     pixels = 4 * vision.hidden * sum(vision.pairs(*grid) for grid in grids)
     pairs = causal_pairs(prompt_tokens, "exact") + reply_tokens * prompt_tokens
-    return (
-        prompt_tokens
-        + reply_tokens
-        + (tower + pixels + 4 * text.queries * text.layers * pairs) / (2 * text.matrices * text.layers)
-    )
+    beside = tower + pixels + 4 * text.queries * text.layers * pairs
+    return prompt_tokens + reply_tokens + beside / (2 * text.matrices * text.layers)

@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
-from transformers.utils import logging as transformers_logging
 
 from locus_fast.config.folders import refuse_run
 from locus_fast.errors import UserError, reason
 from locus_fast.files import crc_of, refuse_endless, refuse_endless_in, whole_or_absent
+from locus_fast.libraries import quiet_transformers
 from locus_fast.model.adapter_files import is_adapter_folder
 from locus_fast.model.adapters import has_adapters, load_adapters, write_adapters
 from locus_fast.model.attention import use_attention
@@ -27,8 +27,6 @@ from locus_fast.step.optimizers import load_state_tensors, state_tensors
 from locus_fast.weights.finite import first_not_finite
 from locus_fast.weights.shards import load_weights, stored_dtype, write_model, write_tensors
 from locus_fast.weights.source import Source, check_config, read_source
-
-transformers_logging.disable_progress_bar()
 
 TINY_BASE = Path(__file__).parents[1] / "tiny" / "base"
 STATE, STEP = "optimizer/state.safetensors", "optimizer/step.json"  # in a checkpoint
@@ -93,8 +91,7 @@ def load_source(source: Source, device: torch.device, dtype: torch.dtype | None 
     published ones), else what its tensors have. The weights are views of the mapped files until they are
     moved or written to, so host memory never holds a copy of them beside the model.
     """
-    # its table of missing tensors says at length what the sentence below says
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     wanted = weight_dtype(source.folder, source.config, dtype)
     load: Any = AutoModelForImageTextToText.from_pretrained
     try:

@@ -47,9 +47,8 @@ def test_float32_equals_the_cpu(family: str) -> None:
     played = Decoder(model, words).generate(prefill(model, batch), SAMPLING, seed=4, groups=[3, 0, 9])
     expected, expected_gradient = trained(model, batch, played)
     model, batch, words = task(family, "cuda", torch.float32)
-    on_gpu = rollout.Rollout(
-        played.ids.cuda(), played.lengths.cuda(), played.logprob.cuda(), played.truncated.cuda()
-    )
+    parts = (played.ids, played.lengths, played.logprob, played.truncated)
+    on_gpu = rollout.Rollout(*(part.cuda() for part in parts))
     logprob, gradient = trained(model, batch, on_gpu)
     torch.testing.assert_close(logprob, expected, rtol=0, atol=1e-4)
     for name, value in gradient.items():

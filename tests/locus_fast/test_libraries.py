@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from locus_fast.errors import UserError
-from locus_fast.libraries import REMARKS, optional
+from locus_fast.libraries import REMARKS, Silence, optional
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,8 @@ def test_a_command_prints_no_librarys_remarks(command: list[str], tmp_path: Path
 @pytest.mark.parametrize("library", ["torchao.optim", "bitsandbytes.optim", "peft"])
 def test_optional_libraries_are_imported_in_silence(library: str) -> None:
     pytest.importorskip(library.partition(".")[0])
-    code = f"from locus_fast.libraries import optional; optional('{library}', '--option')"
+    code = "from locus_fast.libraries import optional, silence_remarks; silence_remarks()\n"
+    code += f"optional('{library}', '--option')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -39,6 +40,8 @@ def test_optional_libraries_are_imported_in_silence(library: str) -> None:
 def test_other_warnings_and_all_errors_are_shown(name: str, caplog: pytest.LogCaptureFixture) -> None:
     remark = f"{REMARKS[name][0]} something"
     logger = logging.getLogger(name)
+    silence = Silence(REMARKS[name])
+    logger.addFilter(silence)
     logger.addHandler(caplog.handler)  # torch's loggers do not hand their records on
     try:
         for say, message in (
@@ -49,6 +52,7 @@ def test_other_warnings_and_all_errors_are_shown(name: str, caplog: pytest.LogCa
             say(message, *["x"] * message.count("%s"))
     finally:
         logger.removeHandler(caplog.handler)
+        logger.removeFilter(silence)
     shown = {(record.levelname, record.msg) for record in caplog.records}
     assert shown == {("WARNING", "weights are lost"), ("ERROR", remark)}
 

@@ -142,7 +142,8 @@ def test_other_models_have_no_run(run: Path, tmp_path: Path, capsys) -> None:
     assert run_around(tmp_path / "final") is None
     assert run_around(tmp_path / "nowhere") is None
     assert evaluate.main([str(tmp_path / "final"), "--eval-cues", "2", "--device", "cpu"]) == 0
-    said = f"asking {tmp_path / 'final'}: up to 2 held-out cues of drawn scenes, prompt style direct, preset tiny"
+    said = f"asking {tmp_path / 'final'}: "
+    said += "up to 2 held-out cues of drawn scenes, prompt style direct, preset tiny"
     assert capsys.readouterr().err.splitlines()[0] == said
 
 
