@@ -216,7 +216,8 @@ def check_layout(config: Config, begun: Begun, kind: torch.dtype) -> None:
     was, now = trained_with(begun.checkpoint), layout_of(config, kind)
     was = was if was is None else with_new_names(was)
     if was is None:  # a checkpoint from before they were kept with it
-        was = {name: value for name, value in begun.stored.items() if name in now}
+        kept = ("optimizer", "lora", "lr_scale")  # the dtype that is stored may be "auto"
+        was = {name: begun.stored[name] for name in kept if name in begun.stored}
         was["optimizer"] = default_optimizer(
             was.get("optimizer", "auto"), torch.float32 if config.lora else kind
         )

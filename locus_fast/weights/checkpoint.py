@@ -17,7 +17,6 @@ from transformers import AutoModelForImageTextToText
 from locus_fast.config.folders import refuse_run
 from locus_fast.errors import UserError, reason
 from locus_fast.files import crc_of, refuse_endless, refuse_endless_in, whole_or_absent
-from locus_fast.libraries import quiet_transformers
 from locus_fast.model.adapter_files import is_adapter_folder
 from locus_fast.model.adapters import has_adapters, load_adapters, write_adapters
 from locus_fast.model.attention import use_attention
@@ -91,7 +90,6 @@ def load_source(source: Source, device: torch.device, dtype: torch.dtype | None 
     published ones), else what its tensors have. The weights are views of the mapped files until they are
     moved or written to, so host memory never holds a copy of them beside the model.
     """
-    quiet_transformers()
     wanted = weight_dtype(source.folder, source.config, dtype)
     load: Any = AutoModelForImageTextToText.from_pretrained
     try:

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from locus_fast.errors import UserError, reason
+from locus_fast.libraries import quiet_transformers
 from locus_fast.model.adapter_files import CONFIG as ADAPTERS
 from locus_fast.model.adapter_files import Pair
 from locus_fast.model.families import family_named, family_of, held_name, read_config
@@ -43,6 +44,7 @@ def read_source(folder: Path) -> Source:
     """What there is to know of a model before its weights are read. Raises UserError, naming file and mend,
     for a model that cannot be loaded whole: of another family, quantised, pickled, with shards that are
     absent, damaged or another model's, or with a tokenizer of another model."""
+    quiet_transformers()
     check_config(folder)
     headers = read_headers(folder)
     file, config = folder / "config.json", None

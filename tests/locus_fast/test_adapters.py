@@ -241,8 +241,8 @@ def test_adapter_export_is_pefts(tmp_path: Path) -> None:
     wrapped = peft.PeftModel.from_pretrained(stock, str(tmp_path / "out")).eval()
     assert (logits_by_transformers(wrapped)[-1] - last_logits(model)).abs().max() <= 1e-4
     opened = train.set_up(parse(["--preset", "tiny", "--model", str(tmp_path / "out"), "--device", "cpu"]))
-    assert opened.folder == TINY_BASE
-    assert (last_logits(opened.model) - last_logits(model)).abs().max() <= 1e-4
+    assert opened.origin.source.folder == TINY_BASE
+    assert (last_logits(opened.engine.model) - last_logits(model)).abs().max() <= 1e-4
 
 
 @needs_peft

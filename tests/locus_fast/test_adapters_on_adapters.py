@@ -70,7 +70,7 @@ def opened(model: Path, *options: str, out: Path | None = Path()):
     config = parse(
         ["--preset", "tiny", "--model", str(model), "--device", "cpu", "--dtype", "float32", *options]
     )
-    return train.set_up(config, out).model
+    return train.set_up(config, out).engine.model
 
 
 UNEVEN = {"rank_pattern": {r"layers.1.self_attn.q_proj": 2, "down_proj": 3}, "alpha_pattern": {"up_proj": 20}}
