@@ -142,12 +142,12 @@ def test_the_largest_setting_that_fits_is_named_and_fits(
     config = parse([*base, *arguments, *named])
     assert not card(config, gib)
     if "--max-new-tokens" in named:
-        assert card(replace(config, max_tokens=config.max_new_tokens + 1), gib)
+        assert card(replace(config, max_new_tokens=config.max_new_tokens + 1), gib)
 
 
 def test_where_nothing_fits_it_says_so() -> None:
     assert card(parse(["--preset", "qwen2.5-vl-7b"]), 2).endswith(
-        "; take a larger device, a smaller --model, fewer --group-size or smaller --image-pixels"
+        "; take a larger device, a smaller --model, a smaller --group-size or smaller --image-pixels"
     )
 
 

@@ -163,7 +163,7 @@ def test_it_takes_the_trainers_words(capsys) -> None:
         (3136, 65536),
         "float32",
     )
-    assert settings_of(parse_cost(["--reference", "none"])).kl == 0
+    assert settings_of(parse_cost(["--reference", "none"])).kl_coef == 0
     assert settings_of(parse_cost(["--preset", ""])) == settings_of(parse_cost([]))
     assert case_of(parse_cost(["--dtype", "float32"])).kind == torch.float32
     assert case_of(parse_cost(["--preset", "tiny"])).kind == torch.float32  # as its checkpoint has it

@@ -417,7 +417,7 @@ def test_a_card_too_small(tmp_path: Path, monkeypatch, capsys) -> None:
         assert sentence.count(".\n") == 1
         if "; this fits: " not in sentence:
             assert (
-                "take a larger device, a smaller --model, fewer --group-size or smaller --image-pixels"
+                "take a larger device, a smaller --model, a smaller --group-size or smaller --image-pixels"
                 in sentence
             )
             continue
