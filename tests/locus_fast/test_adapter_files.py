@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from locus_fast import train
 from locus_fast.run import model as runtime
 from locus_fast.weights.checkpoint import TINY_BASE
-from tests.locus_fast.test_adapters import last_logits
-from tests.locus_fast.test_adapters_on_adapters import by_peft, opened, saved_by_peft
+from tests.locus_fast.adapter_cases import by_peft, last_logits, opened, saved_by_peft
 from tests.published import write_checkpoint
 
 peft = pytest.importorskip("peft")

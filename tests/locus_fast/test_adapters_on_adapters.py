@@ -15,16 +15,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from locus_fast import evaluate, train
-from locus_fast.config import parse
 from locus_fast.model.adapters import adapters_off
 from locus_fast.weights.checkpoint import TINY_BASE, save_adapters, save_model
-from tests.locus_fast.test_adapters import (
+from tests.locus_fast.adapter_cases import (
     CPU,
     SHORT,
+    by_peft,
     last_logits,
     logits_by_transformers,
     logprobs,
+    opened,
     rows,
+    saved_by_peft,
     scatter,
 )
 from tests.published import write_checkpoint
@@ -33,44 +35,13 @@ peft = pytest.importorskip("peft")
 RUN = [*(word for word in SHORT if word not in ("--lora", "8")), "--steps", "2"]  # SHORT without its adapters
 
 
-def saved_by_peft(folder: Path, base: Path, seed: int = 0, **settings) -> Path:
-    """Adapters of a plain peft model over `base`, with random values in both halves."""
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
-    where = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
-    wrapped = peft.get_peft_model(
-        model, peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": where, **settings})
-    )
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in wrapped.named_parameters():
-            if ".lora_" in name:
-                p.copy_(0.1 * torch.randn(p.shape, generator=rng))
-    wrapped.save_pretrained(folder)
-    return folder
-
-
 # The oracles compute in float64: at logits of 17 float32 alone is off by 6e-5.
-
-
-def by_peft(adapters: Path, base: Path, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Logits of the first drawn prompt's last token: plain transformers, with the adapters that plain peft
-    puts on it."""
-    stock = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
-    return logits_by_transformers(peft.PeftModel.from_pretrained(stock, str(adapters)).eval())[-1]
 
 
 def by_transformers(folder: Path) -> torch.Tensor:
     return logits_by_transformers(
         AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64).eval()
     )[-1]
-
-
-def opened(model: Path, *options: str, out: Path | None = Path()):
-    """As a training run opens it; out None: as an evaluation does."""
-    config = parse(
-        ["--preset", "tiny", "--model", str(model), "--device", "cpu", "--dtype", "float32", *options]
-    )
-    return train.set_up(config, out).engine.model
 
 
 UNEVEN = {"rank_pattern": {r"layers.1.self_attn.q_proj": 2, "down_proj": 3}, "alpha_pattern": {"up_proj": 20}}

@@ -26,7 +26,7 @@ from locus_fast.run.setup import set_up
 from locus_fast.step import optim, step
 from locus_fast.step.step import Step
 from locus_fast.weights.checkpoint import TINY_BASE
-from tests.locus_fast.test_adapters import needs_peft
+from tests.locus_fast.adapter_cases import needs_peft
 
 SHAPE = PUBLISHED["qwen2.5-vl-7b"]
 WAYS = {"reference": "copy", "max_tokens": 512}

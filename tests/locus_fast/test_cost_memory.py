@@ -24,9 +24,9 @@ from locus_fast.model.reference import Reference, make_reference
 from locus_fast.step.optim import parameter_groups
 from locus_fast.step.rollout import Decoder, Sampling
 from locus_fast.step.vocabulary import Vocabulary
+from tests.locus_fast.adapter_cases import needs_peft
 from tests.locus_fast.cost_cases import ENDLESS, FAMILIES, group_like, work
 from tests.locus_fast.liger_cases import leave_kernels_out
-from tests.locus_fast.test_adapters import needs_peft
 from tests.small_models import small_model, small_prompt
 
 

@@ -24,8 +24,8 @@ from locus_fast.step import metrics
 from locus_fast.step.optim import parameter_groups
 from locus_fast.step.optimizers import make_optimizer
 from locus_fast.step.step import Step
+from tests.locus_fast.adapter_cases import needs_peft
 from tests.locus_fast.cost_cases import FAMILIES, FORMULAS, answers, counted, spent, work
-from tests.locus_fast.test_adapters import needs_peft
 
 ADAPTERS = pytest.param(Trained.adapters(7), marks=needs_peft)
 KINDS = [

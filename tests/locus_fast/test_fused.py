@@ -24,8 +24,8 @@ from tests.small_models import small_model
         ),
     ],
 )
-def test_cases(interpret: bool) -> None:
-    run_cases("interpret_fused.py", interpret, folder="locus_fast")
+def test_cases(interpret: bool, subtests: pytest.Subtests) -> None:
+    run_cases("interpret_fused.py", interpret, folder="locus_fast", subtests=subtests)
 
 
 def fused(model) -> list[str]:

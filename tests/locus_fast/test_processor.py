@@ -19,7 +19,7 @@ from locus_fast.model.preprocess import describe_limits
 from locus_fast.model.processor import own_limits, write_limits
 from locus_fast.run import model as runtime
 from locus_fast.weights.source import read_source
-from tests.locus_fast.test_source import DATA, RECIPE, SIZES, fields
+from tests.locus_fast.source_cases import DATA, RECIPE, SIZES, fields
 from tests.published import write_checkpoint
 
 SIZE = dict(Qwen2VLImageProcessorPil.size)

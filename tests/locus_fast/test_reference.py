@@ -15,7 +15,7 @@ from locus_fast.model.attention import use_attention
 from locus_fast.model.quantize import PROJECTIONS, Int8Linear, language_linears, quantize, weight_of
 from locus_fast.model.reference import make_reference
 from locus_fast.step.optim import parameter_groups
-from tests.locus_fast.test_adapters import CPU, logprobs, needs_peft, tiny
+from tests.locus_fast.adapter_cases import CPU, logprobs, needs_peft, tiny
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SHORT = [

@@ -23,43 +23,14 @@ from locus_fast.run import model as runtime
 from locus_fast.weights import checkpoint, shards
 from locus_fast.weights.checkpoint import load_model
 from locus_fast.weights.source import read_source
-from tests.published import PHOTOGRAPHS, write_checkpoint, write_shards
+from tests.locus_fast.source_cases import DATA, RECIPE, SIZES, Spoil, fields
+from tests.published import write_checkpoint, write_shards
 
 FIRST, SECOND, INDEX = (
     "model-00001-of-00003.safetensors",
     "model-00002-of-00003.safetensors",
     "model.safetensors.index.json",
 )
-DATA = str(PHOTOGRAPHS / "instances.json")
-RECIPE = [
-    "--image-pixels",
-    "4096",
-    "12544",
-    "--cue-pixels",
-    "1024",
-    "3136",
-    "--eval-cues",
-    "1",
-    "--device",
-    "cpu",
-    "--mix",
-    "1",
-    "1",
-    "1",
-]
-SIZES = [
-    "--steps",
-    "1",
-    "--prompts",
-    "2",
-    "--group-size",
-    "2",
-    "--max-new-tokens",
-    "3",
-    "--microbatch-tokens",
-    "4000",
-]
-Spoil = Callable[[Path], Any]
 
 
 def text(name: str, content: str | bytes) -> Spoil:
@@ -70,18 +41,6 @@ def text(name: str, content: str | bytes) -> Spoil:
 
 def absent(*names: str) -> Spoil:
     return lambda folder: [file.unlink() for name in names for file in folder.glob(name)]
-
-
-def fields(name: str, **changes: Any) -> Spoil:
-    """Changes fields of a JSON file; None takes one away."""
-
-    def spoil(folder: Path) -> None:
-        content = {**json.loads((folder / name).read_text()), **changes}
-        (folder / name).write_text(
-            json.dumps({key: value for key, value in content.items() if value is not None})
-        )
-
-    return spoil
 
 
 def entry(**changes: Any) -> Spoil:

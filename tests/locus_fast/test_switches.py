@@ -26,8 +26,8 @@ from locus_fast.step.rollout import Decoder, Sampling
 from locus_fast.step.vocabulary import Vocabulary
 from locus_fast.weights.checkpoint import load_model
 from locus_fast.weights.source import read_source
-from tests.locus_fast.test_adapters import CPU, GROUP, drawn
-from tests.locus_fast.test_source import DATA, RECIPE, SIZES, fields
+from tests.locus_fast.adapter_cases import CPU, GROUP, drawn
+from tests.locus_fast.source_cases import DATA, RECIPE, SIZES, fields
 from tests.published import config_of, write_checkpoint, write_shards
 from tests.small_models import small_model
 

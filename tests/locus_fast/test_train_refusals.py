@@ -9,7 +9,19 @@ from safetensors.torch import load_file, save_file
 
 from locus_fast import train
 from locus_fast.weights.checkpoint import TINY_BASE
-from tests.locus_fast.test_train import SHORT
+
+SHORT = [
+    "--steps",
+    "3",
+    "--prompts",
+    "6",
+    "--eval-cues",
+    "12",
+    "--microbatch-tokens",
+    "1500",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.mark.parametrize(
