@@ -68,7 +68,7 @@ def step_bytes(
 class Launches:
     """Kernels that a model starts in one pass in bfloat16: a + b a layer, with attention over packed
     sequences as one. Counted as the operators that are not views, and liger-kernel's own, on the path that
-    CUDA takes; tests/locus_fast/test_cost.py repeats the count."""
+    CUDA takes; tests/locus_fast/cost/test_cost.py repeats the count."""
 
     vision: tuple[int, int]  # forward
     vision_backward: tuple[int, int]
@@ -127,5 +127,5 @@ def step_launches(
 
 def step_syncs(microbatches: Sequence[Sequence[Group]]) -> dict[str, int]:
     """Host syncs of a step by cause: where the host waits for the device. No pass and no decoding step has
-    one (tests/locus_fast/test_no_waiting.py)."""
+    one (tests/locus_fast/model/test_no_waiting.py)."""
     return {"lengths and zero-variance groups": len(microbatches), "gradient norm and metrics": 1}

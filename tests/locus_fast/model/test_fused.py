@@ -25,7 +25,7 @@ from tests.small_models import small_model
     ],
 )
 def test_cases(interpret: bool, subtests: pytest.Subtests) -> None:
-    run_cases("interpret_fused.py", interpret, folder="locus_fast", subtests=subtests)
+    run_cases("model/interpret_fused.py", interpret, folder="locus_fast", subtests=subtests)
 
 
 def fused(model) -> list[str]:
