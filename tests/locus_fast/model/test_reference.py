@@ -159,7 +159,7 @@ def test_hooks_are_gone_after_the_pass() -> None:
 @needs_peft
 def test_with_adapters_it_is_the_policy_without_them() -> None:
     from locus_fast.model.adapters import add_adapters
-    from tests.locus_fast.test_adapters import scatter
+    from tests.locus_fast.adapter_cases import scatter
 
     model = tiny()
     with torch.no_grad():
