@@ -1,0 +1,26 @@
+"""Files whose tests run the trainer whole, or take more than some ten seconds together, are marked `long`."""
+
+from __future__ import annotations
+
+import pytest
+
+LONG = {
+    "train",
+    "budget",
+    "cost_memory",
+    "cost_trained",
+    "interrupt",
+    "not_finite",
+    "resume",
+    "lock",
+    "objective",
+}
+LONG |= {"adapters", "adapters_on_adapters", "adapter_files", "fused", "policy", "processor"}
+LONG |= {"checkpoint_damage", "source", "bounds", "tiny", "run_folders", "switches", "reference", "libraries", "objective"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.removeprefix("test_") in LONG and "locus_fast" in item.path.parts:
+            item.add_marker(pytest.mark.long)
