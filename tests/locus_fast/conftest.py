@@ -13,10 +13,22 @@ LONG = {
     "not_finite",
     "resume",
     "lock",
+    "run_folders",
     "objective",
+    "adapters",
+    "adapters_on_adapters",
+    "adapter_files",
+    "fused",
+    "policy",
+    "processor",
+    "reference",
+    "switches",
+    "checkpoint_damage",
+    "source",
+    "bounds",
+    "tiny",
+    "libraries",
 }
-LONG |= {"adapters", "adapters_on_adapters", "adapter_files", "fused", "policy", "processor"}
-LONG |= {"checkpoint_damage", "source", "bounds", "tiny", "run_folders", "switches", "reference", "libraries", "objective"}
 
 
 @pytest.hookimpl(tryfirst=True)
