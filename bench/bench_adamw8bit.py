@@ -45,9 +45,8 @@ def test_adamw8bit(benchmark, way: str) -> None:
     step(0)
     moved = torch.cat([(p.detach() - b).flatten().double() for p, b in zip(parameters, before, strict=True)])
     sign = torch.cat([gradient.flatten().sign().double() for gradient in gradients[0]])
-    assert (-moved * sign).mean().item() == pytest.approx(
-        1e-6, rel=0.2
-    )  # a first step is one rate against the sign
+    # a first step is one rate against the sign
+    assert (-moved * sign).mean().item() == pytest.approx(1e-6, rel=0.2)
     count = sum(p.numel() for p in parameters)
     benchmark.group = f"AdamW step, {count:,} parameters"
     timed(

@@ -16,9 +16,8 @@ from locus_kernels.box_reward.records import Scoring
 from bench.roofline import DEVICE, timed
 from locus_fast.tiny.tokenizer import VOCABULARY, build_tokenizer
 
-GROUPS, GROUP, TOKENS, SETS = (
-    (128, 8, 256, 32) if DEVICE == "cuda" else (64, 8, 24, 4)
-)  # on CUDA all ids together fill more than a cache
+# on CUDA all ids together fill more than a cache
+GROUPS, GROUP, TOKENS, SETS = (128, 8, 256, 32) if DEVICE == "cuda" else (64, 8, 24, 4)
 BOX = re.compile(r"\s*\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]\s*")
 READING = {"which": "first", "grammar": "direct"}
 SCORING = Scoring(GROUP, "iou", format_weight=0.1, normalize_std=True, progress=0.0)

@@ -81,11 +81,12 @@ def write_full_checkpoint(folder: Path, preset: str) -> Path:
             name: torch.randn(shapes[name], dtype=torch.bfloat16, device=DEVICE).mul_(0.02).cpu()
             for name in names
         }
+        # norms
         weights |= {
             name: torch.ones_like(value)
             for name, value in weights.items()
             if value.ndim == 1 and name.endswith("weight")
-        }  # norms
+        }
         save_file(weights, folder / file, metadata={"format": "pt"})
         place |= dict.fromkeys(names, file)
     size = 2 * sum(shape.numel() for shape in shapes.values())

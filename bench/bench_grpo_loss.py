@@ -81,9 +81,8 @@ def task(request):
         with torch.no_grad():
             logprob = dense(hidden, weight, ids)[0]
         advantages = torch.randn(len(ids) // L, device=ids.device).repeat_interleave(L)
-        away = logprob.new_tensor(
-            [-0.6, -0.05, 0.05, 0.6]
-        )  # log ratios that no rounding of a log-prob carries over a clip bound
+        # log ratios that no rounding of a log-prob carries over a clip bound
+        away = logprob.new_tensor([-0.6, -0.05, 0.05, 0.6])
         old = logprob - away[torch.randint(0, 4, ids.shape, device=ids.device)]
         sets.append((hidden, weight, ids, advantages, old, logprob + 0.2 * torch.randn_like(logprob)))
     return request.param, sets

@@ -14,9 +14,8 @@ from locus_kernels.shared_prefix_decode import shared_prefix_decode
 
 from bench.roofline import DEVICE, timed
 
-SHAPES = (
-    {"3B": (16, 2, 128), "7B": (28, 4, 128)} if DEVICE == "cuda" else {"small": (4, 2, 64)}
-)  # query heads, key heads, head dimension
+# query heads, key heads, head dimension
+SHAPES = {"3B": (16, 2, 128), "7B": (28, 4, 128)} if DEVICE == "cuda" else {"small": (4, 2, 64)}
 PROMPTS, REPLIES, LENGTH, OWN, CAPACITY = (8, 8, 1000, 16, 32) if DEVICE == "cuda" else (2, 8, 1000, 16, 32)
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 

@@ -16,11 +16,12 @@ from torch import Tensor
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 HALF, SINGLE = torch.bfloat16, torch.float32
+# (T, D, V, dtype)
 CASES = (
     [(2048, 2048, 151_936, HALF), (2048, 3584, 151_936, HALF)]
     if CUDA
     else [(64, 64, 2003, SINGLE), (64, 64, 2003, HALF)]
-)  # (T, D, V, dtype)
+)
 TOLERANCE = {SINGLE: 1e-4, HALF: 5e-2}  # of a result against float32 products, beyond which it is not timed
 ROTATION = 3  # input sets; one weight alone is many times a cache
 

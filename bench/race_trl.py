@@ -62,9 +62,8 @@ class Peer:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
-        trl.trainer.utils._use_triton = lambda device: (
-            True
-        )  # score reply tokens only; the tiles stay PyTorch's
+        # score reply tokens only; the tiles stay PyTorch's
+        trl.trainer.utils._use_triton = lambda device: True
         suppressed = (~case.allowed).nonzero()[:, 0].tolist()
         config = GRPOConfig(
             str(out),
@@ -100,9 +99,8 @@ class Peer:
         )
         self.trainer.create_optimizer()
         self.trainer.current_gradient_accumulation_steps = self.microbatches = ROWS // rows_at_once
-        self.batch = next(
-            iter(self.trainer.get_train_dataloader())
-        )  # read once: its image decoding is left out of the race
+        # read once: its image decoding is left out of the race
+        self.batch = next(iter(self.trainer.get_train_dataloader()))
 
     def step(self) -> None:
         """What Trainer's loop does between two optimizer steps, without its callbacks."""

@@ -6,7 +6,7 @@ SHOWN = 200  # characters of a value that a sentence repeats
 
 class UserError(Exception):
     """Input that cannot be used as given. The message is one sentence that names the file, line or field and
-    the mend."""
+    what to do."""
 
 
 def reason(error: Exception) -> str:

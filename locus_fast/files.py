@@ -18,12 +18,13 @@ from locus_fast.errors import UserError, short
 if TYPE_CHECKING:
     from torch import Tensor
 
+# types of files whose reading may wait for ever
 ENDLESS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
-}  # types of files whose reading may wait for ever
+}
 BLOCK = 1 << 22  # bytes read at a time
 
 

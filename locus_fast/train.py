@@ -71,9 +71,8 @@ def train(config: Config, out: Path, stop: Interrupt) -> dict[str, Any]:
     step.begin()
     saver = Saver(setup, step.optimizer, out, stop, final_due=FINAL in lacking)
     saver.restore(begun.checkpoint)
-    metrics = metrics or open_metrics(
-        config, out, begun
-    )  # a run's own is not touched before all of it was found good
+    # a run's own is not touched before all of it was found good
+    metrics = metrics or open_metrics(config, out, begun)
     (out / "checkpoints").mkdir(exist_ok=True)
     with closing(metrics):
         done = learn_and_save(config, step, setup.inputs, metrics, saver, begun.done)

@@ -204,9 +204,8 @@ def write_checkpoint(folder: Path, family: str, shards: int = 3, seed: int = 0) 
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     with torch.no_grad():
-        for p in (
-            model.parameters()
-        ):  # the default initialisation is so small that attention is nearly uniform and hides errors
+        # the default initialisation is so small that attention is nearly uniform and hides errors
+        for p in model.parameters():
             p.copy_(torch.randn_like(p) * (0.1 if p.ndim >= 2 else 0.02) + (p.ndim < 2) * p)
     tied = "lm_head.weight" if family == "qwen3-vl" else ""
     tensors = {

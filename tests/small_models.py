@@ -60,9 +60,8 @@ def small_model(family: str, seed: int = 0, **text_settings: int):
         "vision_end_token_id": END,
     }
     model = model_class(config_class(text_config=text, vision_config=vision, **tokens)).float()
-    with (
-        torch.no_grad()
-    ):  # the default initialisation is so small that attention is nearly uniform and hides errors
+    # the default initialisation is so small that attention is nearly uniform and hides errors
+    with torch.no_grad():
         for p in model.parameters():
             if p.ndim >= 2:
                 p.mul_(3.0)

@@ -40,9 +40,8 @@ def refuse_run(folder: Path) -> None:
     run, place = run_around(folder), folder.resolve()
     if run is None or (place not in (run, run / CHECKPOINTS) and not place.name.endswith(PARTIAL)):
         return
-    shown = (
-        folder if place == run else folder.parent if folder.name == CHECKPOINTS else run
-    )  # as it was given
+    # as it was given
+    shown = folder if place == run else folder.parent if folder.name == CHECKPOINTS else run
     saved = sorted(
         (run / CHECKPOINTS).glob("step-[0-9]*[0-9]"), key=lambda folder: (len(folder.name), folder.name)
     )

@@ -32,10 +32,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Settings that a loss is published with; they hold unless they are given themselves.
 LOSS_SETTINGS: dict[str, dict[str, Any]] = {
+    # Liu et al., arXiv 2503.20783
     "dr_grpo": {
         "loss_agg": "seq-mean-token-sum-norm",
         "normalize_std": False,
-    },  # Liu et al., arXiv 2503.20783
+    },
     "bnpo": {"loss_agg": "token-mean"},
     "dapo": {"loss_agg": "token-mean"},  # Yu et al., arXiv 2503.14476
     "gspo": {"loss_agg": "seq-mean-token-mean"},  # Zheng et al., arXiv 2507.18071: a mean over replies

@@ -16,6 +16,7 @@ from locus_fast.data.images import MAX_ASPECT, MAX_PIXELS
 from locus_fast.errors import short
 
 PRESET = "qwen2.5-vl-7b"
+# its own options, with its words
 TRAINERS = (
     "lora",
     "quantize",
@@ -26,7 +27,7 @@ TRAINERS = (
     "rollout_tokens",
     "image_pixels",
     "cue_pixels",
-)  # its own options, with its words
+)
 OURS = ("image", "cue", "text_tokens", "reply_tokens", "memory")  # what the trainer does not know
 
 

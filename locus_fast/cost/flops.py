@@ -139,9 +139,8 @@ def vision_flops(
     embed, mergers = tower_ends(vision)
     again = recomputed(vision.depth, checkpointing) * (block - last)
     back = (embed + 2 * vision.depth * block) * trained.vision
-    back += mergers * (
-        trained.projector + trained.tower
-    )  # the weights' gradients and the inputs', which begin with a norm of the projector's
+    # the weights' gradients and the inputs', which begin with a norm of the projector's
+    back += mergers * (trained.projector + trained.tower)
 
     def row(flops: Callable[[Iterable[Group]], float], again: float, backward: float) -> dict[str, float]:
         return {
@@ -184,9 +183,8 @@ def language_flops(
     L, whole, rank = text.layers, trained.language, trained.rank
     layer, beside = 2 * text.matrices, 2 * text.adapters(rank)
     last = 2 * text.hidden * (rank or text.intermediate)
-    entry = (
-        2 * text.hidden * (text.queries + 2 * text.keys + 3 * rank)
-    )  # the first layer's inputs' gradient, which frozen embeddings do not want
+    # the first layer's inputs' gradient, which frozen embeddings do not want
+    entry = 2 * text.hidden * (text.queries + 2 * text.keys + 3 * rank)
     again = recomputed(text.layers, checkpointing) * (layer + beside - last)
     pixels = whole or trained.tower  # whether prompts have a gradient at the first layer
     back = L * (layer * (1 + whole) + 2 * beside)

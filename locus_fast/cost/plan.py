@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from locus_fast.cost.flops import group_cost, step_flops, total
-from locus_fast.cost.memory import peak_memory
-from locus_fast.cost.shapes import EVERYTHING, Group, ModelShape
+from locus_fast.cost.memory import MemorySettings, peak_memory
+from locus_fast.cost.shapes import Group, ModelShape
 from locus_fast.cost.traffic import step_bytes
 from locus_fast.errors import UserError
 
@@ -34,13 +34,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Room:
-    """What a step's groups have to fit into. ways: the arguments of `peak_memory` that stay the same."""
+    """What a step's groups have to fit into, held as `how` says."""
 
     shape: ModelShape
     memory_bytes: float
     prompts: int  # of a step
     rollout_tokens: int
-    ways: dict[str, Any]
+    how: MemorySettings
 
     def cost(self, group: Group) -> float:
         return group_cost(self.shape, group.grids, group.prompt, group.scored)
@@ -52,9 +52,7 @@ class Room:
     def parts(self, group: Group, count: int, checkpointing: int) -> dict[str, float]:
         """Peak bytes by part with `count` groups like this in a microbatch."""
         rollout = [group] * max(count, self.width(group, self.rollout_tokens))
-        return peak_memory(
-            self.shape, [group] * count, checkpointing=checkpointing, rollout=rollout, **self.ways
-        )
+        return peak_memory(self.shape, [group] * count, checkpointing, self.how, rollout)
 
     def holds(self, group: Group, count: int, checkpointing: int) -> bool:
         return sum(self.parts(group, count, checkpointing).values()) <= (1 - FREE) * self.memory_bytes
@@ -82,14 +80,12 @@ class Room:
         and a decoding step reads the weights whatever the number of its replies."""
         passes: dict[str, Any] = {
             "checkpointing": checkpointing,
-            "reference": self.ways.get("reference", "none") != "none",
+            "reference": self.how.reference != "none",
         }
         width = self.width(group, budget)
         microbatches = [[group] * min(width, self.prompts - done) for done in range(0, self.prompts, width)]
-        trained = self.ways.get("trained", EVERYTHING)
-        flops = self.prompts * total(
-            step_flops(self.shape, [group], executed=True, trained=trained, **passes)
-        )
+        table = step_flops(self.shape, [group], executed=True, trained=self.how.trained, **passes)
+        flops = self.prompts * total(table)
         return flops + RIDGE * sum(step_bytes(self.shape, microbatches, **passes).values())
 
 
@@ -102,17 +98,17 @@ def plan(
     tokens: int = AUTO_TOKENS,
     checkpointing: int = AUTO_CHECKPOINTING,
     rollout_tokens: int = 0,
-    **ways: Any,
+    how: MemorySettings,
 ) -> Plan:
     """The budget and checkpointing of a run, where they are to be chosen; what is given is kept.
 
     groups: what a prompt and its replies may be, the largest first and the longest replies in each (a budget
     is in FLOPs, and groups of other proportions fill the memory otherwise: it has to hold for each);
-    memory_bytes: free on the device; prompts: of a step; ways: further arguments of `peak_memory`. Raises
+    memory_bytes: free on the device; prompts: of a step; how: see `MemorySettings`. Raises
     UserError if the model does not fit, or with --microbatch-tokens to be chosen not one group, with the
     parts of the memory.
     """
-    room = Room(shape, memory_bytes, prompts, rollout_tokens, ways)
+    room = Room(shape, memory_bytes, prompts, rollout_tokens, how)
     choices = (0, 1) if checkpointing == AUTO_CHECKPOINTING else (checkpointing,)
     found = {each: tokens or room.budget(groups, each) for each in choices}
     fitting = {

@@ -12,6 +12,7 @@ from functools import cached_property
 
 from locus_fast.data.resize import grid_size
 
+# numbers of rows that a decoder runs with
 LADDER = (
     1,
     2,
@@ -34,7 +35,7 @@ LADDER = (
     2048,
     3072,
     4096,
-)  # numbers of rows that a decoder runs with
+)
 PROMPT_STEP = 1024  # the tokens that static prompt buffers grow by
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from locus_fast.cost.shapes import EVERYTHING, Group, ModelShape, Trained, recomputed
 
-STATE_BYTES = (
-    2 + 12 / 256
-)  # of a parameter's two AdamW moments: 8 bits each, and three float32 a block of 256
+# of a parameter's two AdamW moments: 8 bits each, and three float32 a block of 256
+STATE_BYTES = 2 + 12 / 256
 
 
 def kept_bytes(shape: ModelShape, width: int = 2) -> int:
@@ -57,9 +56,10 @@ def step_bytes(
             fed = group.scored - len(group.replies) if repeat else group.longest - 1
             out["decode: prompt keys"] += kept * group.prompt * fed
             out["decode: own keys"] += kept * group.own_pairs
+        # prompts and replies: two passes
         out["passes: weights"] += passes * (
             2 * shape.parameters + adapters - less + (0 if repeat else language)
-        )  # prompts and replies: two passes
+        )
         out["gradients"] += (1 if index == 0 else 2) * gradient_bytes * moving
     return out | {"optimizer": moving * (2 * gradient_bytes + gradient_bytes + 2 * state_bytes)}
 
@@ -87,10 +87,11 @@ LAUNCHES = {  # (architecture, whether norms, gates and rotations are fused)
 # A layer, beyond the one attention that is counted: replies attend in two pieces and merge them, decoding
 # writes its keys.
 MERGE, MERGE_BACKWARD, DECODE = 8, 5, 3
+# a decoding step outside the layers: embedding, last norm, head, sampling, bookkeeping; by fused
 SAMPLE = {
     False: 44,
     True: 37,
-}  # a decoding step outside the layers: embedding, last norm, head, sampling, bookkeeping; by fused
+}
 
 
 def step_launches(

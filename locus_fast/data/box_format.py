@@ -31,11 +31,12 @@ _FEW_WRONG = (
     0.05  # the same where the boxes fill 0..1000 (c): images of nearly 1000 px hide most of what is wrong
 )
 _LEFT_WRONG = 0.1  # of those boxes: as many may be wrong in the other reading
+# (c): largest far edges, deviation of the centres, and boxes, at least
 _FILLED, _SPREAD, _ENOUGH = (
     900.0,
     150.0,
     20,
-)  # (c): largest far edges, deviation of the centres, and boxes, at least
+)
 _NEARLY_ALL = 0.98  # (c): part of the boxes that end by 1000
 _LARGER = 1250  # px: images whose pixels go on well past 1000
 _BY_CHANCE = 0.01
@@ -174,9 +175,8 @@ def _refuse_misread(evidence: Evidence, standard: str, where: str) -> None:
     ]
     count = len(evidence.raw)
     if len(fits) > 1 and count >= _ENOUGH and evidence.raw.max() < _FILLED:
-        fits = [
-            name for name in fits if name != "thousand"
-        ]  # so many shares of 1000 would come nearer to 1000
+        # so many shares of 1000 would come nearer to 1000
+        fits = [name for name in fits if name != "thousand"]
     cannot = f"cannot be {MEANING[standard]} of their images: {evidence.wrongs_text(standard)}"
     what = f"{wrong:,} of its {count:,} boxes {cannot}"
     if fits:

@@ -32,9 +32,8 @@ class CueRecipe:
 
     mix: tuple[float, float, float]  # weights of tiny, small and large
     min_side: int  # px, of the crop before rescaling
-    padding: tuple[
-        float, float
-    ]  # range of the padding of each side of a tiny box, as a part of the box's width or height
+    # range of the padding of each side of a tiny box, as a part of the box's width or height
+    padding: tuple[float, float]
     scale: tuple[float, float]  # range of the factor that a tiny crop is resized by
 
     def __post_init__(self) -> None:

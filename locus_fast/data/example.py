@@ -15,9 +15,8 @@ class Example:
 
     image: np.ndarray  # uint8 [height, width, 3] RGB
     cue: np.ndarray  # uint8 [height, width, 3] RGB, a rescaled copy of image[box]
-    box: tuple[
-        float, float, float, float
-    ]  # xyxy in pixels of `image`: the region the cue shows, padding included
+    # xyxy in pixels of `image`: the region the cue shows, padding included
+    box: tuple[float, float, float, float]
     size_class: str  # "tiny" (< 1% of the image area), "small" (1% to 5%) or "large"
     source: str  # where it comes from, for messages and pictures: a file name, or "scene 17"
     skipped: tuple[str, ...] = ()  # one sentence for each unreadable image that was passed over to get here

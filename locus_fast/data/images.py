@@ -48,9 +48,8 @@ def load_rgb(path: str | Path) -> np.ndarray:
     """
     with _opened(path) as image:
         image.load()
-        turn = _TURNS.get(
-            _orientation(image)
-        )  # after load(): Pillow turns TIFFs itself there, and a PNG may keep its EXIF behind the pixels
+        # after load(): Pillow turns TIFFs itself there, and a PNG may keep its EXIF behind the pixels
+        turn = _TURNS.get(_orientation(image))
         rgb = _to_rgb(image, path)
         return np.array(rgb if turn is None else rgb.transpose(turn))
 

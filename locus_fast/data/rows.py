@@ -193,9 +193,8 @@ class _Names:
 
     def __init__(self, root: Path) -> None:
         self._root = os.path.abspath(root)
-        self._straight: dict[
-            str, bool
-        ] = {}  # folders with "..": whether the path without it is the same folder
+        # folders with "..": whether the path without it is the same folder
+        self._straight: dict[str, bool] = {}
 
     def tidy(self, name: str) -> tuple[str, str]:
         """(the name without detours, the absolute path that all spellings of it share). The name is relative

@@ -25,9 +25,8 @@ class BoxTable:
     source: Path  # what was read
     root: Path  # the folder that the names are relative to
     names: list[str]  # [m], each path once, however it was spelled
-    first_copy: (
-        np.ndarray
-    )  # int32 [m], the first row whose file holds the same bytes; its own where there is no copy
+    # int32 [m], the first row whose file holds the same bytes; its own where there is no copy
+    first_copy: np.ndarray
     image_index: np.ndarray  # int32 [n], rows of `names`
     boxes: np.ndarray  # float32 [n, 4], xyxy in pixels of the upright image, inside it
     sizes: np.ndarray  # int32 [m, 2], width and height; 0, 0 where not known (images without boxes)

@@ -57,8 +57,8 @@ def base_of(folder: Path) -> str:
     none."""
     base = config_of(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        mend = "set base_model_name_or_path to the base's folder or hub id"
-        raise UserError(f"{folder / CONFIG} does not say which model it adapts: {mend}.")
+        remedy = "set base_model_name_or_path to the base's folder or hub id"
+        raise UserError(f"{folder / CONFIG} does not say which model it adapts: {remedy}.")
     return base
 
 

@@ -76,9 +76,8 @@ class PromptPass:
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None
     ) -> Tensor:
         q, k, v = rows_first(q, k, v)
-        self.kv.setdefault(
-            module.layer_idx, (k, v)
-        )  # the recomputation under checkpointing must not replace the tensors in the graph
+        # the recomputation under checkpointing must not replace the tensors in the graph
+        self.kv.setdefault(module.layer_idx, (k, v))
         return packed_attention(q, k, v, self.pairs, scale=scale, backend=self.backend)[None]
 
 

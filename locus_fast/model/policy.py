@@ -39,10 +39,11 @@ def checkpoint_activations(model: Any, every: int = 1) -> None:
     """Recompute the activations of every `every`-th block of the vision tower and layer of the language model
     in backward, the first of each included, and go to training mode, without which they do not.
     Non-reentrant, so that the remembered keys and values stay in the graph."""
+    # there is no dropout, and the random state is read back
     options = {
         "use_reentrant": False,
         "preserve_rng_state": False,
-    }  # there is no dropout, and the random state is read back
+    }
     if hasattr(model, "activation_checkpointing_enable"):  # the name in newer transformers
         model.activation_checkpointing_enable(options)
     else:

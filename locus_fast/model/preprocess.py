@@ -123,9 +123,8 @@ def patches_of(pixels: Tensor, grids: Tensor, spec: PatchSpec) -> Tensor:
         moments = {"mean": spec.mean, "std": spec.std}
         return patchify_images(images, sizes, **layout, **moments)[0]  # type: ignore[arg-type]
     count, values = pixels.numel() // (3 * spec.patch**2), 3 * spec.frames * spec.patch**2
-    patches = torch.from_numpy(
-        np.empty((count, values), np.float32)
-    )  # in huge pages, which NumPy asks for and PyTorch does not
+    # in huge pages, which NumPy asks for and PyTorch does not
+    patches = torch.from_numpy(np.empty((count, values), np.float32))
     for image, part in zip(images, patches.split([h * w // spec.patch**2 for h, w in sizes]), strict=True):
         lines = BAND * spec.factor
         for band, there in zip(
@@ -146,7 +145,6 @@ def _write_patches(image: Tensor, patches: Tensor, spec: PatchSpec) -> None:
         image.shape[1] // spec.factor,
         (spec.merge, spec.patch),
     )
-    cells = planes.view(3, rows, *cell, columns, *cell).permute(
-        1, 4, 2, 5, 0, 3, 6
-    )  # block row and column, row and column in it, channel, y, x
+    # block row and column, row and column in it, channel, y, x
+    cells = planes.view(3, rows, *cell, columns, *cell).permute(1, 4, 2, 5, 0, 3, 6)
     patches.view(*cells.shape[:5], spec.frames, spec.patch, spec.patch).copy_(cells.unsqueeze(5))

@@ -66,7 +66,7 @@ class Prompt:
 def template_pieces(tokenizer: Any, text: str, images: int, placeholder: int) -> list[list[int]]:
     """The token ids around `images` images and the text behind them, by the tokenizer's chat template: images
     + 1 pieces. UserError if it fails or has no place for them."""
-    where, mend = (
+    where, remedy = (
         f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}",
         "copy the base model's chat_template.jinja or chat_template.json",
     )
@@ -79,12 +79,12 @@ def template_pieces(tokenizer: Any, text: str, images: int, placeholder: int) ->
         )
     except Exception as error:  # templates raise what they like
         fails = "there is none" if not tokenizer.chat_template else reason(error)
-        raise UserError(f"{where} cannot be used for {images} images ({fails}): {mend}.") from None
+        raise UserError(f"{where} cannot be used for {images} images ({fails}): {remedy}.") from None
     at = [i for i, token in enumerate(ids) if token == placeholder]
     if len(at) != images:
         raise UserError(
             f"{where} gives {len(at)} image placeholders (token {placeholder}) for {images} images, and "
-            f"must give one each: {mend}."
+            f"must give one each: {remedy}."
         )
     return [ids[start + 1 : end] for start, end in zip([-1, *at], [*at, len(ids)], strict=True)]
 
@@ -122,15 +122,13 @@ class Prompter:
         self.style = PROMPT_STYLES[style]
         self.pieces = question_pieces(tokenizer, self.style, self.frame, self.placeholder)
         start, end = self.family.thinking, self.family.thinking.replace("<", "</")
-        opened = (
-            tokenizer.decode(self.pieces[2]).rstrip().endswith(start)
-        )  # a thinking model's template may begin the reply itself
+        # a thinking model's template may begin the reply itself
+        opened = tokenizer.decode(self.pieces[2]).rstrip().endswith(start)
         self.is_thinking = opened and end not in answer_prefix  # what a reply says at first is no answer yet
         said = [start, answer_prefix] if opened else [answer_prefix]
         if opened and not (self.style.thinks or self.is_thinking):
-            said = [
-                answer_prefix.partition(end)[2]
-            ]  # the reply to such a question begins where the thinking has ended
+            # the reply to such a question begins where the thinking has ended
+            said = [answer_prefix.partition(end)[2]]
         self.opening: list[int] = [
             id for text in said for id in tokenizer.encode(text, add_special_tokens=False)
         ]

@@ -40,9 +40,8 @@ class Reference:
 
     kind: str
     held: Any
-    pages: dict[Parameter, Tensor] = field(
-        default_factory=dict
-    )  # host: parameter -> its values in host memory
+    # host: parameter -> its values in host memory
+    pages: dict[Parameter, Tensor] = field(default_factory=dict)
     device: torch.device | None = None  # host: where it computes
 
     @contextmanager
@@ -107,9 +106,8 @@ def make_reference(model: Any, kind: str = "auto") -> Reference:
                 "cost; leave the option away."
             )
         return Reference("adapters", model)
-    shared: dict[int, Any] = {
-        id(p): p for p in model.parameters() if not p.requires_grad
-    }  # what a copy has in its original's stead
+    # what a copy shares with its original
+    shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
     if kind in ("int8", "nf4"):  # the quantised weights are made from the policy's own
         weights = [linear.weight for _, _, linear in language_linears(model)]
         held = copy.deepcopy(model, {**shared, **{id(p): p for p in weights}})

@@ -34,12 +34,13 @@ UNSET = Values(lambda value, part: not value, "left away: it is not computed her
 TRUE = Values(lambda value, part: value in (None, True), "true")
 COUNT = Values(lambda value, part: isinstance(value, int) and value > 0, "a whole number above 0")
 WIDEST = 16384  # side of an attention window, pixels: transformers makes an index as large as the window
+# kinds whose frequencies do not hang on the longest row
 STATIC_ROTARY = (
     "default",
     "linear",
     "yarn",
     "llama3",
-)  # kinds whose frequencies do not hang on the longest row
+)
 
 
 def _head_dim(part: Any) -> int:
@@ -85,9 +86,8 @@ TEXT: dict[str, Values] = {
     **dict.fromkeys(
         ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"), ANY
     ),
-    **dict.fromkeys(
-        ("sliding_window", "max_window_layers"), ANY
-    ),  # they count through use_sliding_window and layer_types
+    # they count through use_sliding_window and layer_types
+    **dict.fromkeys(("sliding_window", "max_window_layers"), ANY),
     "num_key_value_heads": Values(_divides, "a divisor of num_attention_heads"),
     "head_dim": Values(lambda value, part: value is None or COUNT.hold(value, part), COUNT.words),
     "use_sliding_window": Values(_no_window, WINDOW),
@@ -123,9 +123,8 @@ VISION: dict[str, Values] = {
         COUNT,
     ),
     **dict.fromkeys(("hidden_act", "initializer_range", "rope_parameters", "tokens_per_second"), ANY),
-    **dict.fromkeys(
-        ("fullatt_block_indexes", "deepstack_visual_indexes"), ANY
-    ),  # indices of no block count nowhere
+    # indices of no block count nowhere
+    **dict.fromkeys(("fullatt_block_indexes", "deepstack_visual_indexes"), ANY),
     "num_position_embeddings": COUNT,
     "out_hidden_size": COUNT,  # and that of the language model: see check_switches
     "num_heads": Values(_whole_heads, "a divisor of hidden_size that leaves each head a multiple of 4"),
@@ -138,11 +137,12 @@ VISION: dict[str, Values] = {
     "is_causal": UNSET,
     "return_dict": TRUE,
 }
+# refused if set, in any part
 FOREIGN = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
     "attention_chunk_size",
-)  # refused if set, in any part
+)
 GENERAL = (
     {field.name for field in dataclasses.fields(PretrainedConfig)}
     if dataclasses.is_dataclass(PretrainedConfig)

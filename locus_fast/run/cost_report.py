@@ -11,12 +11,12 @@ import torch
 
 from locus_fast.config import Config
 from locus_fast.cost.flops import COLUMNS, group_cost, model_flops, repeated_flops, step_flops, total
-from locus_fast.cost.memory import QUANTISED
+from locus_fast.cost.memory import QUANTISED, MemorySettings
 from locus_fast.cost.plan import AUTO_CHECKPOINTING, AUTO_TOKENS, FREE, GIB, Plan, Room
 from locus_fast.cost.shapes import Group, ModelShape
 from locus_fast.cost.traffic import step_bytes, step_launches, step_syncs
 from locus_fast.errors import UserError
-from locus_fast.run.plan import planned, remedy, ways_of
+from locus_fast.run.plan import memory_settings, planned, remedy
 from locus_fast.step.optimizers import default_optimizer
 
 
@@ -32,13 +32,13 @@ class Case:
     memory: int  # GiB
 
     @property
-    def ways(self) -> dict[str, Any]:
+    def how(self) -> MemorySettings:
         """The arguments of `peak_memory`, as the trainer has them with liger-kernel."""
-        return ways_of(self.config, self.kind, fused=True)
+        return memory_settings(self.config, self.kind, fused=True)
 
     @property
     def room(self) -> Room:
-        return Room(self.shape, self.memory * GIB, self.config.prompts, self.config.rollout_tokens, self.ways)
+        return Room(self.shape, self.memory * GIB, self.config.prompts, self.config.rollout_tokens, self.how)
 
     def width(self, tokens: int) -> int:
         """Groups in a microbatch of so many tokens: it is packed before the replies are known, as if each
@@ -111,7 +111,7 @@ def report(case: Case, choice: Choice) -> Iterator[str]:
     shape, group, config, made = case.shape, case.group, case.config, choice.plan
     width = case.width(made.tokens)
     microbatches = [[group] * min(width, config.prompts - done) for done in range(0, config.prompts, width)]
-    vision, text, trained = shape.vision, shape.text, case.ways["trained"]
+    vision, text, trained = shape.vision, shape.text, case.how.trained
     yield (
         f"{config.model or config.preset}: {shape.parameters:,} parameters (vision {vision.parameters:,}, "
         f"language {text.parameters:,}); {training(case)}"
@@ -127,7 +127,7 @@ def report(case: Case, choice: Choice) -> Iterator[str]:
     yield ""
     ways: dict[str, Any] = {
         "checkpointing": made.checkpointing,
-        "reference": case.ways["reference"] != "none",
+        "reference": case.how.reference != "none",
     }
     yield from flop_lines(shape, group, {**ways, "trained": trained})
     yield ""
@@ -213,11 +213,11 @@ def flop_lines(shape: ModelShape, group: Group, ways: dict[str, Any]) -> Iterato
 
 def byte_lines(case: Case, microbatches: list[list[Group]], ways: dict[str, Any]) -> Iterator[str]:
     """The table of bytes that are read and written."""
-    more = {
-        "trained": case.ways["trained"],
-        "matrix_bytes": QUANTISED["nf4"] if case.ways["quantised"] else 2,
-        "gradient_bytes": case.ways["gradient_bytes"],
-        "state_bytes": case.ways["state_bytes"],
+    more: dict[str, Any] = {
+        "trained": case.how.trained,
+        "matrix_bytes": QUANTISED["nf4"] if case.how.quantised else 2,
+        "gradient_bytes": case.how.gradient_bytes,
+        "state_bytes": case.how.state_bytes,
     }
     mine, theirs = (
         step_bytes(case.shape, microbatches, **ways, **more, repeat=repeat) for repeat in (False, True)

@@ -62,9 +62,8 @@ def open_model(config: Config, source: Source, device: torch.device, role: str) 
             "or take an earlier state."
         )
     if config.quantize != "off":
-        quantize(
-            model, config.quantize, device
-        )  # straight from the mapped files: the device never holds the whole layers
+        # straight from the mapped files: the device never holds the whole layers
+        quantize(model, config.quantize, device)
         model.to(device)
     if role == "trained":
         train_further(model, source.adapters, anchored=config.kl_coef > 0)

@@ -15,19 +15,21 @@ from locus_fast.run.evaluation import Evaluation
 
 PICTURES = 8  # held-out examples shown in samples.png
 COLOURS = {"true box": "#00d060", "base": "#ff9500", "trained": "#ff2d78"}
+# of equal boxes each shows in the other's gaps
 DASHES = {
     "true box": "-",
     "base": (0, (3, 3)),
     "trained": (3, (3, 3)),
-}  # of equal boxes each shows in the other's gaps
+}
 MARKED = 30  # steps up to which each is marked by a point: a line of one step is nothing
 ZOOMED = 0.15  # of the image's longer side: objects below it are shown enlarged as well
 LINE = 2.4  # points that a box's line is wide, without its casing
 WINDOW = 2.5  # sides of the object that the enlargement shows
+# left, bottom, width, height, in the image's
 _INSETS = {
     "cue": (1.03, 0.70, 0.27, 0.28),
     "zoom": (1.03, 0.26, 0.27, 0.36),
-}  # left, bottom, width, height, in the image's
+}
 
 
 def draw_curve(metrics: Path, path: Path) -> None:

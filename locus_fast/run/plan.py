@@ -6,11 +6,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from locus_fast.config import Config
+from locus_fast.cost.memory import MemorySettings
 from locus_fast.cost.plan import AUTO_CHECKPOINTING, TEXT_TOKENS, Plan, plan, unplanned
 from locus_fast.cost.shapes import Group, ModelShape, Trained, group_of
 from locus_fast.cost.traffic import STATE_BYTES
@@ -87,7 +87,7 @@ def planned(
         tokens=config.microbatch_tokens,
         checkpointing=config.checkpointing,
         rollout_tokens=config.rollout_tokens,
-        **ways_of(config, kind, fused),
+        how=memory_settings(config, kind, fused),
     )
 
 
@@ -107,25 +107,25 @@ def extremes(config: Config, shape: ModelShape) -> list[Group]:
     ]
 
 
-def ways_of(config: Config, kind: torch.dtype, fused: bool | None = None) -> dict[str, Any]:
-    """What a run's settings are to `peak_memory`. fused: as in `planned`."""
+def memory_settings(config: Config, kind: torch.dtype, fused: bool | None = None) -> MemorySettings:
+    """How a run's settings hold its memory. fused: as in `planned`."""
     if fused is None:
         from locus_fast.model.fused import can_fuse  # with transformers
 
         fused = can_fuse(torch.device("cuda"))
     held = "copy" if config.reference == "auto" else config.reference
     moved = torch.float32 if config.lora else kind  # the type of what is trained
-    return {
-        "reference": held if config.kl_coef else "none",
-        "trained": trained_by(config),
-        "quantised": config.quantize != "off",
-        "max_tokens": config.max_new_tokens,
-        "fused": fused,
-        "weight_bytes": kind.itemsize,
-        "gradient_bytes": moved.itemsize,
-        "state_bytes": state_bytes(config, moved),
-        "width": kind.itemsize,
-    }
+    return MemorySettings(
+        reference=held if config.kl_coef else "none",
+        trained=trained_by(config),
+        quantised=config.quantize != "off",
+        max_tokens=config.max_new_tokens,
+        fused=fused,
+        weight_bytes=kind.itemsize,
+        gradient_bytes=moved.itemsize,
+        state_bytes=state_bytes(config, moved),
+        width=kind.itemsize,
+    )
 
 
 def remedy(config: Config, fits: Callable[[Config], bool], spoken: int = 0) -> str:

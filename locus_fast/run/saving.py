@@ -84,9 +84,8 @@ class Saver:
         except torch.OutOfMemoryError:
             states = None
             make_room(self.setup.engine.decoder)
-            with suppress(
-                torch.OutOfMemoryError
-            ):  # then nothing is known against it, and saving needs no memory
+            # then nothing is known against it, and saving needs no memory
+            with suppress(torch.OutOfMemoryError):
                 states = self._states()
         return f"the model answers with {states} that are not finite" if states else None
 

@@ -63,9 +63,8 @@ class Slots:
         self.token, self.phase, self.base = (torch.zeros(capacity, **whole) for _ in range(3))
         self.identity = torch.zeros(capacity, **whole)  # in the seed's stream
         self.order = torch.zeros(capacity, **whole)  # the slot's row of the rollout; `idle` for an idle slot
-        self.group = torch.zeros(
-            capacity, dtype=torch.int32, device=device
-        )  # extent.prompts for an idle slot
+        # extent.prompts for an idle slot
+        self.group = torch.zeros(capacity, dtype=torch.int32, device=device)
         self.running = torch.zeros(capacity, dtype=torch.bool, device=device)
         self.at = torch.zeros(1, **whole)  # tokens sampled so far
         self.own_lengths = torch.zeros(capacity, dtype=torch.int32, device=device)

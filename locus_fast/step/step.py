@@ -117,9 +117,8 @@ class Step:
                 return None
             reusable = engine.fits(batch, longest)
             with torch.set_grad_enabled(reusable):
-                prefix = prefill(
-                    engine.model, batch
-                )  # the sampler's prefill is the training forward's prefix
+                # the sampler's prefill is the training forward's prefix
+                prefix = prefill(engine.model, batch)
             rollout = engine.decoder.generate(prefix, self.sampling, seed=config.seed, groups=numbers)
             scored = self.scoring.reward(rollout, batch.target, step / config.steps)
             whole, share = experience_of(
@@ -130,9 +129,8 @@ class Step:
             reusable = reusable and self._reuse_pays(whole)
             self._count_flops(totals, whole, FIRST_PASSES, prefilled_again=not reusable)
             held = [prefix] if reusable else []
-            del (
-                prefix
-            )  # a wide rollout's keys and values make room, a microbatch's do before the next one's are made
+            # a wide rollout's keys and values make room, a microbatch's do before the next one's are made
+            del prefix
             for part in [whole] if reusable else microbatches(engine, whole):
                 if part.active:
                     learned = self._learn(

@@ -35,23 +35,26 @@ from locus_fast.tiny.scenes import OBJECTS
 from locus_fast.tiny.tokenizer import SPECIAL, build_tokenizer
 
 SCENES, CUES = 12, 6  # scenes a step, cues a scene
+# until this share of the find phase, scenes of so many objects
 CURRICULUM = (
     (0.08, (1, 2)),
     (0.25, (2, 4)),
     (1.0, OBJECTS),
-)  # until this share of the find phase, scenes of so many objects
+)
 LOOSEN = 2.2  # the most that a loosened box grows
+# learning rates; the loosen phase runs at a share of them
 MUON_RATE, ADAM_RATE, LOOSEN_SHARE = (
     0.02,
     2e-3,
     0.15,
-)  # learning rates; the loosen phase runs at a share of them
+)
+# where the auxiliary losses look, and at how many heads
 BOX_LAYER, EDGE_LAYER, READ_LAYER, HEADS = (
     1,
     2,
     2,
     2,
-)  # where the auxiliary losses look, and at how many heads
+)
 ATTENTION_WEIGHT, READ_WEIGHT = 0.25, 4.0
 TOKEN_WEIGHT = torch.full((REPLY_LENGTH,), 0.1)  # of a reply token's cross-entropy
 TOKEN_WEIGHT[DIGITS[::2]], TOKEN_WEIGHT[DIGITS[1::2]] = 1.1, 0.6

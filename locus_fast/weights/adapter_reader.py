@@ -122,11 +122,11 @@ def _check_keys(folder: Path, config: dict[str, Any]) -> None:
     if start not in PLAIN_STARTS and start is not None:
         what = f"init_lora_weights is {_shown(start)}, which took a part of the base's weights away at first"
         how = "peft's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        mend = f"save them as plain LoRA by {how}, or {REMEDY}"
-        raise UserError(f"{file}: {what}, so these adapters do not belong to the base as it is: {mend}.")
+        remedy = f"save them as plain LoRA by {how}, or {REMEDY}"
+        raise UserError(f"{file}: {what}, so these adapters do not belong to the base as it is: {remedy}.")
     if config.get("revision") not in (None, "", "main"):
-        mend = "fetch that one, and set base_model_name_or_path to its folder"
-        raise UserError(f"{file}: revision is {_shown(config['revision'])}: {mend}.")
+        remedy = "fetch that one, and set base_model_name_or_path to its folder"
+        raise UserError(f"{file}: revision is {_shown(config['revision'])}: {remedy}.")
     if missing := [key for key in ("r", "lora_alpha") if key not in config]:
         raise UserError(f"{folder} does not hold whole adapters: {CONFIG} has no {missing[0]}.")
     if not _is_rank(config["r"]):
@@ -162,9 +162,9 @@ def _is_regex(text: str) -> bool:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     file = folder / WEIGHTS
     if not file.is_file() and (folder / PICKLE).is_file():
-        mend = f"save the adapters as {WEIGHTS} with peft"
+        remedy = f"save the adapters as {WEIGHTS} with peft"
         raise UserError(
-            f"{folder / PICKLE} is in pickle format, which is never loaded as it may run code: {mend}."
+            f"{folder / PICKLE} is in pickle format, which is never loaded as it may run code: {remedy}."
         )
     try:
         return load_file(file)

@@ -29,13 +29,15 @@ from locus_fast.model.families import held_name
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+# an optimizer's state has integers besides
 STATE_CODES = {
     **CODES,
     torch.uint8: "U8",
     torch.int8: "I8",
     torch.int32: "I32",
     torch.int64: "I64",
-}  # an optimizer's state has integers besides
+}
+# they would be the base's, so never copied
 OTHER_WEIGHTS = {
     ".safetensors",
     ".bin",
@@ -46,7 +48,7 @@ OTHER_WEIGHTS = {
     ".onnx",
     ".h5",
     ".msgpack",
-}  # they would be the base's, so never copied
+}
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -41,9 +41,9 @@ class Source:
 
 
 def read_source(folder: Path) -> Source:
-    """What there is to know of a model before its weights are read. Raises UserError, naming file and mend,
-    for a model that cannot be loaded whole: of another family, quantised, pickled, with shards that are
-    absent, damaged or another model's, or with a tokenizer of another model."""
+    """What there is to know of a model before its weights are read. Raises UserError, naming the file and
+    what to do, for a model that cannot be loaded whole: of another family, quantised, pickled, with shards
+    that are absent, damaged or another model's, or with a tokenizer of another model."""
     quiet_transformers()
     check_config(folder)
     headers = read_headers(folder)
@@ -51,9 +51,8 @@ def read_source(folder: Path) -> Source:
     try:
         config = read_config(folder)
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(
-                copy.deepcopy(config), dtype=torch.bfloat16
-            )  # which writes the dtype into its config
+            # which writes the dtype into its config
+            model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
     except (
         Exception
     ) as error:  # sizes that do not fit together raise anything from TypeError to ZeroDivisionError
@@ -155,17 +154,20 @@ def _check_tokens(folder: Path, config: Any, tokenizer: Any) -> None:
     """Raises UserError unless tokenizer, config and generation config mean the same ids, all of which the
     embedding has."""
     rows, family = config.get_text_config().vocab_size, family_of(config)
-    highest, mend = max(tokenizer.get_vocab().values()), "copy the tokenizer's files of the base model there"
+    highest, remedy = (
+        max(tokenizer.get_vocab().values()),
+        "copy the tokenizer's files of the base model there",
+    )
     if highest >= rows:
         raise UserError(
             f"{folder}: its tokenizer has ids up to {highest}, and the model's embedding has {rows} rows: "
-            f"{mend}."
+            f"{remedy}."
         )
     image = getattr(config, family.placeholder)
     if image not in tokenizer.added_tokens_decoder:
         raise UserError(
             f"{folder}: config.json has {family.placeholder} {image}, which is no special token of its "
-            f"tokenizer: {mend}."
+            f"tokenizer: {remedy}."
         )
     generation = folder / "generation_config.json"
     stops = read_json(generation).get("eos_token_id") if generation.is_file() else None

@@ -74,9 +74,8 @@ def test_custom_reward_by_hand() -> None:
     """A target of 30 x 40 pixels has a diagonal of 50."""
     reward = names_of("custom_reward")["centre_reward"]
     assert reward("[10, 20, 40, 60]", [10.0, 20.0, 40.0, 60.0]) == 1.0
-    assert reward("at [25, 40, 55, 80].", [10.0, 20.0, 40.0, 60.0]) == pytest.approx(
-        0.5
-    )  # 15 and 20 away: 25 pixels
+    # 15 and 20 away: 25 pixels
+    assert reward("at [25, 40, 55, 80].", [10.0, 20.0, 40.0, 60.0]) == pytest.approx(0.5)
     assert reward("[90, 90, 99, 99]", [10.0, 20.0, 40.0, 60.0]) == 0.0
     assert reward("nothing", [10.0, 20.0, 40.0, 60.0]) == 0.0
 

@@ -74,9 +74,8 @@ def test_the_recipe_names_fields_of_the_metrics() -> None:
     """Those of the table of what to watch, in what a step writes."""
     source = (ROOT / "locus_fast" / "step" / "metrics.py").read_text()
     table = re.findall(r"^\| (`[^|]*`) \|", (ROOT / "docs" / "recipe.md").read_text(), re.MULTILINE)
-    fields = {field for cell in table for field in re.findall(r"`(\w+)`", cell)} - {
-        "mfu"
-    }  # it is `cost.flops.rates`'
+    # it is `cost.flops.rates`'
+    fields = {field for cell in table for field in re.findall(r"`(\w+)`", cell)} - {"mfu"}
     assert len(fields) > 10
     assert {field for field in fields if f'"{field}"' not in source} == set()
 

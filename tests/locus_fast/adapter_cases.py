@@ -21,25 +21,11 @@ from locus_fast.model.preprocess import PatchSpec
 from locus_fast.model.prompts import Prompt
 from locus_fast.step.rollout import Rollout
 from locus_fast.weights.checkpoint import TINY_BASE, load_model
+from tests.locus_fast.run_cases import SMALL
 
 CPU = torch.device("cpu")
 GROUP, REPLY = 3, 7
-SHORT = [
-    "--steps",
-    "3",
-    "--prompts",
-    "6",
-    "--eval-cues",
-    "12",
-    "--microbatch-tokens",
-    "1500",
-    "--device",
-    "cpu",
-    "--lora",
-    "8",
-    "--lr",
-    "1e-2",
-]
+SHORT = [*SMALL, "--lora", "8", "--lr", "1e-2"]
 try:
     import peft
 except ImportError:

@@ -15,9 +15,8 @@ from tests.small_models import CLASSES, VOCABULARY, small_model, small_prompt
 FAMILIES = sorted(CLASSES)
 GRIDS = [[(8, 12), (4, 4)], [(10, 6), (4, 8)]]  # whole windows, and ragged ones
 REPLIES = [[5, 1, 9], [3, 7, 2]]
-ENDLESS = Vocabulary(
-    torch.arange(VOCABULARY) < 3, torch.tensor([5])
-)  # the id that would end a reply is never drawn
+# the id that would end a reply is never drawn
+ENDLESS = Vocabulary(torch.arange(VOCABULARY) < 3, torch.tensor([5]))
 
 
 def work(family: str):

@@ -15,6 +15,8 @@ from typing import Any
 
 from locus_fast import train
 
+SMALL = ["--steps", "3", "--prompts", "6", "--eval-cues", "12", "--device", "cpu"]
+SMALL += ["--microbatch-tokens", "1500"]
 SHORT = [
     "--prompts",
     "4",

@@ -29,19 +29,7 @@ from locus_fast.step.rollout import Rollout
 from locus_fast.step.scoring import Scoring
 from locus_fast.step.step import Step
 from locus_fast.weights.checkpoint import TINY_BASE
-
-SHORT = [
-    "--steps",
-    "3",
-    "--prompts",
-    "6",
-    "--eval-cues",
-    "12",
-    "--microbatch-tokens",
-    "1500",
-    "--device",
-    "cpu",
-]
+from tests.locus_fast.run_cases import SMALL as SHORT
 
 
 def timeless(path: Path) -> list[dict]:
@@ -394,9 +382,8 @@ def photographs(folder: Path) -> Path:
 
 def test_training_on_files(tmp_path: Path, capsys) -> None:
     data = photographs(tmp_path)
-    (tmp_path / "2.png").write_bytes(
-        (tmp_path / "2.png").read_bytes()[:2000]
-    )  # cut short: skipped with a count, or never drawn
+    # cut short: skipped with a count, or never drawn
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:2000])
     arguments = [*SHORT, "--data", str(data), "--images", str(tmp_path), "--out", str(tmp_path / "run")]
     assert train.main(arguments) == 0
     assert sum(row["skipped_images"] for row in timeless(tmp_path / "run" / "metrics.jsonl")) > 0

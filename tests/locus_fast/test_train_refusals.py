@@ -9,19 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from locus_fast import train
 from locus_fast.weights.checkpoint import TINY_BASE
-
-SHORT = [
-    "--steps",
-    "3",
-    "--prompts",
-    "6",
-    "--eval-cues",
-    "12",
-    "--microbatch-tokens",
-    "1500",
-    "--device",
-    "cpu",
-]
+from tests.locus_fast.run_cases import SMALL as SHORT
 
 
 @pytest.mark.parametrize(

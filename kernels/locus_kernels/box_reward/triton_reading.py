@@ -40,7 +40,9 @@ def _fetch(ids, step, at, length, offsets, classes, vocab_size, UNROLL: tl.const
         symbol = tl.load(classes + begin, mask=count > 0, other=PADDING).to(tl.int32)
         unknown = counted & (known == 0)
         symbol, count = tl.where(unknown, OTHER, symbol), tl.where(unknown, 1, count)
-        begins, counts, heads = begins + (begin,), counts + (count,), heads + (symbol,)  # type: ignore[assignment]  # noqa: RUF005
+        begins = begins + (begin,)  # type: ignore[assignment]  # noqa: RUF005
+        counts = counts + (count,)  # type: ignore[assignment]  # noqa: RUF005
+        heads = heads + (symbol,)  # type: ignore[assignment]  # noqa: RUF005
     return begins, counts, heads
 
 

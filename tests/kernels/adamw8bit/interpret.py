@@ -90,10 +90,11 @@ def test_equal_bits_every_time() -> None:
 def test_a_strided_gradient_and_a_view_as_weight() -> None:
     rng = torch.Generator().manual_seed(1)
     storage = torch.zeros(64 * 64 * 3 + 5, device=DEVICE)
+    # not aligned to 16 bytes
     weights = [
         storage[5 : 5 + 4096].view(64, 64),
         storage[5 + 4096 : 5 + 8192].view(64, 64),
-    ]  # not aligned to 16 bytes
+    ]
     gradients = [
         some((64, 64), rng, 1.0, torch.float32).t(),
         some((64, 128), rng, 1.0, torch.float32)[:, ::2],

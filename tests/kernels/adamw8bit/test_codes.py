@@ -123,9 +123,8 @@ def test_random_bits_are_uniform_and_tell_everything_apart() -> None:
         assert ((bits >= 0) & (bits < 2**32)).all()
         for shift in range(0, 32, 8):
             counts = torch.bincount((bits >> shift) & 255, minlength=256).double()
-            assert (
-                (counts - 256).square() / 256
-            ).sum() < 360  # 99.999% of uniform ones, 255 degrees of freedom
+            # 99.999% of uniform ones, 255 degrees of freedom
+            assert ((counts - 256).square() / 256).sum() < 360
         share = bits.double() / 2**32 - 0.5
         for lag in (1, 2, 255, 256):
             assert abs((share[lag:] * share[:-lag]).mean().item() * 12) < 0.02
@@ -145,9 +144,8 @@ def test_the_three_draws_of_an_element_are_uniform_and_unrelated() -> None:
         assert ((one >= 0) & (one < 2**16)).all()
         for other in draws[:i]:
             counts = torch.bincount((one >> 12) * 16 + (other >> 12), minlength=256).double()
-            assert (
-                (counts - 1024).square() / 1024
-            ).sum() < 360  # 99.999% of uniform ones, 255 degrees of freedom
+            # 99.999% of uniform ones, 255 degrees of freedom
+            assert ((counts - 1024).square() / 1024).sum() < 360
             assert abs(torch.corrcoef(torch.stack([one.double(), other.double()]))[0, 1]) < 0.01
 
 

@@ -9,6 +9,7 @@ from locus_kernels.linear_logprob.records import Saved
 from locus_kernels.linear_logprob.reference import dense
 from torch import Tensor
 
+# (T, D, V)
 SHAPES = [
     (0, 5, 7),
     (1, 1, 7),
@@ -17,7 +18,7 @@ SHAPES = [
     (130, 24, 257),
     (2, 0, 11),
     (5, 8, 1),
-]  # (T, D, V)
+]
 
 
 FULL = 2048, 2048, 151_936  # T, D, V of a real step
@@ -116,7 +117,8 @@ def assert_errors(draw: Callable[[int], list[list[Tensor]]], draws: int, slack: 
             )
             for t in (mine, eager)
         ]
+        # maximum keeps a NaN
         ours, theirs = (
             (found[0], found[1]) if seed == 0 else (ours.maximum(found[0]), theirs.maximum(found[1]))
-        )  # maximum keeps a NaN
+        )
     assert (ours <= 2 * theirs + slack).all(), (ours, theirs)

@@ -86,9 +86,8 @@ def test_an_image_at_its_size_is_only_cut() -> None:
     truth = (image.double() / 255 - torch.tensor(CLIP["mean"], dtype=torch.float64)) / torch.tensor(
         CLIP["std"], dtype=torch.float64
     )
-    patches = (
-        patchify(image, **QWEN25).double().view(2, 3, 2, 2, 3, 2, 14, 14)
-    )  # block row, block column, row, column, channel, frame, y, x
+    # block row, block column, row, column, channel, frame, y, x
+    patches = patchify(image, **QWEN25).double().view(2, 3, 2, 2, 3, 2, 14, 14)
     back = patches[:, :, :, :, :, 1].permute(0, 2, 5, 1, 3, 6, 4).reshape(56, 84, 3)
     torch.testing.assert_close(back, truth, atol=1e-6, rtol=0)
 

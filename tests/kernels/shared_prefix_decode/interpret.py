@@ -86,9 +86,8 @@ def test_any_lengths(data: st.DataObject) -> None:
 
 def test_groups_wider_than_a_tile() -> None:
     run(make([40, 20], [9, 1], [2] * 10, 4, 1, 16, device=DEVICE))
-    run(
-        make([40], [1], [20], 40, 1, 16, device=DEVICE)
-    )  # more heads of a key head than a tile of the merging kernel
+    # more heads of a key head than a tile of the merging kernel
+    run(make([40], [1], [20], 40, 1, 16, device=DEVICE))
 
 
 def test_splits() -> None:
@@ -141,11 +140,12 @@ def bytes_loaded(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]
 def test_a_prompt_is_read_once_a_group_and_not_once_a_reply(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [200, 70]
     once = sum(prompts) * 32 * 2  # tokens of one key head, dimension, bytes of float16
+    # 16 replies of 8 heads fill the tile of 128 queries
     for replies, times in (
         (1, 1),
         (5, 1),
         (16, 1),
         (17, 2),
-    ):  # 16 replies of 8 heads fill the tile of 128 queries
+    ):
         case = make(prompts, [replies] * 2, [2] * (2 * replies), 8, 1, 32, HALF, device=DEVICE)
         assert bytes_loaded(case, monkeypatch) == (times * once, times * once)

@@ -28,9 +28,8 @@ from locus_fast.step import losses
 from locus_fast.step.optim import rate_factor
 from locus_fast.step.optimizers import make_optimizer
 
-REGISTRIES: dict[
-    str, tuple[tuple[str, ...], Iterable[str]]
-] = {  # setting -> (choices, what the code has by name)
+# setting -> (choices, what the code has by name)
+REGISTRIES: dict[str, tuple[tuple[str, ...], Iterable[str]]] = {
     "reward": (choices.REWARD_SHAPES, box_reward.REWARD_SHAPES),
     "loss": (choices.LOSSES, losses.LOSSES),
     "loss_agg": (choices.LOSS_AGGREGATIONS, losses.AGGREGATIONS),

@@ -55,9 +55,8 @@ def test_decoding_flops_are_the_counted_ones(family: str) -> None:
     flops, _ = counted(lambda: decoder.generate(prefix, Sampling(3, 6, 1.0, 1.0), seed=0, groups=[0]))
     shape = shape_of(model.config)
     table = cost.step_flops(shape, [group_like(prompt, [6] * 3)], checkpointing=0, reference=False)
-    uncounted = (
-        2 * 3 * shape.text.queries * shape.text.layers
-    )  # the first step's product with a single own value is an outer one
+    # the first step's product with a single own value is an outer one
+    uncounted = 2 * 3 * shape.text.queries * shape.text.layers
     assert spent(table, ("decode", "decode attention", "decode head"), "rollout") == flops + uncounted
 
 
@@ -130,9 +129,8 @@ def test_repeating_the_prompt() -> None:
     prefill = sum(
         floor[part]["forward"] for part in ("vision", "vision attention", "prompt", "prompt attention")
     )
-    assert (
-        cost.total(repeated) == cost.total(floor) + prefill
-    )  # a single reply is repeated by nobody, but prefilled by another engine
+    # a single reply is repeated by nobody, but prefilled by another engine
+    assert cost.total(repeated) == cost.total(floor) + prefill
     eight = replace(one, replies=(100,) * 8)
     assert cost.total(cost.repeated_flops(shape, [eight], **ways)) == 8 * cost.total(repeated)
     ours = cost.step_flops(shape, [eight], **ways, executed=True)

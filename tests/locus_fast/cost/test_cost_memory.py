@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from locus_fast import cost
-from locus_fast.cost.memory import decoder_bytes, reference_bytes
+from locus_fast.cost.memory import MemorySettings, decoder_bytes, reference_bytes
 from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, Group, Trained
 from locus_fast.errors import UserError
 from locus_fast.model.adapters import add_adapters
@@ -85,34 +85,27 @@ def predicted_over_measured(
     reference = make_reference(model) if kl else None
     prompts = [small_prompt(model, grids, words, seed) for seed in range(2)]
     groups = [group_like(prompt, replies) for prompt in prompts]
-    engine_step(
-        model, reference, prompts, groups
-    )  # so that the gradients are there, as from the second microbatch on
+    # so that the gradients are there, as from the second microbatch on
+    engine_step(model, reference, prompts, groups)
     measured = measured_peak(lambda: engine_step(model, reference, prompts, groups))
-    measured += sum(
-        prompt.patches.nbytes for prompt in prompts
-    )  # NumPy's memory, held through the step: the profiler does not see it
+    # NumPy's memory, held through the step: the profiler does not see it
+    measured += sum(prompt.patches.nbytes for prompt in prompts)
     shape = shape_of(model.config)
     logits = 4 * sum(map(sum, (group.replies for group in groups))) * shape.text.vocabulary
     tile = (2 + trained.language) * logits  # the CPU's head: logits, gradient and their sum's
-    ways = {
-        "weight_bytes": 4,
-        "gradient_bytes": 4,
-        "state_bytes": 0,
-        "width": 4,
-        "static": False,
-        "reference": "copy" if kl else "none",
-    }
-    parts = cost.peak_memory(
-        shape,
-        groups,
-        checkpointing=checkpointing,
+    how = MemorySettings(
+        weight_bytes=4,
+        gradient_bytes=4,
+        state_bytes=0,
+        width=4,
+        static=False,
+        reference="copy" if kl else "none",
         tile=tile,
         trained=trained,
         quantised=quantised,
         fused=fused,
-        **ways,
     )
+    parts = cost.peak_memory(shape, groups, checkpointing, how)
     static = parts["weights"] + parts["gradients"] + parts["reference"]
     return sum(parts.values()) / (measured + static)
 
@@ -280,13 +273,13 @@ def test_the_decoders_buffers_are_counted_as_they_are() -> None:
 def test_7b_with_its_reference_fits_one_card() -> None:
     shape = PUBLISHED["qwen2.5-vl-7b"]
     group = Group(((34, 46), (4, 4)), 523, (100,) * 8)
-    parts = cost.peak_memory(shape, [group] * 8, checkpointing=1, reference="copy")
+    parts = cost.peak_memory(shape, [group] * 8, 1, MemorySettings(reference="copy"))
     assert parts["weights"] == parts["gradients"] == parts["reference"] == 2 * shape.parameters
     assert 62 * 2**30 < sum(parts.values()) < 78 * 2**30
     held = [
-        sum(cost.peak_memory(shape, [group], checkpointing=1, reference=kind).values())
+        sum(cost.peak_memory(shape, [group], 1, MemorySettings(reference=kind)).values())
         for kind in ("copy", "int8", "nf4", "host", "none")
     ]
     assert held == sorted(held, reverse=True)
     with pytest.raises(UserError, match="--reference must be one of"):
-        cost.peak_memory(shape, [group], checkpointing=1, reference="fp8")
+        cost.peak_memory(shape, [group], 1, MemorySettings(reference="fp8"))

@@ -170,9 +170,8 @@ def test_first_frame_of_an_animation(tmp_path: Path) -> None:
 
 
 def test_pillow_is_quiet(tmp_path: Path) -> None:
-    path = saved(
-        Image.new("1", (10_000, 9_000)), tmp_path / "large.png"
-    )  # Pillow warns from 89 megapixels on
+    # Pillow warns from 89 megapixels on
+    path = saved(Image.new("1", (10_000, 9_000)), tmp_path / "large.png")
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         assert image_size(path) == (10_000, 9_000)

@@ -45,8 +45,7 @@ def test_only_models_on_cuda_are_fused_and_only_for_the_trainer(monkeypatch: pyt
     assert not fused(model)
     monkeypatch.setattr(attention, "can_fuse", lambda device: True)
     attention.use_attention(model)
-    assert (
-        len(fused(model)) == 3 * (2 + 2 + 1 + 1) + 1 + 3
-    )  # language layers: norms, norms of queries and keys, MLP, attention; last norm; vision
+    # language layers: norms, norms of queries and keys, MLP, attention; last norm; vision
+    assert len(fused(model)) == 3 * (2 + 2 + 1 + 1) + 1 + 3
     attention.use_plain_attention(model, "sdpa")
     assert not fused(model)

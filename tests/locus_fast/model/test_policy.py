@@ -15,16 +15,18 @@ from locus_fast.step.rollout import Decoder, Rollout, Sampling
 from locus_fast.step.vocabulary import Vocabulary
 from tests.small_models import IMAGE, VOCABULARY, naive_logprob, small_model, small_prompt
 
+# patches of image and cue: three prompts of different sizes
 GRIDS = [
     [(8, 12), (4, 4)],
     [(4, 4), (6, 4)],
     [(10, 4), (4, 8)],
-]  # patches of image and cue: three prompts of different sizes
+]
+# unequal reply lengths, replies of one token, a group of nothing else
 LENGTHS = [
     [5, 1, 9],
     [3, 7, 2],
     [1, 1, 1],
-]  # unequal reply lengths, replies of one token, a group of nothing else
+]
 
 
 def rollout_of(replies: list[list[torch.Tensor]]) -> Rollout:
@@ -128,9 +130,8 @@ def test_a_frozen_tower_sees_for_the_reference_too() -> None:
 def test_sampler_logprob_equals_the_training_forward(family: str) -> None:
     model, prompts, _ = case(family)
     batch = PromptBatch.of(prompts, model.config, "cpu")
-    vocabulary = Vocabulary(
-        torch.arange(VOCABULARY) < IMAGE, torch.arange(2, 40)
-    )  # many stop tokens, so that lengths differ
+    # many stop tokens, so that lengths differ
+    vocabulary = Vocabulary(torch.arange(VOCABULARY) < IMAGE, torch.arange(2, 40))
     prefix = prefill(model, batch)
     rollout = Decoder(model, vocabulary).generate(prefix, Sampling(6, 12, 0.7, 1.0), seed=3, groups=[0, 1, 2])
     lengths = rollout.lengths.tolist()

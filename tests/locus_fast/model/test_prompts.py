@@ -69,9 +69,8 @@ def test_patches_are_the_references_to_the_bit(patch: int, frames: int, merge: i
         PatchSpec(patch, frames, merge, (0.48, 0.45, 0.4), (0.27, 0.26, 0.28)),
         torch.Generator().manual_seed(patch),
     )
-    grids = torch.tensor(
-        [(1, 3 * merge, 5 * merge), (1, merge, merge), (1, 19 * merge, 2 * merge)]
-    )  # the last in several bands
+    # the last in several bands
+    grids = torch.tensor([(1, 3 * merge, 5 * merge), (1, merge, merge), (1, 19 * merge, 2 * merge)])
     images = [
         torch.randint(0, 256, (h * patch, w * patch, 3), generator=rng, dtype=torch.uint8)
         for _, h, w in grids.tolist()
@@ -93,9 +92,8 @@ def test_images_are_sent_as_bytes_and_once(monkeypatch) -> None:
     batch = PromptBatch.of(prompts, model.config, "cpu")
     assert torch.equal(batch.patches, torch.cat([prompt.patches for prompt in prompts]))
     assert [tensor.numel() for tensor in sent if tensor.dtype == torch.uint8] == [144 * 14 * 14 * 3]
-    assert (
-        sum(tensor.numel() for tensor in sent if tensor.is_floating_point()) < 144 * 14
-    )  # targets, and the position table's weights
+    # targets, and the position table's weights
+    assert sum(tensor.numel() for tensor in sent if tensor.is_floating_point()) < 144 * 14
 
 
 def test_a_device_makes_the_patches_by_the_kernels(monkeypatch) -> None:

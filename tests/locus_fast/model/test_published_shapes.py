@@ -65,8 +65,10 @@ def qwen3_names() -> set[str]:
     return expand(
         "model.visual.patch_embed.proj.{weight,bias}",
         "model.visual.pos_embed.weight",
-        "model.visual.blocks.#block.{norm1,norm2,attn.qkv,attn.proj,mlp.linear_fc1,mlp.linear_fc2}.{weight,bias}",
-        "model.visual.{merger,deepstack_merger_list.0,deepstack_merger_list.1,deepstack_merger_list.2}.{norm,linear_fc1,linear_fc2}.{weight,bias}",
+        "model.visual.blocks.#block.{norm1,norm2,attn.qkv,attn.proj}.{weight,bias}",
+        "model.visual.blocks.#block.{mlp.linear_fc1,mlp.linear_fc2}.{weight,bias}",
+        "model.visual.merger.{norm,linear_fc1,linear_fc2}.{weight,bias}",
+        "model.visual.deepstack_merger_list.{0,1,2}.{norm,linear_fc1,linear_fc2}.{weight,bias}",
         "model.language_model.embed_tokens.weight",
         "model.language_model.layers.#layer.{input_layernorm,post_attention_layernorm}.weight",
         "model.language_model.layers.#layer.self_attn.{q_proj,k_proj,v_proj,o_proj,q_norm,k_norm}.weight",

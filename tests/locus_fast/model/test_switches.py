@@ -157,9 +157,8 @@ def test_settings_that_are_honoured(name: str, family: str, tmp_path: Path) -> N
     check_switches(tmp_path / "config.json", config)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
-    for p in (
-        model.parameters()
-    ):  # the default initialisation is so small that attention is nearly uniform and hides errors
+    # the default initialisation is so small that attention is nearly uniform and hides errors
+    for p in model.parameters():
         p.copy_(torch.randn_like(p) * (0.1 if p.ndim >= 2 else 0.02) + (p.ndim < 2) * p)
     use_attention(model)
     prompts, batch, replies = drawn(model.config)

@@ -16,10 +16,11 @@ from locus_fast.run.interrupt import Interrupt
 from tests.locus_fast.run_cases import SHORT, Child, rows_of
 
 ENDLESS = [*SHORT, "--steps", "100000", "--save-every", "0"]
+# what is called in the midst of a checkpoint, when its weights are there
 WRITING = (
     "checkpoint",
     "state_tensors",
-)  # what is called in the midst of a checkpoint, when its weights are there
+)
 
 
 def held(owner: str, name: str, go: Path, skipped: int = 0) -> str:

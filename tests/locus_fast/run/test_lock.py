@@ -48,9 +48,8 @@ def test_a_folder_is_locked_as_long_as_the_block_lasts(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is in use: another process"), locked(tmp_path):
             pass
     assert holder_of(tmp_path) is None
-    (tmp_path / "lock").write_text(
-        json.dumps({"pid": 1, "host": "elsewhere", "since": "2020"})
-    )  # of a process that was killed
+    # of a process that was killed
+    (tmp_path / "lock").write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "2020"}))
     assert holder_of(tmp_path) is None
     with locked(tmp_path):
         pass

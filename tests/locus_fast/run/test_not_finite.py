@@ -174,9 +174,8 @@ def test_adapters_that_diverged(tmp_path: Path, capsys) -> None:
     assert "holds the base" in the_error(capsys.readouterr().err)
     adapters = load_file(out / "final" / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in adapters.values())
-    assert not any(
-        tensor.any() for name, tensor in adapters.items() if "lora_B" in name
-    )  # their product is 0
+    # their product is 0
+    assert not any(tensor.any() for name, tensor in adapters.items() if "lora_B" in name)
 
 
 def test_a_run_is_saved_where_there_is_no_memory_to_probe_it(tmp_path: Path, monkeypatch) -> None:

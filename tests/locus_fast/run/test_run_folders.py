@@ -185,12 +185,13 @@ def test_options_with_a_meaning_are_those_that_are_read(run: Path, monkeypatch) 
     setup.evaluate("", lambda: False)
     # looked at, and always as they are by default
     trained = {"quantize", "lora", "lr_scale", "checkpointing", "rollout_tokens", "merge", "export_limits"}
+    # stored for a reward, which is not asked for
     trained |= {
         "group_size",
         "reward",
         "format_weight",
         "normalize_std",
-    }  # stored for a reward, which is not asked for
+    }
     assert (read & Config.__dataclass_fields__.keys()) - trained <= set(EVALUATION_OPTIONS)
 
 

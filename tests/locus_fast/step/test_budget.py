@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from locus_fast import train
 from locus_fast.config import PRESETS, Config, parse
 from locus_fast.cost import peak_memory, plan
+from locus_fast.cost.memory import MemorySettings
 from locus_fast.cost.plan import GIB, TEXT_TOKENS, TOKENS, Room, unplanned
 from locus_fast.cost.shapes import EVERYTHING, PUBLISHED, Group, Trained, group_of
 from locus_fast.errors import UserError
@@ -29,7 +30,7 @@ from locus_fast.weights.checkpoint import TINY_BASE
 from tests.locus_fast.adapter_cases import needs_peft
 
 SHAPE = PUBLISHED["qwen2.5-vl-7b"]
-WAYS = {"reference": "copy", "max_tokens": 512}
+HOW = MemorySettings(reference="copy", max_tokens=512)
 SHORT = ["--prompts", "6", "--eval-cues", "6", "--device", "cpu"]
 
 
@@ -53,8 +54,8 @@ def extremes(replies: int = 8, max_tokens: int = 512) -> list[Group]:
 @pytest.mark.parametrize("gib", [78, 139, 400])
 def test_the_plan_fills_the_memory_and_no_more(gib: int) -> None:
     groups, memory = extremes(), gib * GIB
-    made = plan(SHAPE, groups, memory_bytes=memory, prompts=128, **WAYS)
-    room = Room(SHAPE, memory, 128, 0, WAYS)
+    made = plan(SHAPE, groups, memory_bytes=memory, prompts=128, how=HOW)
+    room = Room(SHAPE, memory, 128, 0, HOW)
     for group in groups:
         assert room.holds(group, room.width(group, made.tokens), made.checkpointing)
     wider = [(group, room.width(group, made.tokens) + 1) for group in groups]
@@ -65,24 +66,32 @@ def test_the_plan_fills_the_memory_and_no_more(gib: int) -> None:
 
 
 def test_no_recomputation_where_memory_abounds() -> None:
-    made = plan(SHAPE, extremes(max_tokens=64), memory_bytes=4000 * GIB, prompts=128, reference="copy")
+    made = plan(
+        SHAPE,
+        extremes(max_tokens=64),
+        memory_bytes=4000 * GIB,
+        prompts=128,
+        how=MemorySettings(reference="copy"),
+    )
     assert made.checkpointing == 0
     assert "no layer recomputed" in made.reason
     assert "faster than the other way" in made.reason
 
 
 def test_what_is_given_is_kept() -> None:
-    made = plan(SHAPE, extremes(), memory_bytes=78 * GIB, prompts=128, tokens=9000, checkpointing=2, **WAYS)
+    made = plan(SHAPE, extremes(), memory_bytes=78 * GIB, prompts=128, tokens=9000, checkpointing=2, how=HOW)
     assert (made.tokens, made.checkpointing) == (9000, 2)
     assert "one layer in 2 recomputed" in made.reason
-    assert plan(SHAPE, extremes(), memory_bytes=78 * GIB, prompts=128, tokens=9000, **WAYS).checkpointing == 1
+    assert (
+        plan(SHAPE, extremes(), memory_bytes=78 * GIB, prompts=128, tokens=9000, how=HOW).checkpointing == 1
+    )
     assert unplanned(0, -1).tokens == TOKENS
     assert unplanned(5, 0).checkpointing == 0
 
 
 def test_a_wide_rollout_leaves_less_for_training() -> None:
     narrow, wide = (
-        plan(SHAPE, extremes(), memory_bytes=78 * GIB, prompts=128, rollout_tokens=n, **WAYS).tokens
+        plan(SHAPE, extremes(), memory_bytes=78 * GIB, prompts=128, rollout_tokens=n, how=HOW).tokens
         for n in (0, 60_000)
     )
     assert wide < narrow
@@ -104,7 +113,7 @@ def test_a_wide_rollout_leaves_less_for_training() -> None:
 )
 def test_too_small_a_device_names_the_parts(gib: int, groups: list[Group], words: list[str]) -> None:
     with pytest.raises(UserError) as raised:
-        plan(SHAPE, groups, memory_bytes=gib * GIB, prompts=128, reference="copy")
+        plan(SHAPE, groups, memory_bytes=gib * GIB, prompts=128, how=MemorySettings(reference="copy"))
     for each in words:
         assert each in str(raised.value)
 
@@ -152,7 +161,7 @@ def test_where_nothing_fits_it_says_so() -> None:
 
 
 def test_a_budget_that_is_given_and_too_large_is_kept_and_said() -> None:
-    made = plan(SHAPE, extremes(), memory_bytes=72 * GIB, prompts=128, tokens=900_000, **WAYS)
+    made = plan(SHAPE, extremes(), memory_bytes=72 * GIB, prompts=128, tokens=900_000, how=HOW)
     assert made.tokens == 900_000
     assert "with so long replies it does not fit" in made.reason
 
@@ -160,7 +169,7 @@ def test_a_budget_that_is_given_and_too_large_is_kept_and_said() -> None:
 def test_parts_that_are_not_trained_take_less() -> None:
     group, frozen = extremes()[0], Trained(vision=False, projector=False)
     whole, language, adapters = (
-        peak_memory(SHAPE, [group], checkpointing=1, trained=t)
+        peak_memory(SHAPE, [group], 1, MemorySettings(trained=t))
         for t in (EVERYTHING, frozen, Trained.adapters(16))
     )
     assert language["gradients"] == 2 * SHAPE.text.parameters < whole["gradients"]

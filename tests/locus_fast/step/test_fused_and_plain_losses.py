@@ -26,9 +26,8 @@ SETTINGS: dict[str, Any] = {
 }
 SETTINGS |= {"loss": "grpo", "kl_estimator": "k3", "log_ratio_clamp": math.inf, "kl_clamp": math.inf}
 ACTING = {"log_ratio_clamp": 0.9, "kl_clamp": 0.5}
-Result = tuple[
-    dict[str, Tensor], dict[str, float]
-]  # float64 loss [], logprob [T], hidden [T, D], head [V, D]; metrics
+# float64 loss [], logprob [T], hidden [T, D], head [V, D]; metrics
+Result = tuple[dict[str, Tensor], dict[str, float]]
 
 
 def double(value: Any) -> Tensor:

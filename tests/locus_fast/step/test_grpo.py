@@ -138,6 +138,7 @@ def test_metrics_count_tokens() -> None:
     )
 
 
+# nats of the policy above its reference, or old policy
 FAR = [
     0.0,
     2.0,
@@ -147,7 +148,7 @@ FAR = [
     40.0,
     100.0,
     -100.0,
-]  # nats of the policy above its reference, or old policy
+]
 
 
 def far(advantage: float, **clamps: float) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -174,6 +175,7 @@ def test_log_ratios_and_kl_are_clamped_by_hand() -> None:
     assert metrics["ratio_clamped"].item() == 4
     assert metrics["ratio_max"].item() == pytest.approx(math.exp(20))
     kl = [0.0, 0.5 * (1 - math.exp(-2)), 0.5 * (1 - math.exp(2)), 0.0, 0.0, 0.0, 0.0, 0.0]
+    # A < 0: the lower bound stops ratios below 0.8
     surrogate = [
         1.0,
         math.exp(2),
@@ -183,7 +185,7 @@ def test_log_ratios_and_kl_are_clamped_by_hand() -> None:
         0.0,
         0.0,
         0.0,
-    ]  # A < 0: the lower bound stops ratios below 0.8
+    ]
     assert gradient == pytest.approx([a + b for a, b in zip(kl, surrogate, strict=True)])
 
 

@@ -24,10 +24,11 @@ from locus_fast.step.losses import AGGREGATIONS, LossInputs, Objective
 LENGTHS = [4, 1, 8, 2, 4, 1]  # powers of two: their reciprocals, which are float32 weights, are exact
 LONGEST = 8  # tokens of a padded reply, and the longest that was allowed
 LOW, HIGH, BETA = 0.2, 0.3, 0.05
+# of TRL's loss types that fix no other
 OUR_AGGREGATION = {
     "grpo": "seq-mean-token-mean",
     "cispo": "token-mean",
-}  # of TRL's loss types that fix no other
+}
 OUR_AGGREGATION |= {name: LOSS_SETTINGS[name]["loss_agg"] for name in ("bnpo", "dapo", "dr_grpo")}
 
 
@@ -95,9 +96,8 @@ def by_trl(trainer_class: Any, loss_type: str, level: str, given: dict[str, Tens
     }
     for name, value in attributes.items():
         setattr(trainer, name, value)
-    mask = (
-        given["mask"] * given["kept"][:, None]
-    )  # as TRL does for `mask_truncated_completions`, before the loss
+    # as TRL does for `mask_truncated_completions`, before the loss
+    mask = given["mask"] * given["kept"][:, None]
     prompt = torch.ones(len(LENGTHS), 1, dtype=torch.int64)
     loss = trainer._compute_loss(
         None,

@@ -108,9 +108,8 @@ LOSS |= dict.fromkeys(("bnpo", "dapo", "dr_grpo"), LOSS["grpo"])
 @pytest.mark.parametrize("loss", TOKEN)
 def test_a_batch_of_unequal_replies(loss: str, loss_agg: str) -> None:
     value, gradient = batch_loss(loss, loss_agg)
-    assert value == pytest.approx(
-        LOSS[loss][list(SHARE).index(loss_agg)], rel=1e-6
-    )  # the weights are float32
+    # the weights are float32
+    assert value == pytest.approx(LOSS[loss][list(SHARE).index(loss_agg)], rel=1e-6)
     expected = [slope * share for slope, share in zip(TOKEN[loss][1], SHARE[loss_agg], strict=True)]
     assert gradient == pytest.approx(expected, rel=1e-6, abs=1e-12)
 

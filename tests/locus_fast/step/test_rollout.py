@@ -16,9 +16,8 @@ from locus_fast.step.rollout import Decoder, Sampling
 from locus_fast.step.vocabulary import Vocabulary
 from tests.small_models import IMAGE, VOCABULARY, small_model, small_prompt
 
-WORDS = Vocabulary(
-    torch.arange(VOCABULARY) < IMAGE, torch.arange(2, 40)
-)  # many stop tokens, so that replies end at different times
+# many stop tokens, so that replies end at different times
+WORDS = Vocabulary(torch.arange(VOCABULARY) < IMAGE, torch.arange(2, 40))
 SAMPLING = Sampling(group_size=7, max_new_tokens=12, temperature=0.8, top_p=0.95)
 
 
