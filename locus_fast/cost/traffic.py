@@ -68,7 +68,7 @@ def step_bytes(
 class Launches:
     """Kernels that a model starts in one pass in bfloat16: a + b a layer, with attention over packed
     sequences as one. Counted as the operators that are not views, and liger-kernel's own, on the path that
-    CUDA takes; tests/locus_fast/cost/test_cost.py repeats the count."""
+    CUDA takes; tests/locus_fast/cost/test_launches.py repeats the count."""
 
     vision: tuple[int, int]  # forward
     vision_backward: tuple[int, int]

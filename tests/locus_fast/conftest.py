@@ -5,6 +5,15 @@ from __future__ import annotations
 import pytest
 
 LONG = {
+    "adapter_runs",
+    "adapter_refusals",
+    "train_failures",
+    "train_variants",
+    "room",
+    "plan",
+    "loading",
+    "checkpoint",
+    "switches_refused",
     "train",
     "budget",
     "cost_memory",

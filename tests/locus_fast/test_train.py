@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from locus_fast import evaluate, train
-from locus_fast.config import PRESETS, Config, parse
-from locus_fast.errors import UserError
+from locus_fast.config import Config, parse
 from locus_fast.model.packing import PromptBatch
 from locus_fast.model.policy import prefill
 from locus_fast.run.setup import set_up
@@ -29,12 +25,8 @@ from locus_fast.step.rollout import Rollout
 from locus_fast.step.scoring import Scoring
 from locus_fast.step.step import Step
 from locus_fast.weights.checkpoint import TINY_BASE
+from tests.locus_fast.metrics_cases import timeless
 from tests.locus_fast.run_cases import SMALL as SHORT
-
-
-def timeless(path: Path) -> list[dict]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.endswith(("seconds", "_per_s"))} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -205,26 +197,6 @@ def test_resuming_gives_the_same_run(run: Path, tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_what_cannot_be_resumed(tmp_path: Path, capsys) -> None:
-    """And that nothing of the folder is touched."""
-    assert train.main(["--resume", str(tmp_path)]) == 2
-    assert f"{tmp_path / 'config.json'} cannot be read" in capsys.readouterr().err
-    for text, sentence in (
-        ("[]", "no checkpoint"),
-        ("{}", "no checkpoint"),
-        ('{"steps": "x"}', "--steps cannot be 'x'"),
-        ('{"question": "why"}', "--prompt-style must be"),
-    ):
-        (tmp_path / "config.json").write_text(text)
-        assert train.main(["--resume", str(tmp_path)]) == 2
-        error = capsys.readouterr().err
-        assert sentence in error
-        assert "Traceback" not in error
-        assert (tmp_path / "config.json").read_text() == text
-    assert train.main(["--resume", str(tmp_path), "--out", str(tmp_path / "other")]) == 2
-    assert "--out cannot be changed with --resume" in capsys.readouterr().err
-
-
 def test_a_run_that_is_done_is_not_resumed(run: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(run, tmp_path / "run")
     assert train.main(["--resume", str(tmp_path / "run"), "--steps", "2"]) == 2
@@ -233,20 +205,6 @@ def test_a_run_that_is_done_is_not_resumed(run: Path, tmp_path: Path, capsys) ->
     assert train.main(["--resume", str(tmp_path / "run"), "--steps", "4"]) == 2
     assert "is not a whole checkpoint" in capsys.readouterr().err
     assert (tmp_path / "run" / "summary.json").exists()
-
-
-def test_a_failed_start_leaves_no_folder(tmp_path: Path, capsys) -> None:
-    out = tmp_path / "run"
-    assert train.main([*SHORT, "--microbatch-tokens", "10", "--out", str(out)]) == 2
-    assert not out.exists()
-    (tmp_path / "file").write_text("")
-    assert train.main([*SHORT, "--out", str(tmp_path / "file" / "run")]) == 2
-    assert "cannot be made" in capsys.readouterr().err
-
-
-def test_a_diverged_policy_ends_the_run(tmp_path: Path, capsys) -> None:
-    assert train.main([*SHORT, "--steps", "12", "--lr", "1e30", "--out", str(tmp_path / "run")]) == 2
-    assert "were not finite in 5 steps in a row" in capsys.readouterr().err
 
 
 def test_a_template_that_begins_the_thinking(tmp_path: Path) -> None:
@@ -271,89 +229,6 @@ def test_a_template_that_begins_the_thinking(tmp_path: Path) -> None:
     assert plain.scoring.read(rollout.ids, rollout.lengths).format_ok.tolist() == [False]
 
 
-def test_an_error_in_mid_run_loses_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
-    call = Step.__call__
-
-    def failing(step, prompts, index, began, stop):
-        if index == 2:
-            raise UserError("the disk went away.")
-        return call(step, prompts, index, began, stop)
-
-    monkeypatch.setattr(Step, "__call__", failing)
-    out = tmp_path / "run"
-    assert train.main([*SHORT, "--out", str(out)]) == 2
-    assert "error: the disk went away." in capsys.readouterr().err
-    assert (out / "checkpoints" / "step-000002" / "model.safetensors").exists()
-    assert (out / "final" / "model.safetensors").exists()
-
-
-def test_steps_that_are_not_finite_are_dropped_and_end_the_run(tmp_path: Path, monkeypatch, capsys) -> None:
-    backward = Step._backward
-
-    def spoiled(step, hidden, experience, totals):
-        return backward(step, hidden * float("nan"), experience, totals)
-
-    monkeypatch.setattr(Step, "_backward", spoiled)
-    out = tmp_path / "run"
-    assert train.main([*SHORT, "--out", str(out), "--steps", "9"]) == 2
-    assert "not finite in 5 steps in a row up to step 5" in capsys.readouterr().err
-    assert all(row["dropped_step"] for row in timeless(out / "metrics.jsonl"))
-    before, after = (load_file(folder / "model.safetensors") for folder in (TINY_BASE, out / "final"))
-    assert all(torch.equal(before[name].float(), after[name]) for name in before)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        [
-            "--kl-coef",
-            "0",
-            "--loss-agg",
-            "seq-mean-token-mean",
-            "--normalize-std",
-            "false",
-            "--reward",
-            "giou_plus_one",
-        ],
-        ["--updates-per-batch", "3", "--checkpointing", "2", "--lr", "1e-3", "--reward", "rising"],
-        ["--prompt-style", "think", "--max-new-tokens", "24", "--temperature", "0.8", "--top-p", "0.9"],
-        [
-            "--answer-prefix",
-            "[",
-            "--lr-schedule",
-            "cosine",
-            "--attention",
-            "plain",
-            "--updates-per-batch",
-            "2",
-            "--rollout-tokens",
-            "9999",
-        ],
-    ],
-)
-def test_variants_run(options: list[str], tmp_path: Path) -> None:
-    assert train.main([*SHORT, "--out", str(tmp_path / "run"), *options]) == 0
-    rows = timeless(tmp_path / "run" / "metrics.jsonl")
-    assert len(rows) == 3
-    assert not any(row["dropped_step"] for row in rows)
-    if "--updates-per-batch" in options and any(row["zero_variance_groups"] < 6 for row in rows):
-        assert any(row["ratio_max"] > 1 for row in rows)
-
-
-def test_a_frozen_vision_tower_stays_as_it_was(tmp_path: Path) -> None:
-    assert (
-        train.main([*SHORT, "--out", str(tmp_path / "run"), "--lr-scale", "0", "1", "0.5", "--steps", "2"])
-        == 0
-    )
-    before, after = (
-        load_file(folder / "model.safetensors") for folder in (TINY_BASE, tmp_path / "run" / "final")
-    )
-    frozen = [name for name in before if ".visual." in name and "merger" not in name]
-    assert len(frozen) > 20
-    assert all(torch.equal(before[name], after[name]) for name in frozen)
-    assert sum(not torch.equal(before[name], after[name]) for name in before.keys() - set(frozen)) > 20
-
-
 def test_evaluate_command(run: Path, capsys) -> None:
     capsys.readouterr()
     assert evaluate.main([str(run / "final"), "--eval-cues", "12"]) == 0
@@ -364,97 +239,6 @@ def test_evaluate_command(run: Path, capsys) -> None:
     assert json.loads(capsys.readouterr().out) == printed
 
 
-def photographs(folder: Path) -> Path:
-    """Five images of different sizes with boxes, and their COCO file."""
-    rng = np.random.default_rng(0)
-    images, annotations = [], []
-    for i, (width, height) in enumerate([(200, 200), (240, 160), (220, 150), (170, 110), (300, 260)]):
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        images.append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
-        annotations += [
-            {"id": 10 * i + k, "image_id": i, "bbox": [10 + 20 * k, 12, 18, 17], "category_id": 1}
-            for k in range(5)
-        ]
-    path = folder / "instances.json"
-    path.write_text(json.dumps({"images": images, "annotations": annotations}))
-    return path
-
-
-def test_training_on_files(tmp_path: Path, capsys) -> None:
-    data = photographs(tmp_path)
-    # cut short: skipped with a count, or never drawn
-    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:2000])
-    arguments = [*SHORT, "--data", str(data), "--images", str(tmp_path), "--out", str(tmp_path / "run")]
-    assert train.main(arguments) == 0
-    assert sum(row["skipped_images"] for row in timeless(tmp_path / "run" / "metrics.jsonl")) > 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_images"] >= 1
-    assert re.search(r"skipped: .*2\.png", capsys.readouterr().err)
-    assert (tmp_path / "run" / "samples.png").exists()
-
-
-def test_ctrl_c_saves_what_was_done(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    arguments = [sys.executable, "-m", "locus_fast.train", *SHORT, "--steps", "500", "--out", str(out)]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (
-        (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= 2
-    ):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
-    assert "Traceback" not in error
-    steps = len((out / "metrics.jsonl").read_text().splitlines())
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["interrupted"]
-    assert summary["steps"] == steps >= 2
-    assert (out / "final" / "model.safetensors").exists()
-    assert (
-        json.loads((out / "checkpoints" / f"step-{steps:06d}" / "optimizer" / "step.json").read_text())[
-            "step"
-        ]
-        == steps
-    )
-
-
-@pytest.mark.parametrize("seconds", [0.5, 1.5, 6.0])
-def test_ctrl_c_while_starting(seconds: float, tmp_path: Path) -> None:
-    arguments = [
-        sys.executable,
-        "-m",
-        "locus_fast.train",
-        *SHORT,
-        "--steps",
-        "500",
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
-    assert "Traceback" not in error
-
-
-def test_every_option_has_help_and_a_default(capsys) -> None:
-    with pytest.raises(SystemExit) as end:
-        parse(["--help"])
-    assert end.value.code == 0
-    shown = capsys.readouterr().out
-    for name, f in Config.__dataclass_fields__.items():
-        assert f"--{name.replace('_', '-')}" in shown
-        assert f.metadata["help"]
-    assert len(re.findall(r"default:", shown)) == len(Config.__dataclass_fields__)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_hold(preset: str) -> None:
-    assert parse(["--preset", preset]).preset == preset
-    assert parse(["--preset", preset, "--steps", "7"]).steps == 7
-
-
 def test_the_preset_of_a_model(run: Path) -> None:
     assert (
         parse([]).preset
@@ -463,8 +247,3 @@ def test_the_preset_of_a_model(run: Path) -> None:
         == "tiny"
     )
     assert parse(["--model", "some/model"]).preset == parse(["--model", str(run)]).preset == "paper"
-
-
-def test_options_cannot_be_shortened() -> None:
-    with pytest.raises(UserError, match="--step"):
-        parse(["--step", "5"])

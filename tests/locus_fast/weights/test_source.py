@@ -7,8 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,84 +16,29 @@ from safetensors.torch import load_file
 
 from locus_fast import train
 from locus_fast.errors import UserError
-from locus_fast.run import disk, plan
 from locus_fast.run import model as runtime
-from locus_fast.weights import checkpoint, shards
+from locus_fast.weights import checkpoint
 from locus_fast.weights.checkpoint import load_model
 from locus_fast.weights.source import read_source
-from tests.locus_fast.source_cases import DATA, RECIPE, SIZES, Spoil, fields
-from tests.published import write_checkpoint, write_shards
-
-FIRST, SECOND, INDEX = (
-    "model-00001-of-00003.safetensors",
-    "model-00002-of-00003.safetensors",
-    "model.safetensors.index.json",
+from tests.locus_fast.source_cases import (
+    DATA,
+    FIRST,
+    INDEX,
+    RECIPE,
+    SECOND,
+    SIZES,
+    Spoil,
+    absent,
+    entry,
+    fewer_rows,
+    fields,
+    of_another_family,
+    pickled,
+    template,
+    tensors,
+    text,
 )
-
-
-def text(name: str, content: str | bytes) -> Spoil:
-    return lambda folder: (folder / name).write_bytes(
-        content if isinstance(content, bytes) else content.encode()
-    )
-
-
-def absent(*names: str) -> Spoil:
-    return lambda folder: [file.unlink() for name in names for file in folder.glob(name)]
-
-
-def entry(**changes: Any) -> Spoil:
-    """Changes a tensor's entry in the first shard's header; None takes a field away."""
-
-    def spoil(folder: Path) -> None:
-        header, raw = shards.read_header(folder / FIRST)
-        changed = {**header["lm_head.weight"], **changes}
-        header["lm_head.weight"] = {key: value for key, value in changed.items() if value is not None}
-        new = json.dumps(header).encode()
-        (folder / FIRST).write_bytes(
-            len(new).to_bytes(8, "little") + new + (folder / FIRST).read_bytes()[8 + len(raw) :]
-        )
-
-    return spoil
-
-
-def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Spoil:
-    def spoil(folder: Path) -> None:
-        stored = {
-            name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()
-        }
-        change(stored)
-        write_shards(folder, stored, 3)
-
-    return spoil
-
-
-def template(content: str) -> Spoil:
-    """chat_template.jinja stands before chat_template.json."""
-    return text("chat_template.jinja", content)
-
-
-def pickled(folder: Path) -> None:
-    stored = {
-        name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()
-    }
-    absent("*.safetensors*")(folder)
-    torch.save(stored, folder / "pytorch_model.bin")
-
-
-def fewer_rows(folder: Path) -> None:
-    fields("config.json", vocab_size=400)(folder)
-    tensors(
-        lambda stored: stored.update(
-            {name: t[:400].contiguous() for name, t in stored.items() if len(t) > 400}
-        )
-    )(folder)
-
-
-def of_another_family(folder: Path) -> None:
-    absent("*.safetensors*")(folder)
-    for file in write_checkpoint(folder.parent / "other", "qwen3-vl").glob("*.safetensors*"):
-        file.rename(folder / file.name)
-
+from tests.published import write_checkpoint
 
 BAD: dict[str, tuple[Spoil, str]] = {
     "missing shard": (absent(SECOND), f"names the shard {SECOND}, which is not in the folder: fetch"),
@@ -303,88 +246,6 @@ def test_the_command_that_converts_a_pickle(tmp_path: Path, capsys) -> None:
     model, _ = load_model(folder, torch.device("cpu"))
     assert torch.equal(model.lm_head.weight, before["lm_head.weight"])
     assert load_file(folder / "model.safetensors").keys() == before.keys()
-
-
-Usage = namedtuple("Usage", "free")
-
-
-def test_a_disk_without_room(tmp_path: Path, monkeypatch, capsys) -> None:
-    """Said before loading; what is asked for is what the run then writes, within the headers."""
-    folder = write_checkpoint(tmp_path / "model", "qwen2.5-vl")
-    run, asked = tmp_path / "run", []
-    arguments = [
-        "--model",
-        str(folder),
-        "--data",
-        DATA,
-        "--out",
-        str(run),
-        *RECIPE,
-        *SIZES,
-        "--steps",
-        "2",
-        "--optimizer",
-        "adamw-master",
-    ]
-
-    def usage(path: Path) -> Usage:
-        assert path == run
-        return Usage(0)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(disk.shutil, "disk_usage", usage)
-        patched.setattr(disk, "GIB", 1)
-        patched.setattr(runtime, "load_source", None)
-        for more in (
-            ["--save-every", "1"],
-            ["--save-every", "0"],
-            ["--save-every", "0", "--optimizer", "adamw8bit"],
-            ["--lora", "4"],
-        ):
-            assert train.main([*arguments, *more]) == 2
-            sentence = capsys.readouterr().err
-            assert f"{run}: the run writes" in sentence
-            assert not run.exists()
-            asked.append(float(sentence.split("the run writes ")[1].split()[0]))
-    assert asked == sorted(asked, reverse=True)
-    assert asked[3] == pytest.approx(sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-    assert train.main([*arguments, "--save-every", "1"]) == 0
-    written = sum(
-        file.stat().st_size
-        for part in ("checkpoints", "final")
-        for file in (run / part).rglob("*.safetensors")
-    )
-    assert written == pytest.approx(asked[0], rel=0.05)
-
-
-def test_a_card_too_small(tmp_path: Path, monkeypatch, capsys) -> None:
-    """Said before loading, with settings that the card does hold: with them the run gets as far as
-    loading."""
-    folder = write_checkpoint(tmp_path / "model", "qwen3-vl")
-    monkeypatch.setattr(runtime, "load_source", None)
-    recipe = [*RECIPE, "--steps", "1", "--prompts", "2", "--group-size", "8", "--max-new-tokens", "64"]
-    arguments = ["--model", str(folder), "--data", DATA, *recipe]
-    advised = set()
-    for memory in range(2**20, 12 * 2**20, 2**20):
-        monkeypatch.setattr(plan, "free_memory", lambda device, memory=memory: memory)
-        try:
-            assert train.main([*arguments, "--out", str(tmp_path / f"a{memory}")]) == 2
-        except TypeError:  # it fits
-            break
-        sentence = capsys.readouterr().err
-        assert "free on the device" in sentence
-        assert sentence.count(".\n") == 1
-        if "; this fits: " not in sentence:
-            assert (
-                "take a larger device, a smaller --model, a smaller --group-size or smaller --image-pixels"
-                in sentence
-            )
-            continue
-        advice = sentence.split("; this fits: ")[1].removesuffix(".\n").split()
-        advised.add(advice[0])
-        with pytest.raises(TypeError, match="not callable"):
-            train.main([*arguments, *advice, "--out", str(tmp_path / f"b{memory}")])
-    assert advised
 
 
 def test_a_shard_that_may_not_be_read(tmp_path: Path, monkeypatch) -> None:
