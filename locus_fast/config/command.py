@@ -41,7 +41,8 @@ EVALUATION_OPTIONS = (  # what has a meaning where nothing is trained and replie
     ),
     *("device", "workers", "eval_cues"),
 )
-FIXED = ("out", "preset", "model", "seed", "prompts", "lora", "lora_alpha", "merge", "quantize")  # on resume
+# on resume
+FIXED = ("out", "preset", "model", "seed", "prompts", "loss", "lora", "lora_alpha", "merge", "quantize")
 EMPTY_IS_NOT_GIVEN = ("preset", "out", "resume")
 OF_DATA = ("images", "box_format")  # what was said of a run's data, and does not hold for other data
 OF_FILES = ("box_format", "mix", "min_side", "padding", "scale")  # drawn scenes have a recipe of their own
@@ -75,10 +76,10 @@ def resolve(words: dict[str, Any], settings: dict[str, Any] | None = None) -> Co
         preset = words.get("preset") or default_preset(words.get("model", ""))
         if preset not in PRESETS:
             raise UserError(f"--preset must be one of {', '.join(PRESETS)}, not '{short(preset)}'.")
-        settings = {"preset": preset, **PRESETS[preset]}
+        settings = {"preset": preset, **PRESETS[preset], **LOSS_SETTINGS.get(words.get("loss", ""), {})}
     elif "data" in words and not _same("data", words["data"], settings.get("data")):
         settings = {name: value for name, value in settings.items() if name not in OF_DATA}
-    everything = {**settings, **LOSS_SETTINGS.get(words.get("loss", ""), {}), **words}
+    everything = {**settings, **words}
     config = check(Config(**{"preset": default_preset(str(everything.get("model", ""))), **everything}))
     if not config.data and (unused := sorted(words.keys() & {*OF_FILES})):
         raise UserError(f"{option_of(unused[0])} needs --data: drawn scenes have a recipe of their own.")

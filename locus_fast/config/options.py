@@ -27,7 +27,8 @@ class Parser(argparse.ArgumentParser):
         for word in args or ():
             name = word.partition("=")[0].removeprefix("--").replace("-", "_")
             if word.startswith("--") and word.partition("=")[0] not in known and name in RENAMED:
-                raise UserError(f"{option_of(name)} is called {option_of(RENAMED[name])} now.")
+                new = option_of(RENAMED[name])
+                raise UserError(f"{option_of(name)} is called {new} now: give {new}.")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -72,7 +73,7 @@ def argument(f: dataclasses.Field, hint: Any) -> dict[str, Any]:
     if parts:
         keywords["nargs"] = len(parts)
     if f.metadata["choices"]:
-        keywords |= {"choices": f.metadata["choices"], "metavar": None}
+        keywords["metavar"] = f"{{{','.join(f.metadata['choices'])}}}"  # `rules` says what is none of them
     return keywords
 
 

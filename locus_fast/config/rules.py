@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from locus_fast.config.options import described, fits, option_of
-from locus_fast.config.presets import may_hold_adapters
+from locus_fast.config.presets import RENAMED_VALUES, may_hold_adapters
 from locus_fast.config.settings import MAX_PIXELS, Config
 from locus_fast.errors import UserError, short
 from locus_fast.files import refuse_endless
@@ -57,9 +57,9 @@ RULES: dict[str, Rule] = {
     },
     **{name: (lambda v: v > 0, "above 0") for name in ("lr", "max_grad_norm")},
     **{name: (lambda v: 0 <= v <= 1, "between 0 and 1") for name in ("format_weight", "warmup_ratio")},
-    "kl_coef": between(0, 1_000, "as its gradient drowns every reward before", "0 or more"),
-    "entropy_coef": between(0, 1_000, "as its gradient drowns every reward before", "0 or more"),
-    "delta": (lambda v: v == 0 or v > 1, "0, or above 1, where it bounds a ratio"),
+    "kl_coef": between(0, 1_000, "above which its gradient drowns the reward's", "0 or more"),
+    "entropy_coef": between(0, 1_000, "above which its gradient drowns the reward's", "0 or more"),
+    "delta": (lambda v: v >= 0, "0, or above 1 + --clip-high"),
     "weight_decay": between(0, 1_000, "as --lr times it is taken from each weight", "0 or more"),
     "lora_alpha": (lambda v: 0 < v <= 1e6, "above 0 and at most 1,000,000"),
     "temperature": (
@@ -92,6 +92,8 @@ def check_value(field: str, value: Any) -> None:
     hint = typing.get_type_hints(Config)[field]
     if not fits(value, hint):
         raise UserError(f"{name} cannot be {short(repr(value))}: it takes {described(hint)}.")
+    if new := RENAMED_VALUES.get(field, {}).get(value):
+        raise UserError(f"{name} {value} is called {new} now: give {name} {new}.")
     if f.metadata["choices"] and value not in f.metadata["choices"]:
         raise UserError(
             f"{name} must be one of {', '.join(f.metadata['choices'])}, not {short(repr(value))}."
@@ -123,7 +125,7 @@ def check_together(config: Config, settled: bool) -> Config:
         raise UserError(f"{why}: give one of the two.")
     if config.delta and config.loss == "cispo":
         raise UserError(
-            "--delta bounds the ratio of a clipped objective, which --loss cispo has not: leave it away."
+            "--delta bounds the ratio of a clipped objective, which --loss cispo has not: leave it out."
         )
     if config.delta and config.delta <= 1 + config.clip_high:
         why = "it would hold the ratio where the advantage is above 0, and not where it is negative"

@@ -10,9 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_PIXELS = (
-    178_956_970  # of an image that is read: Pillow's line between a large photograph and a decompression bomb
-)
+# of an image that is read: Pillow's line between a large photograph and a decompression bomb
+MAX_PIXELS = 178_956_970
 
 BOX_FORMATS = ("auto", "xyxy", "xywh", "normalized", "thousand")
 PROMPT_STYLES = ("think", "direct")
@@ -93,10 +92,8 @@ class Config:
         "data",
         "auto",
         "the four numbers of a box in --data; auto: xywh in COCO and xyxy in JSONL, in pixels; xyxy: x1, "
-        "y1, x2, y2 in"
-        " pixels; xywh: x, y, width, height in pixels; normalized: x1, y1, x2, y2 from 0 to 1; thousand: "
-        "x1, y1, x2,"
-        " y2 from 0 to 1000",
+        "y1, x2, y2 in pixels; xywh: x, y, width, height in pixels; normalized: x1, y1, x2, y2 from 0 to 1; "
+        "thousand: x1, y1, x2, y2 from 0 to 1000",
         BOX_FORMATS,
     )
     mix: tuple[float, float, float] = option("data", (0.7, 0.3, 0.0), "shares of tiny, small and large cues")
@@ -134,20 +131,18 @@ class Config:
         "loss",
         "grpo",
         "the objective; dr_grpo is grpo with --loss-agg seq-mean-token-sum-norm --normalize-std false, bnpo "
-        "and dapo"
-        " are grpo with --loss-agg token-mean; gspo has --loss-agg seq-mean-token-mean unless another is "
-        "given",
+        "and dapo are grpo with --loss-agg token-mean; gspo has --loss-agg seq-mean-token-mean unless "
+        "another is given",
         LOSSES,
     )
     loss_agg: str = option(
         "loss",
         "token-mean",
         "what a token's loss is weighed by: every token of the batch alike; every reply alike, as the mean "
-        "of its"
-        " tokens; every reply alike, as their sum over --max-new-tokens",
+        "of its tokens; every reply alike, as their sum over --max-new-tokens",
         LOSS_AGGREGATIONS,
     )
-    clip_low: float = option("loss", 0.2, "how far the ratio may fall below 1")
+    clip_low: float = option("loss", 0.2, "how far the ratio may fall below 1; of no effect in cispo")
     clip_high: float = option("loss", 0.3, "how far the ratio may rise above 1")
     delta: float = option(
         "loss", 0.0, "largest ratio where an advantage is negative (two-sided clip); 0: no such bound"
@@ -157,7 +152,7 @@ class Config:
     )
     entropy_coef: float = option("loss", 0.0, "coefficient of the entropy, which the loss then rewards")
     kl_coef: float = option(
-        "loss", 0.01, "coefficient of the KL to the reference policy; 0 loads no reference"
+        "loss", 0.01, "coefficient of the KL to the reference policy; 0: no KL, and no reference is loaded"
     )
     kl_estimator: str = option("loss", "k3", "how a token's KL is estimated", KL_ESTIMATORS)
     log_ratio_clamp: float = option(
@@ -173,8 +168,7 @@ class Config:
         "loss",
         False,
         "leave groups whose rewards are all equal out of the update: cheaper, but their tokens' KL is not "
-        "held then;"
-        " without KL and entropy terms always so",
+        "held then; without KL and entropy terms always so",
     )
     updates_per_batch: int = option("loss", 1, "optimizer updates on each batch of rollouts")
 

@@ -167,6 +167,5 @@ def check_room(room: Room, groups: Sequence[Group], checkpointing: int, chosen: 
     named = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items() if value)
     raise UserError(
         f"one prompt and its replies take {sum(parts.values()) / GIB:.1f} GiB ({named}), more than the "
-        f"{room.memory_bytes / GIB:.1f} GiB that are "
-        f"free on the device less {FREE:.0%}"
+        f"{room.memory_bytes / GIB:.1f} GiB that are free on the device less {FREE:.0%}"
     )

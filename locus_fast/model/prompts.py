@@ -17,10 +17,9 @@ from locus_fast.model.preprocess import PatchSpec, patches_of
 # The recipe's wording is a fact of the paper; "{units}" is "pixel coordinates" there.
 THINK = (
     "Image 1 is a full scene image. Image 2 is a cropped region from Image 1. Please find where Image 2 is "
-    "located in Image 1, "
-    "and output the bounding box as [x1, y1, x2, y2] in {units}. First think inside <think> </think>, then "
-    "give the answer inside "
-    "<answer> </answer>, that is: <think> reasoning </think><answer> [x1, y1, x2, y2] </answer>."
+    "located in Image 1, and output the bounding box as [x1, y1, x2, y2] in {units}. First think inside "
+    "<think> </think>, then give the answer inside <answer> </answer>, that is: <think> reasoning "
+    "</think><answer> [x1, y1, x2, y2] </answer>."
 )
 DIRECT = "Answer with the bounding box [x1, y1, x2, y2] of the second image in the first, in {units}."
 
@@ -144,9 +143,8 @@ class Prompter:
         if self.is_thinking and not self.style.thinks:
             raise UserError(
                 f"--prompt-style direct: the model's chat template begins every reply with {start}, where a "
-                "box is no answer "
-                f"yet; ask with --prompt-style think, or end the thinking at once with --answer-prefix "
-                f"'{start.replace('<', '</')}'."
+                "box is no answer yet; ask with --prompt-style think, or end the thinking at once with "
+                f"--answer-prefix '{start.replace('<', '</')}'."
             )
 
     def __call__(self, example: Example) -> Prompt:

@@ -201,8 +201,7 @@ def flop_lines(shape: ModelShape, group: Group, ways: dict[str, Any]) -> Iterato
     if ways["reference"]:
         yield (
             "  if its rewards are all equal it costs the same, for its KL; with --skip-zero-variance "
-            f"{scaled(unused, unit)} {name}, "
-            f"{unused / sums[0]:.2f} of that"
+            f"{scaled(unused, unit)} {name}, {unused / sums[0]:.2f} of that"
         )
     else:
         yield (

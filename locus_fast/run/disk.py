@@ -43,8 +43,7 @@ def check_disk(config: Config, source: Source, kind: torch.dtype, out: Path) -> 
         fewer = " or save fewer checkpoints (--save-every)" if count > 1 and each else ""
         raise UserError(
             f"{out}: the run writes {(final + count * each) / GIB:.2f} GiB ({parts}), and its disk has "
-            f"{free / GIB:.2f} GiB free: "
-            f"make room, name another disk with --out{fewer}."
+            f"{free / GIB:.2f} GiB free: make room, name another disk with --out{fewer}."
         )
 
 

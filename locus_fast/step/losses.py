@@ -8,8 +8,11 @@ A *loss* turns `LossInputs` into the policy term of each token (`LOSSES`), a *KL
 while a microbatch's gradient is taken before the next one is sampled; so sums are returned here, and the
 optimizer step divides.
 
-To add a loss, write a function like `clipped_surrogate`, name it in `LOSSES`, and in
-`config.settings.LOSSES`.
+To add a loss, write a function like `clipped_surrogate`, name it in `LOSSES`, in `LOSSES` of
+`config/settings.py`, and if it brings settings of its own in `LOSS_SETTINGS` of `config/presets.py`.
+
+The clipped surrogate is computed a second time, fused with the head, in `locus_kernels.grpo_loss`, which is
+what a run takes by default: change both (tests hold them equal).
 
 Legend: T reply tokens of a microbatch, R its replies.
 """
@@ -135,8 +138,8 @@ class Objective:
         return loss, logprob.detach(), metrics | {"entropy": entropy.detach().sum()}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# the losses Each returns (token loss [T], ratio [T], booleans [T] for the metrics: clip_low and clip_high,
+# ------------------------------------------------------------------------------------------------- the losses
+# Each returns (token loss [T], ratio [T], booleans [T] for the metrics: clip_low and clip_high,
 # where a bound took effect and the gradient is 0, and ratio_clamped, where the log-ratio was past its clamp).
 Terms = tuple[Tensor, Tensor, dict[str, Tensor]]
 
@@ -198,8 +201,8 @@ LOSSES: dict[str, Callable[[LossInputs, Objective], Terms]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------- KL
-# estimators Of KL(policy || reference), for tokens drawn from the policy, from log(reference / policy) [T]:
+# ---------------------------------------------------------------------------------------------- KL estimators
+# Of KL(policy || reference), for tokens drawn from the policy, from log(reference / policy) [T]:
 # Schulman 2020, "Approximating KL divergence". All three are used in the loss, so their gradients count, not
 # their values: that of k1 is 0 on average while on-policy, that of k2 the KL's, that of k3 the reverse
 # direction's.
@@ -229,8 +232,8 @@ def clamped_kl(logprob: Tensor, reference: Tensor, objective: Objective) -> tupl
     return estimate.clamp(-objective.kl_clamp, objective.kl_clamp), past
 
 
-# --------------------------------------------------------------------------------------------------------
-# aggregations From the lengths of a microbatch's replies, int64 [R] and the same on the host, which of them
+# ----------------------------------------------------------------------------------------------- aggregations
+# From the lengths of a microbatch's replies, int64 [R] and the same on the host, which of them
 # count (bool [R], and on the host; None for all), and the longest reply allowed: (weight of a token of each
 # reply, float32 [R]; what these replies add to the batch's denominator). A reply that does not count has
 # weight 0.

@@ -98,8 +98,7 @@ class Step:
         """What to say of a run that ends for want of memory."""
         return self.engine.budget.too_small(self.engine.plan.checkpointing)
 
-    # ------------------------------------------------------------------------------------ rollout, reward,
-    # advantage
+    # ----------------------------------------------------------------------------- rollout, reward, advantage
     def _first_gradient(
         self, prompts: list[Prompt], step: int, stop: Callable[[], bool]
     ) -> tuple[Totals, list[Experience], int] | None:
@@ -147,8 +146,7 @@ class Step:
         active = sum(prompts[group] for group in whole.active)
         return active >= (2 + (self.engine.plan.checkpointing > 0)) * (sum(prompts) - active)
 
-    # ------------------------------------------------------------------------------------------------ loss,
-    # backward
+    # ----------------------------------------------------------------------------------------- loss, backward
     def _learn(self, experience: Experience, prefix: Prefix, totals: Totals) -> Experience:
         """The gradient of the summed loss of the active groups' replies, on the prefix. Returns the active
         groups with what further updates on them need. The reference sees the active groups alone."""
@@ -207,8 +205,7 @@ class Step:
                 self._count_flops(totals, experience, FURTHER_PASSES)
         return totals
 
-    # --------------------------------------------------------------------------------------------------------
-    # update
+    # ------------------------------------------------------------------------------------------------- update
     def _update(self, denominator: int, usable: Tensor, factor: float, seed: int) -> Tensor:
         """The optimizer's step, which finds out before anything has moved whether it has room. Returns the
         gradient's norm."""

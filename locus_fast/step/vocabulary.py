@@ -51,8 +51,7 @@ class Vocabulary:
         if None in stops:
             raise UserError(
                 "neither the model's generation_config.json nor its tokenizer names an end-of-sequence "
-                "token: "
-                "name it in one of them, or a reply could not end."
+                "token: name it in one of them, or a reply could not end."
             )
         device, closing, start = model.lm_head.weight.device, None, START
         if table is not None:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from locus_fast.step.losses import Objective
 
-OFF = {"clip_low": 0.2, "clip_high": 0.3, "delta": math.inf, "kl_coef": 0.0, "entropy_coef": 0.0}
+OFF = {
+    "clip_low": 0.2,
+    "clip_high": 0.3,
+    "delta": math.inf,
+    "kl_coef": 0.0,
+    "entropy_coef": 0.0,
+    "log_ratio_clamp": math.inf,
+    "kl_clamp": math.inf,
+}
 
 
 def objective(loss: str, kl_estimator: str = "k3", **numbers: float) -> Objective:

@@ -20,14 +20,13 @@ from torch import Tensor
 from locus_fast.config import parse
 from locus_fast.errors import UserError
 from locus_fast.step.losses import AGGREGATIONS, LossInputs, Objective
-from tests.locus_fast.step.loss_cases import OFF, double, objective
+from tests.locus_fast.step.loss_cases import double, objective
 
 LENGTHS, LONGEST = [3, 1, 2], 4
 ROW = [0, 0, 0, 1, 2, 2]
 ADVANTAGE = [1.0, -2.0, 0.5]
 RATIO = [1.0, 1.5, 0.5, 0.5, 1.25, 1.0]
 LOGPROB = [-1.0, -0.5, -2.0, -0.7, -0.2, -0.4]
-OFF |= {"log_ratio_clamp": math.inf, "kl_clamp": math.inf}
 
 
 def inputs(weight: list[float], **given: Any) -> tuple[LossInputs, Tensor]:
