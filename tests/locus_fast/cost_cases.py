@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locus_kernels.grpo_loss  # noqa: F401  it and what it imports register the operators counted here
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
